@@ -1,0 +1,1 @@
+"""Mailboxes: the constellation as Ray actors."""

@@ -1,0 +1,1 @@
+"""One file, one question; README.md holds the answers."""

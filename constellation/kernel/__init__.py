@@ -1,0 +1,1 @@
+"""The causal language model, its cached decoding and its sampler."""

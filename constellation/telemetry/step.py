@@ -1,0 +1,30 @@
+"""Step: what one optimizer step reports."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Step:
+    """The state after `step` optimizer steps of one model; step 0 is the state before the first.
+
+    `loss_nats` is the mean cross-entropy of the batch at the weights *before* the step, nats per
+    token; `dev_bits_per_byte` and `sample` are present only where an evaluation took place.
+    """
+
+    role: str
+    step: int  # optimizer steps done, 0..steps
+    steps: int  # planned
+    tokens: int  # training tokens seen
+    loss_nats: float
+    grad_norm: float  # before clipping
+    lr: float
+    wall_s: float  # seconds of this step
+    dev_bits_per_byte: float | None = None
+    sample: str | None = None
+    checkpoint: str | None = None  # name of the checkpoint written after this step
+
+    def to_json(self) -> dict[str, Any]:
+        return {name: value for name, value in asdict(self).items() if value is not None}

@@ -1,0 +1,1 @@
+"""Who answers: fit, route, hand-off. No Ray."""
