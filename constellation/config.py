@@ -61,10 +61,12 @@ class Train:
     batch: int = 16  # sequences in a step of OCEAN
     kernel_batch: int = 8  # sequences in a step of a kernel
     accumulation: int = 1  # micro-batches a step is cut into
-    warmup: float = 0.05  # part of a run in which lr rises
-    decay: float = 0.5  # part of a run, at its end, in which lr falls to zero (linear)
-    ocean_decay: float = 0.0  # the same for OCEAN: 0 leaves the branch point undecayed
+    warmup: float = 0.05  # part of OCEAN's run in which lr rises
+    kernel_warmup: float = 0.0  # the same for a kernel
+    ocean_decay: float = 0.0  # part of OCEAN's run, at its end, in which lr falls to zero (linear); 0: undecayed
+    decay: float = 0.6  # the same for a kernel
     kernel_lr_scale: float = 1.0  # kernels' peak lr / OCEAN's
+    inherit_optimizer: int = 1  # 1: kernels start with OCEAN's optimizer state, 0: with an empty one
     clip: float = 1.0  # largest gradient norm
     precision: str = "auto"  # fp32 | bf16 | auto: measured once, then written into the run
     threads: int = 1  # CPU threads of one kernel
@@ -142,13 +144,13 @@ _CHOICES = {
 }
 _SIGNED = {"kernel.coupling_beta"}  # may be negative
 _MAY_BE_ZERO = {
-    "optim.momentum", "optim.weight_decay", "optim.damping", "train.warmup", "train.decay", "train.ocean_decay",
-    "train.eval_every", "train.keep_best", "train.sample_bytes", "train.seed",
+    "optim.momentum", "optim.weight_decay", "optim.damping", "train.warmup", "train.kernel_warmup", "train.decay", "train.ocean_decay",
+    "train.inherit_optimizer", "train.eval_every", "train.keep_best", "train.sample_bytes", "train.seed",
     "router.hysteresis", "router.abstain_below", "cluster.cpus_per_kernel", "cluster.gpus_per_kernel",
 }  # fmt: skip
 _AT_MOST_ONE = {
-    "optim.momentum", "optim.fisher_decay", "train.ocean_share", "train.warmup", "train.decay", "train.ocean_decay",
-    "data.dev_fraction", "router.abstain_below", "router.abstain_quantile",
+    "optim.momentum", "optim.fisher_decay", "train.ocean_share", "train.warmup", "train.kernel_warmup", "train.decay",
+    "train.ocean_decay", "train.inherit_optimizer", "data.dev_fraction", "router.abstain_below", "router.abstain_quantile",
 }  # fmt: skip
 
 

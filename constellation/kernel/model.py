@@ -131,22 +131,29 @@ class Block(nn.Module):
 class KernelLM(nn.Module):
     """tokens (B, T) int64, T <= context -> hidden states (B, T, D) or logits (B, T, V)."""
 
-    def __init__(self, config: KernelConfig, seed: int = 0):
+    def __init__(self, config: KernelConfig, seed: int | None = 0):
+        """`seed=None` leaves the weights as they are, for a model that is loaded next."""
         super().__init__()
         self.config = config
         self.embedding = nn.Embedding(config.vocab_size, config.width)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers))
         self.norm = nn.RMSNorm(config.width, eps=_EPS)
-        beta = torch.tensor(0.0 if config.coupling == "off" else config.coupling_beta)
         if config.coupling == "learned":
-            self.beta = nn.Parameter(beta)
-        else:
-            self.register_buffer("beta", beta, persistent=False)
+            self.beta = nn.Parameter(torch.tensor(config.coupling_beta))
+        self.reset_tables()
+        if seed is not None:
+            self._initialise(torch.Generator().manual_seed(seed))
+
+    def reset_tables(self) -> None:
+        """The constant tables, which checkpoints do not hold."""
+        config = self.config
         cos, sin = rotary_table(config.context, config.width // config.heads, config.rope_base)
         self.register_buffer("cos", cos, persistent=False)
         self.register_buffer("sin", sin, persistent=False)
         self.register_buffer("visible", torch.arange(1, config.context + 1).float(), persistent=False)
-        self._initialise(torch.Generator().manual_seed(seed))
+        if config.coupling != "learned":
+            beta = torch.tensor(0.0 if config.coupling == "off" else config.coupling_beta)
+            self.register_buffer("beta", beta, persistent=False)
 
     @torch.no_grad()
     def _initialise(self, generator: torch.Generator) -> None:

@@ -1,0 +1,127 @@
+"""The run folder of one model: what is left on disk for people, plots and tables.
+
+    meta.json         identity: schema, run id, time, git, versions, seeds, configuration, layout of theta
+    trace.npz         T+1 states: step, tokens, loss_nats, grad_norm, lr (and theta when it is small)
+    diag_steps.jsonl  one line per logged Step
+    summary.json      status, failure reason, first / last / best loss, runtime, tokens, convergence
+
+Trace is what the optimizer produced; nothing derived is in it. loss_nats[t] is the loss of theta[t]
+on batch t, so there is one more state than steps. Every file is replaced whole.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import io
+import json
+import platform
+import subprocess
+import time
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from constellation.atomic import read_json, write_bytes, write_json
+from constellation.config import Config
+from constellation.telemetry.step import Step
+
+SCHEMA = 1
+CHANNELS = {"step": np.int64, "tokens": np.int64, "loss_nats": np.float64, "grad_norm": np.float64, "lr": np.float64}
+THETA_UP_TO = 4096  # parameters; a larger theta is not traced
+
+
+class Trace:
+    """The channels of a run, grown a state at a time; `arrays()` is what trace.npz holds."""
+
+    def __init__(self, arrays: dict[str, np.ndarray] | None = None):
+        self._rows: dict[str, list[Any]] = {name: list(arrays[name]) if arrays else [] for name in CHANNELS}
+        self._theta: list[np.ndarray] = list(arrays["theta"]) if arrays and "theta" in arrays else []
+
+    def append(self, theta: np.ndarray | None = None, **state: float) -> None:
+        for name in CHANNELS:
+            self._rows[name].append(state[name])
+        if theta is not None:
+            self._theta.append(theta)
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        out = {name: np.asarray(self._rows[name], dtype) for name, dtype in CHANNELS.items()}
+        if self._theta:
+            out["theta"] = np.stack(self._theta)
+        return out
+
+
+class RunFolder:
+    """Writes the files above into `path`."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        self._steps = path / "diag_steps.jsonl"
+
+    def begin(self, config: Config, role: str, layout: list[dict[str, Any]], extra: dict[str, Any]) -> None:
+        """meta.json, once: a resumed run keeps its identity."""
+        file = self.path / "meta.json"
+        if file.exists():
+            return
+        plain = config.to_json()
+        digest = hashlib.sha256(json.dumps([plain, role, extra], sort_keys=True, default=str).encode()).hexdigest()
+        write_json(file, {
+            "schema": SCHEMA, "run_id": f"{role}-{digest[:12]}", "role": role,
+            "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), "git": _git(), "versions": _versions(),
+            "seed": config.train.seed, "config": plain, "layout": layout, **extra,
+        })  # fmt: skip
+
+    def truncate(self, step: int) -> None:
+        """Forget the logged steps after `step`: a resumed run writes them again."""
+        if self._steps.exists():
+            kept = [line for line in self._steps.read_bytes().splitlines(keepends=True) if _step_of(line) <= step]
+            write_bytes(self._steps, b"".join(kept))
+
+    def log(self, steps: Iterable[Step]) -> None:
+        lines = "".join(json.dumps(step.to_json()) + "\n" for step in steps)
+        if lines:
+            with self._steps.open("a") as file:
+                file.write(lines)
+
+    def write_trace(self, arrays: dict[str, np.ndarray]) -> None:
+        buffer = io.BytesIO()
+        np.savez(buffer, allow_pickle=False, **arrays)  # type: ignore[arg-type]
+        write_bytes(self.path / "trace.npz", buffer.getvalue())
+
+    def summarise(self, **values: Any) -> dict[str, Any]:
+        """Merge `values` into summary.json; the runtime of earlier sittings adds up."""
+        file = self.path / "summary.json"
+        old = read_json(file) if file.exists() else {}
+        values["runtime_s"] = round(values.get("runtime_s", 0.0) + old.get("runtime_s", 0.0), 3)
+        summary = {"schema": SCHEMA, **old, **values}
+        write_json(file, summary)
+        return summary
+
+
+def read_trace(path: Path) -> dict[str, np.ndarray]:
+    with np.load(path / "trace.npz", allow_pickle=False) as arrays:
+        return dict(arrays)
+
+
+def _step_of(line: bytes) -> float:
+    try:
+        return int(json.loads(line)["step"])
+    except (ValueError, KeyError, TypeError):
+        return float("inf")  # the torn last line of a killed writer
+
+
+def _git() -> str | None:
+    """Commit of the code when it runs from a checkout, with "+" when files differ from it."""
+    here = Path(__file__).parent
+    try:
+        command = ["git", "-C", str(here), "describe", "--always", "--dirty=+", "--abbrev=12"]
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def _versions() -> dict[str, str]:
+    versions = {name: importlib.metadata.version(name) for name in ("constellation", "torch", "numpy")}
+    return {"python": platform.python_version(), "platform": platform.platform(), **versions}

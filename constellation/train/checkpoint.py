@@ -1,0 +1,180 @@
+"""Checkpoints: weights, optimizer, random numbers, data position and history, whole or absent.
+
+    checkpoints/step-00000120/{model.safetensors, optim.safetensors, trace.npz, state.json}
+
+state.json holds the step, the scalars of the optimizer, the generator state and the sha256 of each
+other file. The folder is written beside and renamed, so a killed writer leaves the last one intact.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+import re
+import shutil
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from constellation.atomic import read_json, sha256, write_folder
+from constellation.config import Kernel
+from constellation.errors import ArtifactError
+from constellation.kernel.model import KernelLM
+
+SCHEMA = 1
+FILES = ("model.safetensors", "optim.safetensors", "trace.npz")
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A complete checkpoint on disk, its checksums verified."""
+
+    path: Path
+    step: int
+    state: dict[str, Any]
+
+    @property
+    def trace(self) -> dict[str, np.ndarray]:
+        with np.load(self.path / "trace.npz", allow_pickle=False) as arrays:
+            return dict(arrays)
+
+    def restore(self, model: torch.nn.Module, optimizer: torch.optim.Optimizer | None = None) -> None:
+        """Put the saved bits into `model`, `optimizer` and the global generator."""
+        model.load_state_dict(load_file(self.path / "model.safetensors"))
+        if optimizer is not None:
+            _load_optimizer(optimizer, load_file(self.path / "optim.safetensors"), self.state["optimizer"])
+            torch.set_rng_state(torch.frombuffer(bytearray(base64.b64decode(self.state["rng"])), dtype=torch.uint8))
+
+
+def folder_of(run: Path, step: int) -> Path:
+    return run / "checkpoints" / f"step-{step:08d}"
+
+
+def save(
+    run: Path,
+    step: int,
+    model: KernelLM,
+    optimizer: torch.optim.Optimizer,
+    trace: dict[str, np.ndarray],
+    *,
+    tokens: int,
+    dev_bits_per_byte: float | None,
+    keep_last: int,
+    keep_best: int,
+) -> Path:
+    """Write the checkpoint of `step`, then remove those that neither `keep_last` nor `keep_best` holds."""
+    tensors, scalars = _optimizer_state(optimizer)
+
+    def fill(folder: Path) -> None:
+        save_file({k: v.contiguous() for k, v in model.state_dict().items()}, folder / FILES[0])
+        save_file(tensors, folder / FILES[1])
+        np.savez(folder / FILES[2], allow_pickle=False, **trace)  # type: ignore[arg-type]
+        state = {
+            "schema": SCHEMA,
+            "step": step,
+            "tokens": tokens,
+            "dev_bits_per_byte": dev_bits_per_byte,
+            "kernel": vars(model.config),
+            "optimizer": scalars,
+            "rng": base64.b64encode(torch.get_rng_state().numpy().tobytes()).decode(),
+            "sha256": {name: sha256(folder / name) for name in FILES},
+        }
+        (folder / "state.json").write_text(json.dumps(state, indent=1))
+
+    path = folder_of(run, step)
+    write_folder(path, fill)
+    _prune(run, keep_last, keep_best)
+    return path
+
+
+def steps_on_disk(run: Path) -> list[int]:
+    """Steps of the checkpoints in `run`, oldest first, without looking inside."""
+    names = (re.fullmatch(r"step-(\d{8})", p.name) for p in (run / "checkpoints").glob("step-*"))
+    return sorted(int(m[1]) for m in names if m)
+
+
+def open_checkpoint(path: Path) -> Checkpoint:
+    """The checkpoint in `path`; ArtifactError when anything of it is missing or changed."""
+    state = read_json(path / "state.json")
+    if state.get("schema") != SCHEMA:
+        raise ArtifactError(f"{path}: schema {state.get('schema')!r}, this version reads {SCHEMA}")
+    for name, wanted in state["sha256"].items():
+        file = path / name
+        if not file.is_file() or sha256(file) != wanted:
+            raise ArtifactError(f"{file} is missing or damaged (checksum differs); delete {path} to use an older one")
+    return Checkpoint(path, state["step"], state)
+
+
+def newest(run: Path) -> Checkpoint | None:
+    """The newest complete checkpoint of `run`; None when there is none.
+
+    A damaged one is named in a warning and the next older one is taken; when all are damaged, ArtifactError.
+    """
+    damaged: ArtifactError | None = None
+    for step in reversed(steps_on_disk(run)):
+        try:
+            return open_checkpoint(folder_of(run, step))
+        except ArtifactError as error:
+            damaged = damaged or error
+            warnings.warn(str(error), stacklevel=2)
+    if damaged is not None:
+        raise damaged
+    return None
+
+
+def load_model(run: Path, device: str | torch.device = "cpu") -> KernelLM:
+    """The model of the newest complete checkpoint of `run`, in evaluation mode."""
+    checkpoint = newest(run)
+    if checkpoint is None:
+        raise ArtifactError(f"{run} holds no checkpoint; train it first: constellation train --run {run.parent}")
+    with torch.device("meta"):
+        model = KernelLM(Kernel(**checkpoint.state["kernel"]), seed=None)
+    model.to_empty(device="cpu").reset_tables()
+    try:
+        checkpoint.restore(model)
+    except (SafetensorError, RuntimeError) as error:
+        raise ArtifactError(f"{checkpoint.path} does not fit its own configuration: {error}") from error
+    return model.to(device).eval()
+
+
+def _optimizer_state(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """state_dict() split into tensors, named "parameter.key", and JSON scalars."""
+    state = optimizer.state_dict()
+    tensors: dict[str, Tensor] = {}
+    scalars: dict[str, dict[str, Any]] = {}
+    for index, entry in state["state"].items():
+        for key, value in entry.items():
+            if isinstance(value, Tensor):
+                tensors[f"{index}.{key}"] = value.contiguous()
+            else:
+                scalars.setdefault(str(index), {})[key] = value
+    return tensors, {"groups": state["param_groups"], "scalars": scalars}
+
+
+def _load_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor], scalars: dict[str, Any]) -> None:
+    state: dict[int, dict[str, Any]] = {int(i): dict(values) for i, values in scalars["scalars"].items()}
+    for name, tensor in tensors.items():
+        index, _, key = name.partition(".")
+        state.setdefault(int(index), {})[key] = tensor
+    optimizer.load_state_dict({"state": state, "param_groups": scalars["groups"]})
+
+
+def _prune(run: Path, keep_last: int, keep_best: int) -> None:
+    steps = steps_on_disk(run)
+    keep = set(steps[-keep_last:])
+    if keep_best and len(steps) > len(keep):
+        scored = []
+        for step in steps:
+            bits = read_json(folder_of(run, step) / "state.json").get("dev_bits_per_byte")
+            if bits is not None:
+                scored.append((bits, step))
+        keep |= {step for _, step in sorted(scored)[:keep_best]}
+    for step in set(steps) - keep:
+        shutil.rmtree(folder_of(run, step))
