@@ -1,1 +1,6 @@
-"""Fisher-Rao geometry of distributions (simplex, sphere) and the E8 root system."""
+"""Fisher-Rao geometry of distributions, and the root system that gives the kernels their addresses.
+
+simplex   distributions p: distance, exp and log, means, KL     (a point is p >= 0, sum p = 1)
+sphere    the same through s = sqrt(p): unit vectors            (a point is |s| = 1)
+e8        240 roots of the lattice E8: nearest root, neighbours, roles
+"""
