@@ -11,14 +11,13 @@ a killed driver that is started again, and the experiments all call the same fou
 
 from __future__ import annotations
 
-import hashlib
+import io
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
-from constellation.artifacts.run import RunFolder
 from constellation.atomic import read_json, write_bytes, write_json
 from constellation.config import OCEAN, ROLES, Config, dumps, from_json
 from constellation.coordizer.tokenizer import Tokenizer
@@ -27,7 +26,8 @@ from constellation.data.corpus import Corpus, Document, read_corpus
 from constellation.errors import ConfigError
 from constellation.train import checkpoint
 from constellation.train.loop import Job, resolve_precision, steps_for
-from router.fit import fit, partition
+from router.assign import assign, segments
+from router.fit import fit
 from router.route import Router
 
 SCHEMA = 1
@@ -55,7 +55,7 @@ class Plan:
 
 
 def prepare(run: Path, corpus: Path | None, config: Config) -> tuple[Plan, Corpus]:
-    """Read, split and tokenise `corpus` (None: the embedded one) into `run`; refuses a folder that holds another run."""
+    """Read, split and tokenise `corpus` (None: the embedded one) into `run`; refuses another run's folder."""
     config = resolve_precision(config)
     documents = read_corpus(corpus, config.data)
     train, dev = documents.split(config.data.dev_fraction)
@@ -82,7 +82,9 @@ def prepare(run: Path, corpus: Path | None, config: Config) -> tuple[Plan, Corpu
 def open_plan(run: Path) -> Plan:
     """The plan of an existing run; ConfigError when `run` is not one."""
     if not (run / "constellation.json").exists():
-        raise ConfigError(f"{run} is not a constellation run (no constellation.json); start one: constellation train --run {run}")
+        raise ConfigError(
+            f"{run} is not a constellation run (no constellation.json); start one: constellation train --run {run}"
+        )
     manifest = read_json(run / "constellation.json")
     data = run / "data"
     return Plan(run, from_json(manifest["config"]), data / manifest["train"], data / manifest["dev"])
@@ -90,25 +92,38 @@ def open_plan(run: Path) -> Plan:
 
 def ocean_job(plan: Plan) -> Job:
     config = plan.config
-    return Job(OCEAN, plan.folder(OCEAN), config, steps_for(config, OCEAN, len(ROLES)), plan.train, plan.dev, plan.tokenizer)
+    return Job(
+        OCEAN, plan.folder(OCEAN), config, steps_for(config, OCEAN, len(ROLES)), plan.train, plan.dev, plan.tokenizer
+    )
 
 
 def fit_router(plan: Plan) -> Router:
     """The fitted router, from disk when an earlier sitting fitted it; also writes each role's token ranges."""
-    if (plan.router / "segments.json").exists():
+    done = plan.router / "segments.json"
+    if done.exists():
         return Router.load(plan.router)
-    tokenizer = Tokenizer.load(plan.tokenizer)
-    train, dev = open_cache(plan.train), open_cache(plan.dev)
-    texts, validation = document_bytes(train, tokenizer), document_bytes(dev, tokenizer)
-    router = fit(texts, plan.config.router, seed=plan.config.train.seed, names=ROLES, validation=validation)
+    tokenizer, train, dev = Tokenizer.load(plan.tokenizer), open_cache(plan.train), open_cache(plan.dev)
+    texts = document_bytes(train, tokenizer)
+    settings = plan.config.router
+    router = fit(texts, settings, seed=plan.config.train.seed, names=ROLES, validation=document_bytes(dev, tokenizer))
     router.save(plan.router)
-    write_segments(plan.router, assign(router, plan.config, texts, train, tokenizer))
+    document_N = np.repeat(np.arange(len(texts)), np.diff(train.offsets))
+    kernel_N = assign(router, texts, train.byte_offsets(tokenizer), document_N, settings.every, settings.hysteresis)
+    ranges = {role: segments(kernel_N, k) for k, role in enumerate(ROLES)}
+    for role, own in ranges.items():
+        buffer = io.BytesIO()
+        np.save(buffer, own, allow_pickle=False)
+        write_bytes(plan.router / f"{role}.npy", buffer.getvalue())
+    write_json(done, {role: int((own[:, 1] - own[:, 0]).sum()) for role, own in ranges.items()})
     return router
 
 
 def document_bytes(cache: TokenCache, tokenizer: Tokenizer) -> list[bytes]:
     """The text of every document of a cache, from its tokens (the tokenizer is lossless)."""
-    return [tokenizer.decode(cache.tokens[a : b - 1].tolist()) for a, b in zip(cache.offsets[:-1], cache.offsets[1:], strict=True)]
+    return [
+        tokenizer.decode(cache.tokens[a : b - 1].tolist())
+        for a, b in zip(cache.offsets[:-1], cache.offsets[1:], strict=True)
+    ]
 
 
 def kernel_job(plan: Plan, role: str) -> Job:
@@ -119,3 +134,13 @@ def kernel_job(plan: Plan, role: str) -> Job:
         role, plan.folder(role), config, steps_for(config, role, len(ROLES)), plan.train, plan.dev, plan.tokenizer,
         plan.router / f"{role}.npy", branch,
     )  # fmt: skip
+
+
+def _up_to(documents: Sequence[Document], max_bytes: int) -> Iterator[str]:
+    """Texts of `documents` until they reach `max_bytes`."""
+    size = 0
+    for document in documents:
+        if size >= max_bytes:
+            return
+        size += len(document.text.encode())
+        yield document.text

@@ -144,13 +144,14 @@ _CHOICES = {
 }
 _SIGNED = {"kernel.coupling_beta"}  # may be negative
 _MAY_BE_ZERO = {
-    "optim.momentum", "optim.weight_decay", "optim.damping", "train.warmup", "train.kernel_warmup", "train.decay", "train.ocean_decay",
-    "train.inherit_optimizer", "train.eval_every", "train.keep_best", "train.sample_bytes", "train.seed",
-    "router.hysteresis", "router.abstain_below", "cluster.cpus_per_kernel", "cluster.gpus_per_kernel",
+    "optim.momentum", "optim.weight_decay", "optim.damping", "train.warmup", "train.kernel_warmup", "train.decay",
+    "train.ocean_decay", "train.inherit_optimizer", "train.eval_every", "train.keep_best", "train.sample_bytes",
+    "train.seed", "router.hysteresis", "router.abstain_below", "cluster.cpus_per_kernel", "cluster.gpus_per_kernel",
 }  # fmt: skip
 _AT_MOST_ONE = {
     "optim.momentum", "optim.fisher_decay", "train.ocean_share", "train.warmup", "train.kernel_warmup", "train.decay",
-    "train.ocean_decay", "train.inherit_optimizer", "data.dev_fraction", "router.abstain_below", "router.abstain_quantile",
+    "train.ocean_decay", "train.inherit_optimizer", "data.dev_fraction", "router.abstain_below",
+    "router.abstain_quantile",
 }  # fmt: skip
 
 

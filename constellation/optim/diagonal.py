@@ -47,8 +47,8 @@ class DiagonalNG(torch.optim.Optimizer):
         ):
             if not low <= value <= high or value == float("inf"):
                 raise ConfigError(f"DiagonalNG: {name}={value} must lie in [{low}, {high}]")
-        defaults = dict(lr=lr, alpha=alpha, eps=eps, momentum=momentum, power=power, weight_decay=weight_decay)
-        super().__init__(params, defaults)
+        settings = {"lr": lr, "alpha": alpha, "eps": eps, "momentum": momentum, "power": power}
+        super().__init__(params, {**settings, "weight_decay": weight_decay})
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]

@@ -120,7 +120,7 @@ def fit(job: Job) -> Iterator[Step]:
     autocast: AbstractContextManager[Any] = (
         torch.autocast(device.type, torch.bfloat16) if t.precision == "bf16" else nullcontext()
     )
-    traced = [p for p in model.parameters()] if model.num_parameters() <= THETA_UP_TO else None
+    traced = list(model.parameters()) if model.num_parameters() <= THETA_UP_TO else None
     began, logged = time.perf_counter(), []
     tokens_per_step = batch * job.config.kernel.context
 
