@@ -1,12 +1,13 @@
 """What training a constellation consists of, step by step; no Ray here.
 
-    prepare    corpus -> split, tokenizer, token caches, config.json
+    request    what is wanted: corpus and configuration, in RUN/constellation.json
+    prepare    corpus -> split, tokenizer, token caches
     ocean_job  OCEAN reads everything
     fit_router the router is fitted on prefixes, every training byte is given to one kernel
     kernel_job a kernel branches from OCEAN and reads its own bytes
 
 Every step finds what an earlier sitting finished and goes on from there, so the driver in launch.py,
-a killed driver that is started again, and the experiments all call the same four functions.
+a killed driver that is started again, and the experiments all call the same functions.
 """
 
 from __future__ import annotations
@@ -15,15 +16,16 @@ import io
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from constellation.atomic import read_json, write_bytes, write_json
-from constellation.config import OCEAN, ROLES, Config, dumps, from_json
+from constellation.config import OCEAN, ROLES, Config, from_json
 from constellation.coordizer.tokenizer import Tokenizer
 from constellation.data.cache import TokenCache, build_cache, open_cache
-from constellation.data.corpus import Corpus, Document, read_corpus
-from constellation.errors import ConfigError
+from constellation.data.corpus import Document, read_corpus
+from constellation.errors import ArtifactError, ConfigError
 from constellation.train import checkpoint
 from constellation.train.loop import Job, resolve_precision, steps_for
 from router.assign import assign, segments
@@ -54,40 +56,59 @@ class Plan:
         return self.run / role
 
 
-def prepare(run: Path, corpus: Path | None, config: Config) -> tuple[Plan, Corpus]:
-    """Read, split and tokenise `corpus` (None: the embedded one) into `run`; refuses another run's folder."""
-    config = resolve_precision(config)
+def request(run: Path, corpus: Path | None, config: Config, resume: bool) -> None:
+    """Write down what is wanted before anything is done, so that a driver killed at once can be resumed.
+
+    `resume` goes on with what is written already; otherwise `run` must be new, or ConfigError.
+    """
+    manifest = run / "constellation.json"
+    if resume:
+        open_request(run)
+        return
+    if run.exists() and (not run.is_dir() or any(run.iterdir())):
+        raise ConfigError(f"{run} exists already; go on with --resume, or choose another --run")
+    if corpus is not None and not corpus.exists():
+        raise ConfigError(f"corpus {corpus} does not exist")
+    where = None if corpus is None else str(corpus.resolve())
+    write_json(manifest, {"schema": SCHEMA, "corpus": where, "config": resolve_precision(config).to_json()})
+
+
+def open_request(run: Path) -> tuple[Path | None, Config, dict[str, Any]]:
+    """(corpus, configuration, manifest) of a run folder; ConfigError when it is none."""
+    manifest = run / "constellation.json"
+    if not manifest.exists():
+        way_out = f"start one: constellation train --run {run}"
+        raise ConfigError(f"{run} is not a constellation run (no constellation.json); {way_out}")
+    found = read_json(manifest)
+    if not isinstance(found, dict) or found.get("schema") != SCHEMA:
+        raise ArtifactError(f"{manifest}: not a run of this version (schema {SCHEMA})")
+    corpus = None if found["corpus"] is None else Path(found["corpus"])
+    return corpus, from_json(found["config"]), found
+
+
+def prepare(run: Path) -> Plan:
+    """Read, split and tokenise the requested corpus into `run`; what an earlier sitting did is kept."""
+    corpus, config, manifest = open_request(run)
+    if "prepared" in manifest:
+        return open_plan(run)
     documents = read_corpus(corpus, config.data)
     train, dev = documents.split(config.data.dev_fraction)
-    manifest = run / "constellation.json"
-    if manifest.exists():
-        old = read_json(manifest)
-        if old["corpus_hash"] != documents.hash or old["config"] != config.to_json():
-            raise ConfigError(f"{run} holds another run (corpus or configuration differ); choose another --run")
-        return open_plan(run), documents
-    tokenizer_file = run / "tokenizer.json"
-    if not tokenizer_file.exists():
-        Tokenizer.train(_up_to(train, config.data.tokenizer_bytes), config.kernel.vocab_size).save(tokenizer_file)
-    tokenizer = Tokenizer.load(tokenizer_file)
+    Tokenizer.train(_up_to(train, config.data.tokenizer_bytes), config.kernel.vocab_size).save(run / "tokenizer.json")
+    tokenizer = Tokenizer.load(run / "tokenizer.json")
     caches = {name: build_cache(part, tokenizer, run / "data") for name, part in (("train", train), ("dev", dev))}
-    write_bytes(run / "config.json", dumps(config).encode())
-    write_json(manifest, {
-        "schema": SCHEMA, "corpus": str(corpus) if corpus else "embedded", "corpus_hash": documents.hash,
-        "config": config.to_json(), "roles": list(ROLES), "train": caches["train"].path.name,
-        "dev": caches["dev"].path.name,
-    })  # fmt: skip
-    return open_plan(run), documents
+    prepared = {name: cache.path.name for name, cache in caches.items()}
+    write_json(run / "corpus.json", {"hash": documents.hash, "report": documents.report.lines()})
+    write_json(run / "constellation.json", {**manifest, "corpus_hash": documents.hash, "prepared": prepared})
+    return open_plan(run)
 
 
 def open_plan(run: Path) -> Plan:
-    """The plan of an existing run; ConfigError when `run` is not one."""
-    if not (run / "constellation.json").exists():
-        raise ConfigError(
-            f"{run} is not a constellation run (no constellation.json); start one: constellation train --run {run}"
-        )
-    manifest = read_json(run / "constellation.json")
-    data = run / "data"
-    return Plan(run, from_json(manifest["config"]), data / manifest["train"], data / manifest["dev"])
+    """The plan of a prepared run; ConfigError when it is not one, or not prepared yet."""
+    _, config, manifest = open_request(run)
+    if "prepared" not in manifest:
+        raise ConfigError(f"{run} was interrupted before its corpus was read; constellation train --run {run} --resume")
+    caches = {name: run / "data" / folder for name, folder in manifest["prepared"].items()}
+    return Plan(run, config, caches["train"], caches["dev"])
 
 
 def ocean_job(plan: Plan) -> Job:

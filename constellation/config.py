@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-import json
 import typing
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
@@ -286,7 +285,3 @@ def _build(flat: Mapping[str, Any]) -> Config:
     if config.router.min_prefix > config.router.max_prefix:
         raise ConfigError("router.min_prefix: must not exceed router.max_prefix")
     return config
-
-
-def dumps(config: Config) -> str:
-    return json.dumps(config.to_json(), indent=1, sort_keys=False) + "\n"
