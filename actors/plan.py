@@ -21,11 +21,12 @@ from typing import Any
 import numpy as np
 
 from constellation.atomic import read_json, write_bytes, write_json
-from constellation.config import OCEAN, ROLES, Config, from_json
+from constellation.config import OCEAN, ROLES, Config, difference, from_json
 from constellation.coordizer.tokenizer import Tokenizer
 from constellation.data.cache import TokenCache, build_cache, open_cache
 from constellation.data.corpus import Document, read_corpus
 from constellation.errors import ArtifactError, ConfigError
+from constellation.presets import small
 from constellation.train import checkpoint
 from constellation.train.loop import Job, resolve_precision, steps_for
 from router.assign import assign, segments
@@ -56,21 +57,40 @@ class Plan:
         return self.run / role
 
 
-def request(run: Path, corpus: Path | None, config: Config, resume: bool) -> None:
+def request(run: Path, corpus: Path | None, config: Config | None, resume: bool) -> str:
     """Write down what is wanted before anything is done, so that a driver killed at once can be resumed.
 
-    `resume` goes on with what is written already; otherwise `run` must be new, or ConfigError.
+    Without `resume`, `run` must be new. With it the run's own corpus and settings hold, and ones that are
+    given again must be the same; a folder in which nothing was begun is begun if a corpus is named.
+    Returns a line to say to the user, or "".
     """
-    manifest = run / "constellation.json"
+    said = ""
     if resume:
-        open_request(run)
-        return
+        if (run / "constellation.json").exists():
+            _check_same(run, corpus, config)
+            return said
+        if corpus is None:
+            raise ConfigError(f"nothing to resume in {run}; leave out --resume to start a run there")
+        said = f"nothing to resume in {run} yet: starting"
     if run.exists() and (not run.is_dir() or any(run.iterdir())):
         raise ConfigError(f"{run} exists already; go on with --resume, or choose another --run")
     if corpus is not None and not corpus.exists():
         raise ConfigError(f"corpus {corpus} does not exist")
     where = None if corpus is None else str(corpus.resolve())
-    write_json(manifest, {"schema": SCHEMA, "corpus": where, "config": resolve_precision(config).to_json()})
+    settings = resolve_precision(config or small()).to_json()
+    write_json(run / "constellation.json", {"schema": SCHEMA, "corpus": where, "config": settings})
+    return said
+
+
+def _check_same(run: Path, corpus: Path | None, config: Config | None) -> None:
+    old_corpus, old, _ = open_request(run)
+    if corpus is not None and corpus.resolve() != old_corpus:
+        raise ConfigError(f"--corpus {corpus}: {run} reads {old_corpus or 'the embedded corpus'}; leave --corpus out")
+    if config is not None:
+        changed = difference(old, resolve_precision(config))
+        if changed:
+            name, (before, now) = next(iter(changed.items()))
+            raise ConfigError(f"{name}={now}: {run} was started with {before}; leave it out, or choose another --run")
 
 
 def open_request(run: Path) -> tuple[Path | None, Config, dict[str, Any]]:

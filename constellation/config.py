@@ -194,6 +194,12 @@ def override(config: Config, changes: Mapping[str, Any]) -> Config:
     return changed
 
 
+def difference(old: Config, new: Config) -> dict[str, tuple[Any, Any]]:
+    """Dotted name -> (old value, new value) of every setting that differs."""
+    a, b = dict(_flatten(old.to_json())), dict(_flatten(new.to_json()))
+    return {name: (a[name], b[name]) for name in a if a[name] != b[name]}
+
+
 def parse_assignments(words: typing.Iterable[str]) -> dict[str, str]:
     """`["optim.lr=1e-3"]` -> `{"optim.lr": "1e-3"}`."""
     changes: dict[str, str] = {}

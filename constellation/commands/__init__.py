@@ -1,0 +1,1 @@
+"""One module, one command of the command line; each exports `command`."""

@@ -1,0 +1,77 @@
+"""One progress display for all models of a constellation: bars on a terminal, lines in a log."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from constellation.telemetry.step import Step
+
+QUIET_S = 5.0  # seconds between two lines of one model in a log
+
+
+class Display:
+    """`show(step)` for every Step, `say(text)` for what else is worth a line."""
+
+    def __init__(self, as_json: bool = False):
+        self.as_json = as_json
+        self.console = Console(stderr=as_json, soft_wrap=True)
+        self.live = self.console.is_terminal and not as_json
+        self._tasks: dict[str, TaskID] = {}
+        self._next: dict[str, float] = {}
+        self._progress = Progress(
+            TextColumn("{task.description:<12}"), BarColumn(bar_width=None),
+            TextColumn("{task.completed:>6}/{task.total}"), TextColumn("{task.fields[note]}"), TimeRemainingColumn(compact=True), console=self.console,
+        )  # fmt: skip
+
+    def __enter__(self) -> Display:
+        if self.live:
+            self._progress.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self.live:
+            self._progress.stop()
+
+    def say(self, text: str) -> None:
+        (self._progress.console if self.live else self.console).print(text, highlight=False, markup=False)
+
+    def show(self, step: Step) -> None:
+        if self.as_json:
+            sys.stdout.write(json.dumps(step.to_json()) + "\n")
+            sys.stdout.flush()
+            return
+        note = f"loss {step.loss_nats:.3f} nats/token"
+        if step.dev_bits_per_byte is not None:
+            note += f", dev {step.dev_bits_per_byte:.3f} bits/byte"
+        if self.live:
+            if step.role not in self._tasks:
+                self._tasks[step.role] = self._progress.add_task(step.role, total=step.steps, note="")
+            self._progress.update(self._tasks[step.role], completed=step.step, note=note)
+            return
+        now = time.monotonic()
+        if step.step == step.steps or now >= self._next.get(step.role, 0.0):
+            self._next[step.role] = now + QUIET_S
+            self.say(f"{step.role:<12} {step.step:>6}/{step.steps}  {note}")
+
+
+def result_table(summary: dict[str, Any]) -> None:
+    """The table that ends `constellation train`: a row per model."""
+    table = Table(title=f"run {summary['run']}", title_justify="left")
+    for name in ("model", "E8 root", "tokens", "steps", "loss nats/token", "dev bits/byte", "status"):
+        table.add_column(name, justify="left" if name in ("model", "E8 root", "status") else "right", no_wrap=True)
+    for row in summary["models"]:
+        bits, loss = row.get("dev_bits_per_byte"), row.get("loss_nats")
+        table.add_row(
+            row["role"], row.get("root") or "-", f"{row.get('tokens') or 0:,}", str(row.get("steps") or 0),
+            "-" if loss is None else f"{loss:.3f}", "-" if bits is None else f"{bits:.3f}", row["status"],
+        )  # fmt: skip
+    Console().print(table)

@@ -1,0 +1,51 @@
+"""constellation train"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from constellation.commands import options
+from constellation.config import override, parse_assignments
+from constellation.presets import preset as make_preset
+
+
+@click.command()
+@options.corpus
+@options.run
+@click.option("--preset", default=None, metavar="NAME", help="tiny | small (default) | 23m | 100m")
+@click.option("--resume", is_flag=True, help="go on with the run in DIR")
+@options.address
+@options.as_json
+@options.overrides
+def command(
+    corpus: Path | None,
+    run: Path,
+    preset: str | None,
+    resume: bool,
+    address: str | None,
+    as_json: bool,
+    overrides: tuple[str, ...],
+) -> None:
+    """Train OCEAN, fit the router, then branch and train eight kernels, each a Ray actor.
+
+    KEY=VALUE changes one setting of the preset, such as optim.lr=2e-3; heart.optim.lr=2e-3 changes it
+    for one kernel alone.
+    """
+    config = override(make_preset(preset or "small"), parse_assignments(overrides))
+    if resume and (preset or overrides or corpus):
+        raise ConfigError(
+            "--resume goes on with the run's own corpus and settings; leave out --corpus, --preset and KEY=VALUE"
+        )
+    options.check_writable(run)
+
+    from actors import launch
+    from constellation.commands.display import Display, result_table
+
+    with Display(as_json) as display:
+        for step in launch.train(run, corpus, config, address=address, resume=resume, say=display.say):
+            display.show(step)
+    summary: dict[str, Any] = launch.summary(run)
+    options.print_json(summary) if as_json else result_table(summary)
