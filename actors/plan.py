@@ -13,7 +13,7 @@ a killed driver that is started again, and the experiments all call the same fun
 from __future__ import annotations
 
 import io
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,6 +31,7 @@ from constellation.train import checkpoint
 from constellation.train.loop import Job, resolve_precision, steps_for
 from router.assign import assign, segments
 from router.fit import fit
+from router.policy import Policy
 from router.route import Router
 
 SCHEMA = 1
@@ -140,23 +141,34 @@ def ocean_job(plan: Plan) -> Job:
 
 def fit_router(plan: Plan) -> Router:
     """The fitted router, from disk when an earlier sitting fitted it; also writes each role's token ranges."""
-    done = plan.router / "segments.json"
-    if done.exists():
+    if (plan.router / "segments.json").exists():
         return Router.load(plan.router)
-    tokenizer, train, dev = Tokenizer.load(plan.tokenizer), open_cache(plan.train), open_cache(plan.dev)
-    texts = document_bytes(train, tokenizer)
-    settings = plan.config.router
-    router = fit(texts, settings, seed=plan.config.train.seed, names=ROLES, validation=document_bytes(dev, tokenizer))
+    router: Router = fit_policy(fit, plan)
     router.save(plan.router)
+    write_assignment(plan.router, router, plan)
+    return router
+
+
+def fit_policy(fit: Callable[..., Any], plan: Plan) -> Any:
+    """`fit` (of the router or a baseline) on the training documents; every tenth calibrates, dev text is not seen."""
+    texts = document_bytes(open_cache(plan.train), Tokenizer.load(plan.tokenizer))
+    held = texts[::10] if len(texts) >= 10 * len(ROLES) else texts
+    rest = [t for i, t in enumerate(texts) if i % 10] if held is not texts else texts
+    return fit(rest, plan.config.router, seed=plan.config.train.seed, names=ROLES, validation=held)
+
+
+def write_assignment(folder: Path, policy: Policy, plan: Plan) -> None:
+    """Write the token ranges that each role reads under `policy`: <role>.npy, and last their sizes, segments.json."""
+    tokenizer, train, settings = Tokenizer.load(plan.tokenizer), open_cache(plan.train), plan.config.router
+    texts = document_bytes(train, tokenizer)
     document_N = np.repeat(np.arange(len(texts)), np.diff(train.offsets))
-    kernel_N = assign(router, texts, train.byte_offsets(tokenizer), document_N, settings.every, settings.hysteresis)
+    kernel_N = assign(policy, texts, train.byte_offsets(tokenizer), document_N, settings.every, settings.hysteresis)
     ranges = {role: segments(kernel_N, k) for k, role in enumerate(ROLES)}
     for role, own in ranges.items():
         buffer = io.BytesIO()
         np.save(buffer, own, allow_pickle=False)
-        write_bytes(plan.router / f"{role}.npy", buffer.getvalue())
-    write_json(done, {role: int((own[:, 1] - own[:, 0]).sum()) for role, own in ranges.items()})
-    return router
+        write_bytes(folder / f"{role}.npy", buffer.getvalue())
+    write_json(folder / "segments.json", {role: int((own[:, 1] - own[:, 0]).sum()) for role, own in ranges.items()})
 
 
 def document_bytes(cache: TokenCache, tokenizer: Tokenizer) -> list[bytes]:

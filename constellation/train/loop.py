@@ -17,10 +17,11 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from constellation import optim
 from constellation.artifacts.run import THETA_UP_TO, RunFolder, Trace
@@ -48,7 +49,6 @@ class Job:
     tokenizer: Path | None = None  # for sample texts
     segments: Path | None = None  # .npy (S, 2) token ranges this role reads; None: everything
     branch: Path | None = None  # checkpoint to start from; None: random weights
-    prefixes: Path | None = None  # .npy, a token per segment that stands first in its windows (control arm)
 
 
 def steps_for(config: Config, role: str, kernels: int) -> int:
@@ -86,8 +86,17 @@ def resolve_precision(config: Config) -> Config:
     return dataclasses.replace(config, train=dataclasses.replace(config.train, precision="bf16" if fast else "fp32"))
 
 
-def fit(job: Job) -> Iterator[Step]:
-    """Train until `job.steps`, yielding a Step after each optimizer step; resumes by itself."""
+class Source(Protocol):
+    """Where batches come from: a pure function of the step."""
+
+    def at(self, step: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]: ...
+
+
+def fit(job: Job, source: Source | None = None) -> Iterator[Step]:
+    """Train until `job.steps`, yielding a Step after each optimizer step; resumes by itself.
+
+    Batches come from the job's segments, or from the `source` of an experiment.
+    """
     t = job.config.train
     torch.set_num_threads(t.ocean_threads if job.role == OCEAN else t.threads)
     device = device_of(job.config)
@@ -98,8 +107,9 @@ def fit(job: Job) -> Iterator[Step]:
     warmup = t.kernel_warmup if is_kernel else t.warmup
     peak = job.config.optim.lr * (t.kernel_lr_scale if is_kernel else 1.0)
 
-    segments = None if job.segments is None else np.load(job.segments, allow_pickle=False)
-    batches = Batches(open_cache(job.train), segments, job.config.kernel.context, batch, t.seed)
+    if source is None:
+        segments = None if job.segments is None else np.load(job.segments, allow_pickle=False)
+        source = Batches(open_cache(job.train), segments, job.config.kernel.context, batch, t.seed)
     dev = None if job.dev is None else open_cache(job.dev)
     model = KernelLM(job.config.kernel, seed=t.seed).to(device)
     optimizer = optim.build(job.config.optim, model)
@@ -125,7 +135,7 @@ def fit(job: Job) -> Iterator[Step]:
     tokens_per_step = batch * job.config.kernel.context
 
     def loss_of(step: int, backward: bool) -> torch.Tensor:
-        x, y = (torch.from_numpy(a).to(device, non_blocking=True) for a in batches.at(step))
+        x, y = (torch.from_numpy(a).to(device, non_blocking=True) for a in source.at(step))
         total = torch.zeros((), device=device)
         for xs, ys in zip(x.chunk(t.accumulation), y.chunk(t.accumulation), strict=True):
             with autocast:
