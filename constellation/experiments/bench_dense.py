@@ -186,27 +186,18 @@ def analyse(
 
 def verdicts(bits: Mapping[str, NDArray[np.floating]], bytes_D: NDArray[np.integer]) -> list[dict[str, Any]]:
     """The claim and the kill rules, with Holm's correction over all of them."""
-    rules = (
-        ("fisher_rao", "dense", "claim A: routed kernels beat one dense kernel at equal tokens and FLOPs", "the claim fails"),
-        ("fisher_rao", "dense_token", "kill rule: they beat a dense kernel told the domain", "geometry is not the cause"),
-        ("fisher_rao", "fisher_rao/permuted", "kill rule: they beat themselves with permuted names", "geometry is not the cause"),
-        ("fisher_rao", "random", "kill rule: they beat random shards", "there is no specialisation"),
-        ("fisher_rao", "tfidf", "kill rule: they beat the tf-idf router", "Fisher-Rao adds nothing here"),
-    )  # fmt: skip
-    rows = [
-        (rule, otherwise, difference(bits[a], bits[b], bytes_D))
-        for a, b, rule, otherwise in rules
-        if a in bits and b in bits
-    ]
-    adjusted = holm([d.p_value for _, _, d in rows])
+    ours = "fisher_rao"
+    present = [rule for rule in RULES if ours in bits and rule[0] in bits]
+    gaps = [difference(bits[ours], bits[other], bytes_D) for other, _, _ in present]
+    adjusted = holm([gap.p_value for gap in gaps])
     return [
         {
+            **gap.to_json(),
             "rule": rule,
-            **d.to_json(),
             "p_holm": p,
-            "verdict": "passed" if d.verdict == "better" else f"failed: {otherwise}",
+            "verdict": "passed" if gap.verdict == "better" else f"failed: {otherwise}",
         }
-        for (rule, otherwise, d), p in zip(rows, adjusted, strict=True)
+        for (_, rule, otherwise), gap, p in zip(present, gaps, adjusted, strict=True)
     ]
 
 
@@ -215,9 +206,7 @@ def markdown(result: Mapping[str, Any]) -> str:
     lines = ["| answer | bits per byte | against dense, 95 % interval |", "|---|---|---|"]
     for name, row in result["table"].items():
         gap = result["difference_from_dense"].get(name)
-        shown = (
-            "" if gap is None else str(Difference(*(gap[k] for k in ("mean", "low", "high", "p_value", "per_seed"))))
-        )
+        shown = "" if gap is None else f"{gap['mean']:+.4f} [{gap['low']:+.4f}, {gap['high']:+.4f}]"
         lines.append(f"| {name} | {row['bits_per_byte']:.4f} | {shown} |")
     lines += ["", "| rule | difference | Holm p | verdict |", "|---|---|---|---|"]
     for v in result["verdicts"]:
@@ -232,9 +221,7 @@ def _prepare(folder: Path, corpus: Path, config: Config, dense: Mapping[str, Any
     return Seed(plan, override(plan.config, {"train.ocean_share": 0.999999, "train.ocean_decay": 0.5, **dense}))
 
 
-def _all(
-    pool: concurrent.futures.Executor, tasks: Sequence[tuple[Any, ...]], what: str, say: Callable[[str], None]
-) -> None:
+def _all(pool: Executor, tasks: Sequence[tuple[Any, ...]], what: str, say: Callable[[str], None]) -> None:
     futures = [pool.submit(*task) for task in tasks]
     for done, future in enumerate(as_completed(futures), 1):
         future.result()
