@@ -1,0 +1,169 @@
+"""Decoding with a static KV cache, batched over requests of different lengths.
+
+`prefill` reads the windows of B requests at once, padded on the right, and keeps their keys and
+values; `step` then adds one token to every row. Row b's token t lies in column t of its row, so a
+row's numbers depend on its own tokens alone. Shapes as in model.py; C columns of the cache.
+
+Everything is fp32: a bf16 product is slower than an fp32 one on most CPUs, and kernels that stand in
+for one another must agree. Two roundings would let a neighbour in the batch, or the moment of the
+prefill, change the last bits of a row; on a CPU both are taken out:
+
+- a matrix product of 1 to 3 rows rounds otherwise than one of 4 and more (MKL), so a step takes at
+  least 4 rows, empty ones added, and attention takes its one query four times;
+- a sum over the columns is split by their number, so columns come in blocks, the unused ones masked.
+
+Where measured (x86, AVX-512, MKL, one thread, contexts up to EXPLICIT_UP_TO) a row's logits are then
+bit-identical alone and in any batch, by a step and by a whole forward pass. The laws of the tests
+ask only for equal tokens. `decode_naive`, a whole forward pass for every token, is the oracle.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from constellation.errors import ConfigError
+from constellation.kernel.model import EXPLICIT_UP_TO, KernelLM, Rows, attend, inverse_temperature
+from constellation.kernel.sample import Sampling, Settings, sample
+
+BLOCK = 16  # columns are counted in blocks: one AVX-512 vector of float32
+MIN_ROWS = 4  # of a matrix product whose rows round alike
+
+
+@dataclasses.dataclass
+class Cache:
+    """Keys and values of `rows` requests, the longest of which holds `longest` tokens.
+
+    There are R >= rows rows; those beyond `rows` are empty ones.
+    """
+
+    keys: list[Tensor]  # one (R, H, C, K) per layer
+    values: list[Tensor]
+    length_R: Tensor  # (R,) int64, tokens held
+    mask_RHC: Tensor  # 0 where a token is held, else -inf; the same for every head
+    coupling_C: Tensor
+    rows: int
+    longest: int
+
+    def keep(self, rows: Sequence[int]) -> Cache:
+        """The given rows alone, in the given order."""
+        empty = max(0, min(MIN_ROWS, len(self.length_R)) - len(rows))
+        index = torch.tensor([*rows, *[rows[0]] * empty], device=self.length_R.device)
+        return dataclasses.replace(
+            self,
+            keys=[k[index] for k in self.keys],
+            values=[v[index] for v in self.values],
+            length_R=self.length_R[index],
+            mask_RHC=self.mask_RHC[index],
+            rows=len(rows),
+        )
+
+
+class Decoder:
+    """The decoding side of a model; holds nothing but it, so its weights may change between turns."""
+
+    def __init__(self, model: KernelLM):
+        self.model = model
+        self.device = model.embedding.weight.device
+        self.context = model.config.context
+        self.min_rows = MIN_ROWS if self.device.type == "cpu" else 1
+
+    @torch.inference_mode()
+    def prefill(self, windows: Sequence[Sequence[int]], room: int) -> tuple[Cache, Tensor]:
+        """A cache that holds the windows with room for `room` more tokens each, and the next logits (B, V).
+
+        Every window needs at least one token and at most context - room.
+        """
+        model, lengths = self.model, [len(w) for w in windows]
+        if not lengths or min(lengths) < 1 or max(lengths) + room > self.context:
+            raise ConfigError(
+                f"windows of {min(lengths, default=0)} to {max(lengths, default=0)} tokens and room for {room}: "
+                f"1 to {self.context - room} fit a context of {self.context}"
+            )
+        batch, length = len(windows), min(_blocks(max(lengths)), self.context)
+        tokens_BT = torch.tensor([[*w, *[0] * (length - len(w))] for w in windows], device=self.device)
+        cache = self._empty(lengths, min(_blocks(max(lengths) + room), _blocks(self.context)))
+        with torch.autocast(self.device.type, enabled=False):
+            rows = model.rows(length)
+            x = model.embedding(tokens_BT)
+            for block, keys, values in zip(model.blocks, cache.keys, cache.values):
+                q, k, v = block.attention.project(block.norm_attention(x), rows)
+                keys[:batch, :, :length], values[:batch, :, :length] = k, v
+                y = attend(q, k, v, rows.mask_TT)
+                x = x + block.attention.out(y.transpose(1, 2).flatten(2))
+                x = x + block.mlp(block.norm_mlp(x))
+            last = x.new_zeros(len(cache.length_R), x.shape[-1])
+            last[:batch] = x[torch.arange(batch), cache.length_R[:batch] - 1]
+            return cache, model.logits(model.norm(last))[:batch]
+
+    def _empty(self, lengths: list[int], columns: int) -> Cache:
+        config, rows = self.model.config, max(len(lengths), self.min_rows)
+        shape = (rows, config.heads, columns, config.width // config.heads)
+        length_R = torch.tensor(lengths + [0] * (rows - len(lengths)), device=self.device)
+        held_RC = torch.arange(columns, device=self.device) < length_R[:, None]
+        return Cache(
+            keys=[torch.zeros(shape, device=self.device) for _ in range(config.layers)],
+            values=[torch.zeros(shape, device=self.device) for _ in range(config.layers)],
+            length_R=length_R,
+            mask_RHC=torch.where(held_RC, 0.0, float("-inf"))[:, None].repeat(1, config.heads, 1),
+            coupling_C=inverse_temperature(self.model.visible, self.model.beta, config.coupling_ref),
+            rows=len(lengths),
+            longest=max(lengths),
+        )
+
+    @torch.inference_mode()
+    def step(self, cache: Cache, tokens_B: Tensor) -> Tensor:
+        """The logits (B, V) after one more token in every row; the cache is changed in place."""
+        model, position_R, rows = self.model, cache.length_R, len(cache.length_R)
+        if rows > cache.rows:
+            tokens_B = F.pad(tokens_B, (0, rows - cache.rows))
+        at_R11 = position_R[:, None, None]
+        factors = Rows(model.cos[at_R11], model.sin[at_R11], cache.coupling_C[at_R11, None])
+        at_RH11 = at_R11[..., None].expand(-1, model.config.heads, 1, 1)
+        at_RH1K = at_RH11.expand_as(cache.keys[0][:, :, :1])
+        cache.mask_RHC.scatter_(2, at_RH11[..., 0], 0.0)
+        cache.length_R = position_R + 1
+        cache.longest += 1
+        columns = min(_blocks(cache.longest), cache.mask_RHC.shape[2])
+        attend_one = _attend_four if self.device.type == "cpu" and columns <= EXPLICIT_UP_TO else _attend_fused
+        with torch.autocast(self.device.type, enabled=False):
+            x = model.embedding(tokens_B)[:, None]
+            for block, keys, values in zip(model.blocks, cache.keys, cache.values):
+                q, k, v = block.attention.project(block.norm_attention(x), factors)
+                keys.scatter_(2, at_RH1K, k)
+                values.scatter_(2, at_RH1K, v)
+                y = attend_one(q, keys[:, :, :columns], values[:, :, :columns], cache.mask_RHC[:, :, :columns])
+                x = x + block.attention.out(y.transpose(1, 2).flatten(2))
+                x = x + block.mlp(block.norm_mlp(x))
+            return model.logits(model.norm(x[:, 0]))[: cache.rows]
+
+
+def _attend_fused(q_RH1K: Tensor, k_RHCK: Tensor, v_RHCK: Tensor, mask_RHC: Tensor) -> Tensor:
+    return F.scaled_dot_product_attention(q_RH1K, k_RHCK, v_RHCK, attn_mask=mask_RHC[:, :, None], scale=1.0)
+
+
+def _attend_four(q_RH1K: Tensor, k_RHCK: Tensor, v_RHCK: Tensor, mask_RHC: Tensor) -> Tensor:
+    """The products of `attend`, with four equal rows in place of one."""
+    q, k, v = q_RH1K.repeat(1, 1, MIN_ROWS, 1).flatten(0, 1), k_RHCK.flatten(0, 1), v_RHCK.flatten(0, 1)
+    logits = torch.bmm(q, k.transpose(1, 2)).add_(mask_RHC.flatten(0, 1)[:, None])  # baddbmm loops over small ones
+    return torch.bmm(torch.softmax(logits, -1), v)[:, :1].unflatten(0, q_RH1K.shape[:2])
+
+
+def _blocks(columns: int) -> int:
+    return -(-columns // BLOCK) * BLOCK
+
+
+@torch.inference_mode()
+def decode_naive(model: KernelLM, window: Sequence[int], count: int, sampling: Sampling) -> list[int]:
+    """`count` tokens after `window`, each from a whole forward pass over the last `context` tokens: the oracle."""
+    tokens, settings = list(window), Settings([sampling], model.embedding.weight.device)
+    for position in range(count):
+        seen = torch.tensor([tokens[-model.config.context :]], device=model.embedding.weight.device)
+        logits = model(seen)[:, -1]
+        marks = torch.zeros_like(logits, dtype=torch.bool).scatter_(1, seen, True)
+        tokens.append(int(sample(logits, settings, [position], marks)))
+    return tokens[len(window) :]
