@@ -1,6 +1,6 @@
 """How well the constellation answers: causal bits per byte of every way to choose.
 
-Each model scores every held-out token once (`read`); every way to answer is then arithmetic on that
+Each model scores every held-out token once (train/score.py); every way to answer is then arithmetic on that
 table. The weight of a token uses only bytes before it: the decision in force at byte s is the last
 one made at or before s, and before the first one OCEAN answers.
 
@@ -23,10 +23,6 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from constellation.coordizer.tokenizer import Tokenizer
-from constellation.data.cache import TokenCache
-from constellation.kernel.model import KernelLM
-from constellation.train.score import score
 from router.assign import look_in_force
 from router.policy import ABSTAINED, Policy, Trajectory, decide
 
@@ -48,29 +44,6 @@ class Scores:
     def bits_D(self, nats_N: NDArray[np.floating]) -> NDArray[np.float64]:
         """Bits of each document."""
         return np.bincount(self.document_N, nats_N, minlength=len(self.byte_length_D)) / LN2
-
-
-def read(
-    ocean: KernelLM,
-    kernels: Mapping[str, KernelLM],
-    cache: TokenCache,
-    tokenizer: Tokenizer,
-    *,
-    stride: int | None = None,
-    precision: str = "fp32",
-) -> Scores:
-    """Score every document of `cache` under all models."""
-    each = [np.concatenate(score(m, cache, stride=stride, precision=precision)) for m in (ocean, *kernels.values())]
-    counts = np.diff(cache.offsets)
-    return Scores(
-        names=tuple(kernels),
-        ocean_N=each[0],
-        kernels_KN=np.stack(each[1:]),
-        document_N=np.repeat(np.arange(len(counts)), counts),
-        byte_N=cache.byte_offsets(tokenizer),
-        byte_length_D=cache.byte_length,
-        domains=tuple(cache.domains),
-    )
 
 
 def choose(scores: Scores, kernel_N: NDArray[np.int64]) -> NDArray[np.float32]:
