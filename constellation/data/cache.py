@@ -24,7 +24,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from constellation.data.corpus import Document
+from constellation.data.document import Document
 from constellation.errors import ArtifactError, ConfigError, DataError, RunError
 
 SCHEMA = 1
@@ -150,7 +150,7 @@ def _write(folder: Path, key: str, documents: Sequence[Document], tokenizer: Enc
                 counts[done] = len(ids) + 1
                 done += 1
     np.save(folder / "offsets.npy", np.concatenate([[0], np.cumsum(counts)]))
-    np.save(folder / "byte_length.npy", np.array([len(d.text.encode()) for d in documents], dtype=np.int64))
+    np.save(folder / "byte_length.npy", np.array([d.num_bytes for d in documents], dtype=np.int64))
     index = {"ids": [d.id for d in documents], "domains": [d.domain for d in documents]}
     (folder / "documents.json").write_text(json.dumps(index), encoding="utf-8")
     meta = {
@@ -174,7 +174,7 @@ def _batches(documents: Sequence[Document]) -> Iterator[list[Document]]:
     size = 0
     for document in documents:
         batch.append(document)
-        size += len(document.text)
+        size += document.num_bytes
         if size >= _BATCH_BYTES:
             yield batch
             batch, size = [], 0
