@@ -144,14 +144,15 @@ class Match:
         return float(np.sqrt(np.mean(self.angles_rad**2)))
 
 
-def match_roots(centres: ArrayLike, among: ArrayLike | None = None, starts: int = 32, seed: int = 0) -> Match:
+def match_roots(centres: ArrayLike, among: ArrayLike | None = None, starts: int | None = None, seed: int = 0) -> Match:
     """Gives each of K centres (K, 8) on S^7 a root of its own, under the best common rotation.
 
     Maximises sum_k <R c_k, r_pi(k)> over orthogonal R and one-to-one pi by turns: the assignment for a fixed R
     (Hungarian; Kuhn 1955), the rotation for a fixed pi (Procrustes; Schonemann 1966). Each turn can only gain, so it
-    ends, at a local optimum: the best of `starts` is kept, the identity and seeded random rotations. `among` limits the
-    choice to some indices, such as `simple_indices()` for one root per role. Neighbouring centres tend to become
-    neighbouring roots; how far that holds is `residual_rad`, to be read beside that of random centres.
+    ends, at a local optimum: the best of `starts` is kept, the identity and seeded random rotations (default
+    16384 / K of them, 0.2 to 0.5 s). `among` limits the choice to some indices, such as `simple_indices()` for one
+    root per role. How well an arrangement fits is `residual_rad`, to be read beside its null: random centres leave
+    about 14 degrees at K = 8, 27 at K = 64 and 33 at K = 240.
     """
     found = np.asarray(centres, dtype=np.float64)
     choice = np.arange(240) if among is None else np.unique(np.asarray(among, dtype=np.int64))
@@ -163,6 +164,7 @@ def match_roots(centres: ArrayLike, among: ArrayLike | None = None, starts: int 
     found = found / length
     target = roots()[choice] / np.sqrt(2)
     draw = np.random.default_rng(seed)
+    starts = 16384 // len(found) if starts is None else starts
     best_gain, best_rotation, best_pick = -np.inf, np.eye(8), np.arange(len(found))
     for start in range(starts):
         rotation = np.eye(8) if start == 0 else np.linalg.qr(draw.standard_normal((8, 8)))[0]

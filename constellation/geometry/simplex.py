@@ -38,7 +38,7 @@ def from_sphere(s: Tensor) -> Tensor:
 def distance(p: Tensor, q: Tensor) -> Tensor:
     """Fisher-Rao distance d = 2 theta(sqrt p, sqrt q), (..., n) -> (...), radians in [0, pi].
 
-    Accurate to a few eps at any distance. pi exactly when the supports are disjoint; uniform to one-hot is
+    Error a few eps at any distance. pi exactly when the supports are disjoint; uniform to one-hot is
     2 arccos(1 / sqrt n). The gradient at p = q does not exist and is given as 0: a loss takes `squared_distance`.
 
     >>> one_hot, uniform = torch.eye(64, dtype=torch.float64), torch.full((64,), 1 / 64, dtype=torch.float64)
@@ -102,7 +102,7 @@ def barycenter(p: Tensor, weights: Tensor | None = None) -> Tensor:
     third order for close points. Equal points give that point. Weights (..., N) are >= 0, any sum.
     """
     s = to_sphere(p)
-    w = torch.ones_like(s[..., 0]) if weights is None else weights
+    w = torch.ones_like(s[..., 0]) if weights is None else weights.to(p)
     return from_sphere(sphere.normalise((w.unsqueeze(-1) * s).sum(-2)))
 
 

@@ -24,9 +24,9 @@ from constellation.errors import ConfigError
 def angle(s: Tensor, t: Tensor) -> Tensor:
     """Angle between unit vectors, theta = 2 atan2(|s - t|, |s + t|), shape (..., D) -> (...), radians in [0, pi].
 
-    Relative error a few eps at any theta, near 0 and near pi too (Kahan 2006). 0 for equal points, pi / 2 for
-    orthogonal ones, pi for antipodes. The gradient is a unit vector, except at theta = 0 and pi, where it does not
-    exist and 0 is given: a loss takes `squared_angle`.
+    Error a few eps at any theta, near 0 and near pi too (Kahan 2006). 0 for equal points, pi / 2 for orthogonal ones,
+    pi for antipodes. The gradient is a unit vector, except at theta = 0 and pi, where it does not exist and 0 is
+    given: a loss takes `squared_angle`.
     """
     return 2 * torch.atan2(torch.linalg.vector_norm(s - t, dim=-1), torch.linalg.vector_norm(s + t, dim=-1))
 
@@ -66,7 +66,8 @@ def exp_in_orthant(s: Tensor, v: Tensor) -> Tensor:
         slope = torch.where(s > 0, -v / torch.where(s > 0, s, 1.0), torch.where(v < 0, torch.inf, -torch.inf))
         steepest, first = slope.max(-1, keepdim=True)
         stops = torch.atan2(length, steepest) < length
-        size = torch.maximum(s.gather(-1, first) * length, v.gather(-1, first).abs())  # against underflow in atan2
+        size = torch.maximum(s.gather(-1, first) * length, v.gather(-1, first).abs())
+        size = torch.where(stops, size, 1.0)  # atan2 of numbers near 1: no underflow in its gradient
     rise = torch.where(stops, s.gather(-1, first) * length / size, 1.0)
     fall = torch.where(stops, -v.gather(-1, first) / size, 1.0)
     part = torch.where(stops, torch.atan2(rise, fall) / torch.where(stops, length, 1.0), 1.0)
@@ -118,15 +119,17 @@ def mean(
 ) -> Mean:
     """Frechet (Karcher) mean: the point that minimises sum_i w_i theta(m, x_i)^2, (..., N, D) -> (..., D).
 
-    m <- exp_m(sum_i w_i log_m(x_i)) from the normalised mean on, until the step is shorter than `tolerance` (radians,
-    default 64 eps). Points of the positive orthant lie within pi / 2 of each other, where the mean is unique (Karcher
-    1977; Afsari 2011) and the unit step contracts. An iteration is two matrix-vector products, 4 N D flops. Weights
-    (..., N) are >= 0, any sum; equal points give that point after 0 steps. The gradient, in points and weights, is
-    that of the exact mean (implicit function theorem, a D x D solve), once.
+    Steepest descent, m <- exp_m(g / max(q, |g|)), g = sum_i w_i log_m(x_i), q = <g, H g> / |g|^2 with the exact
+    Hessian H: from the normalised mean on, until |g| <= `tolerance` (radians, default 64 eps). With q = 1 this is the
+    usual iteration, which takes 100 steps where this takes 5 on points as sparse as texts: nearly orthogonal, H far
+    below 1. Points of the positive orthant lie within pi / 2 of each other, and the mean is unique (Karcher 1977;
+    Afsari 2011); elsewhere it is a stationary point. A step is three matrix-vector products, 6 N D flops.
+    Weights (..., N) are >= 0, any sum; equal points give that point after 0 steps. The gradient, in points and
+    weights, is that of the exact mean (implicit function theorem, a D x D solve), once.
     """
     if points.shape[-2] == 0:
         raise ConfigError("the mean of 0 points does not exist; give at least one")
-    w = torch.ones_like(points[..., 0]) if weights is None else weights.expand(points.shape[:-1])
+    w = torch.ones_like(points[..., 0]) if weights is None else weights.to(points).expand(points.shape[:-1])
     w = w / w.sum(-1, keepdim=True)
     limit = 64 * torch.finfo(points.dtype).eps if tolerance is None else tolerance
     with torch.no_grad():
@@ -137,11 +140,17 @@ def mean(
             converged = residual <= limit
             if bool(converged.all()) or iterations == max_iterations:
                 break
-            moved = normalise(exp(point, step))
+            flat, along = _curvature(point, points, w)
+            bend = flat + (along * torch.einsum("...nd,...d->...n", points, step) ** 2).sum(-1) / residual**2
+            moved = normalise(exp(point, step / torch.maximum(bend, residual).unsqueeze(-1)))
             point = torch.where(converged.unsqueeze(-1), point, moved)  # a batch gives what a loop gives
     if torch.is_grad_enabled() and (points.requires_grad or w.requires_grad):
-        newton = torch.linalg.solve(_hessian(point, points.detach(), w.detach()), _mean_log(point, points, w))
-        point = exp(point, newton)
+        with torch.no_grad():
+            flat, along = _curvature(point, points, w)
+            away = project(point.unsqueeze(-2), points)
+            hessian = torch.einsum("...n,...nd,...ne->...de", along, away, away)
+            hessian.diagonal(dim1=-2, dim2=-1).add_(flat.unsqueeze(-1))
+        point = exp(point, torch.linalg.solve(hessian, _mean_log(point, points, w)))  # a Newton step of length 0
     return Mean(point, iterations, residual, converged)
 
 
@@ -163,7 +172,7 @@ def principal_directions(vectors: Tensor, n: int, weights: Tensor | None = None)
     `vectors @ directions.T`, (N, D) -> (N, n). Not differentiated: directions turn freely where variances are equal.
     """
     with torch.no_grad():
-        w = torch.ones_like(vectors[:, 0]) if weights is None else weights
+        w = torch.ones_like(vectors[:, 0]) if weights is None else weights.to(vectors)
         rows = vectors * (w / w.sum()).sqrt().unsqueeze(-1)
         wide = rows.shape[0] < rows.shape[1]
         gram = rows @ rows.T if wide else rows.T @ rows
@@ -212,10 +221,11 @@ def _mean_log(m: Tensor, points: Tensor, w: Tensor) -> Tensor:
     return project(m, torch.einsum("...n,...nd->...d", w * ratio, points))
 
 
-def _hessian(m: Tensor, points: Tensor, w: Tensor) -> Tensor:
-    """Hessian of sum_i w_i theta_i^2 / 2 at m: theta cot theta across the direction of x_i, 1 along it, (..., D, D)."""
+def _curvature(m: Tensor, points: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
+    """Hessian of sum_i w_i theta_i^2 / 2 at m: flat I + sum_i along_i a_i a_i^T, a_i = x_i - cos theta_i m.
+
+    A point bends it by theta cot theta across its own direction and by 1 along it. Shapes (...) and (..., N).
+    """
     cos, ratio = _cos_and_ratio(m, points)
-    across = points - cos.unsqueeze(-1) * m.unsqueeze(-2)  # sin theta_i x direction
     along = w * (1 - cos * ratio) / (1 - cos**2).clamp_min(torch.finfo(cos.dtype).eps)
-    flat = (w * cos * ratio).sum(-1)[..., None, None] * torch.eye(m.shape[-1], dtype=m.dtype, device=m.device)
-    return flat + torch.einsum("...n,...nd,...ne->...de", along, across, across)
+    return (w * cos * ratio).sum(-1), along
