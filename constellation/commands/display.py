@@ -25,19 +25,17 @@ class Display:
         self.live = self.console.is_terminal and not as_json
         self._tasks: dict[str, TaskID] = {}
         self._next: dict[str, float] = {}
-        self._progress = Progress(
-            TextColumn("{task.description:<12}"), BarColumn(bar_width=None),
-            TextColumn("{task.completed:>6}/{task.total}"), TextColumn("{task.fields[note]}"), TimeRemainingColumn(compact=True), console=self.console,
-        )  # fmt: skip
+        columns = ("{task.description:<12}", "{task.completed:>6}/{task.total}", "{task.fields[note]}")
+        name, count, note = map(TextColumn, columns)
+        left = TimeRemainingColumn(compact=True)
+        self._progress = Progress(name, BarColumn(bar_width=None), count, note, left, console=self.console)
 
     def __enter__(self) -> Display:
         if self.live:
             self._progress.start()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *exception: object) -> None:
         if self.live:
             self._progress.stop()
 

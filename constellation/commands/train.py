@@ -34,11 +34,8 @@ def command(
     KEY=VALUE changes one setting of the preset, such as optim.lr=2e-3; heart.optim.lr=2e-3 changes it
     for one kernel alone.
     """
-    config = override(make_preset(preset or "small"), parse_assignments(overrides))
-    if resume and (preset or overrides or corpus):
-        raise ConfigError(
-            "--resume goes on with the run's own corpus and settings; leave out --corpus, --preset and KEY=VALUE"
-        )
+    own_settings = resume and not preset and not overrides
+    config = None if own_settings else override(make_preset(preset or "small"), parse_assignments(overrides))
     options.check_writable(run)
 
     from actors import launch
