@@ -37,7 +37,6 @@ from constellation.errors import ConfigError
 ALIASES = {"mnemosyne": "memory", "apollo": "prediction", "lightning": "perception", "chronos": "integration"}
 
 _PAIRS = 112  # roots of the first form
-_PLACES = 2.0 ** np.arange(7)
 
 
 @functools.cache
@@ -47,7 +46,7 @@ def roots() -> NDArray[np.float64]:
     signs = np.array([(1, 1), (1, -1), (-1, 1), (-1, -1)])
     for k, pair in enumerate(itertools.combinations(range(8), 2)):
         table[4 * k : 4 * k + 4, pair] = signs
-    minus = np.arange(128)[:, None] // _PLACES % 2
+    minus = np.arange(128)[:, None] >> np.arange(7) & 1
     table[_PAIRS:, :7] = 0.5 - minus
     table[_PAIRS:, 7] = 0.5 - minus.sum(1) % 2
     return _frozen(table)
