@@ -1,0 +1,44 @@
+# Everything happens in .venv; the first target that needs it makes it.
+PYTHON ?= python3
+PRESET ?= small
+BIN := .venv/bin
+RUN ?= runs/demo-$(PRESET)
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test test-slow check bench clean
+
+help:
+	@echo "make demo    set up, train the constellation on Python's own documentation, print samples and the results table (PRESET=tiny|small)"
+	@echo "make test    set up, run the test suite (under ten minutes on two cores); make test-slow runs the long ones"
+	@echo "make check   format, lint, types"
+	@echo "make bench   the quick benchmarks: route, train"
+	@echo "make clean   remove .venv, runs/ and caches"
+
+.venv/installed: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || (echo "constellation needs Python 3.11 or newer; name one: make PYTHON=python3.12" && exit 1)
+	@echo "setting up .venv (a few minutes the first time)"
+	@$(PYTHON) -m venv .venv
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[dev]"
+	@touch $@
+
+demo: .venv/installed
+	@$(BIN)/constellation demo --preset $(PRESET) --run $(RUN)
+
+test: .venv/installed
+	@$(BIN)/python -m pytest
+
+test-slow: .venv/installed
+	@$(BIN)/python -m pytest -m slow
+
+check: .venv/installed
+	@$(BIN)/ruff format --check .
+	@$(BIN)/ruff check .
+	@$(BIN)/mypy
+
+bench: .venv/installed
+	@$(BIN)/constellation bench route
+	@$(BIN)/constellation bench train
+
+clean:
+	rm -rf .venv runs build *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
