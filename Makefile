@@ -12,7 +12,7 @@ help:
 	@echo "make test    set up, run the test suite (under ten minutes on two cores); make test-slow runs the long ones"
 	@echo "make check   format, lint, types"
 	@echo "make bench   the quick benchmarks: route, train"
-	@echo "make clean   remove .venv, runs/ and caches"
+	@echo "make clean   remove .venv and caches; runs/ stays"
 
 .venv/installed: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || (echo "constellation needs Python 3.11 or newer; name one: make PYTHON=python3.12" && exit 1)
@@ -40,5 +40,5 @@ bench: .venv/installed
 	@$(BIN)/constellation bench train
 
 clean:
-	rm -rf .venv runs build *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	rm -rf .venv build *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
