@@ -6,12 +6,13 @@ ring into W = max(1, N // T) windows of T tokens, from a start drawn for the epo
     sample g = step * batch + j,  epoch e = g // W,  window w = perm_e(g mod W)
     x = stream[o : o + T],  y = stream[o + 1 : o + T + 1],  o = shift_e + w T  (mod N)
 
-`perm_e` is a Feistel network (Luby & Rackoff 1988) on the next power of four with cycle walking (Black &
-Rogaway 2002), a bijection of 0..W-1 in O(1) per element, so step 10^9 costs what step 0 costs.
+`perm_e` is a Feistel network over rows x columns >= W with cycle walking (Black & Rogaway 2002, Ciphers with
+arbitrary finite domains), a bijection of 0..W-1 in O(1) per element: step 10^9 costs what step 0 costs.
 """
 
 from __future__ import annotations
 
+import math
 from typing import Protocol
 
 import numpy as np
@@ -82,20 +83,21 @@ class Batches:
 
 
 def permute(rank: Integers, size: int, key: NDArray[np.uint64]) -> Integers:
-    """The image of each `rank` in 0..size-1 under the permutation that its `key` chooses.
+    """The image of each `rank` in 0..size-1 under the permutation chosen by its `key`, in O(len(rank)).
 
-    For a fixed key a bijection of 0..size-1; fewer than four passes are expected.
+    For a fixed key a bijection of 0..size-1; ranks (n,), keys (n,) or (1,).
     """
-    half = np.uint64(max(1, -(-(size - 1).bit_length() // 2)))  # the network permutes 2 * half bits
-    low = np.uint64((1 << int(half)) - 1)
-    value, key = np.array(rank, dtype=np.uint64), np.broadcast_to(key, np.shape(rank))
-    outside = np.ones(value.shape, dtype=bool)
-    while outside.any():  # cycle walking: apply until back inside
-        left, right = value[outside] >> half, value[outside] & low
-        for i in range(_ROUNDS):
-            left, right = right, left ^ (_mix(right ^ _mix(key[outside] + np.uint64(i))) & low)
-        value[outside] = left << half | right
-        outside[outside] = value[outside] >= size
+    rows = np.uint64(math.isqrt(size - 1) + 1)  # the network permutes rows x columns, fewer than `rows` too many
+    columns = np.uint64(-(-size // int(rows)))
+    rounds = [np.broadcast_to(_mix(key + np.uint64(i)), rank.shape) for i in range(_ROUNDS)]
+    value, todo = rank.astype(np.uint64), np.arange(len(rank))
+    while len(todo):
+        row, column = value[todo] // columns, value[todo] % columns
+        for i in range(0, _ROUNDS, 2):  # adding a function of the other half can be undone
+            row = (row + _mix(column ^ rounds[i][todo]) % rows) % rows
+            column = (column + _mix(row ^ rounds[i + 1][todo]) % columns) % columns
+        value[todo] = row * columns + column
+        todo = todo[value[todo] >= size]  # cycle walking: on until back inside
     return value.astype(np.int64)
 
 

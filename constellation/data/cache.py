@@ -61,7 +61,9 @@ class TokenCache:
         self.domains: list[str | None] = documents["domains"]
         self.offsets: NDArray[np.int64] = np.load(path / "offsets.npy")
         self.byte_length: NDArray[np.int64] = np.load(path / "byte_length.npy")
-        self.tokens: NDArray[np.integer] = np.memmap(path / "tokens.bin", dtype=meta["dtype"], mode="r")
+        self.tokens: NDArray[np.integer] = np.memmap(path / "tokens.bin", dtype=meta["dtype"], mode="r").view(
+            np.ndarray
+        )
 
     def byte_offsets(self, tokenizer: Encoder, start: int = 0, end: int | None = None) -> NDArray[np.int64]:
         """For each token in [start, end): the UTF-8 bytes of its document before it, int64 (end - start,).
@@ -81,6 +83,9 @@ class TokenCache:
         before = np.concatenate([[0], np.cumsum(length[self.tokens[first : end - 1]])])
         opening = np.maximum(self.offsets[document] - first, 0)
         return before[start - first :] - before[opening]
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return open_cache, (self.path, False)  # sent to another process as its place on disk, not as its tokens
 
     def __repr__(self) -> str:
         return f"TokenCache({len(self.ids)} documents, {len(self.tokens)} tokens, {self.path})"
@@ -108,7 +113,7 @@ def build_cache(documents: Sequence[Document], tokenizer: Encoder, root: Path) -
             _sync(root)
     except OSError as error:
         raise RunError(
-            f"{path}: the token cache cannot be written: {error.strerror}; free space or change --run"
+            f"{path}: the token cache cannot be written: {error.strerror or error}; free space or change --run"
         ) from None
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -198,10 +203,17 @@ def _sync(path: Path) -> None:
 def _remove_leftovers(root: Path) -> None:
     """Delete what builders of this machine left when they were killed."""
     for folder in root.glob(f".*.{socket.gethostname()}.*.tmp"):
-        pid = int(folder.name.split(".")[-2])
-        try:
-            os.kill(pid, 0)
-        except ProcessLookupError:
+        if not _alive(int(folder.name.split(".")[-2])):
             shutil.rmtree(folder, ignore_errors=True)
-        except PermissionError:
-            pass  # alive, another user's
+
+
+def _alive(pid: int) -> bool:
+    if pid == os.getpid():
+        return False  # it was an earlier process of this number: this one has not begun
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass  # another user's
+    return True

@@ -33,7 +33,7 @@ _JSONL = ".jsonl .ndjson"
 COMPRESSED = (".gz", ".zst")
 KIND_OF = {ending: kind for kind, endings in (("text", _TEXT), ("jsonl", _JSONL)) for ending in endings.split()}
 UNREADABLE = (OSError, EOFError, zlib.error, zstandard.ZstdError)  # what reading a bad file may raise
-_ZSTD_INPUT = 4096  # compressed bytes taken at a time: zstd expands by at most 2**15 or so, this bounds memory
+_ZSTD_INPUT = 512  # compressed bytes taken at a time; 4 may become 128 KiB, so this bounds memory at 16 MiB
 
 
 def kind_of(path: Path) -> str | None:

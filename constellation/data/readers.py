@@ -106,7 +106,9 @@ def _row(line: bytes) -> tuple[str, dict[str, Any]]:
         row = json.loads(line.decode())
     except UnicodeDecodeError as error:
         raise _Refused("invalid UTF-8", f"byte {error.start} of the line") from None
-    except (ValueError, RecursionError) as error:
+    except json.JSONDecodeError as error:
+        raise _Refused("broken JSON line", f"{error.msg} at column {error.colno}") from None
+    except (ValueError, RecursionError) as error:  # a number of thousands of digits, thousands of brackets
         raise _Refused("broken JSON line", str(error)) from None
     text = row.get("text") if isinstance(row, dict) else None
     if not isinstance(text, str):

@@ -15,6 +15,10 @@ class Problem:
     source: str  # "file" or "file:line"
     what: str  # "kind" or "kind: detail"
 
+    @property
+    def kind(self) -> str:
+        return self.what.partition(":")[0]
+
 
 @dataclass(frozen=True)
 class Report:
@@ -35,9 +39,12 @@ class Report:
         return [head, *(f"{n} x {kind}: {self._where(kind)}" for kind, n in self.counts.items())]
 
     def _where(self, kind: str) -> str:
-        sources = [p.source for p in self.problems if p.what.partition(":")[0] == kind]
-        few = ", ".join(sources[:3]) or f"beyond the first {LISTED} problems"
-        return few + (", ..." if self.counts[kind] > 3 else "")
+        listed = [p for p in self.problems if p.kind == kind]
+        if not listed:
+            return f"beyond the first {LISTED} problems"
+        _, _, detail = listed[0].what.partition(": ")
+        few = [listed[0].source + (f" ({detail})" if detail else ""), *(p.source for p in listed[1:3])]
+        return ", ".join(few) + (", ..." if self.counts[kind] > 3 else "")
 
 
 @dataclass
