@@ -1,0 +1,179 @@
+"""How fast does a kernel train? Ratios in one run against a nanoGPT-style loop, across cores, and through Ray.
+
+    loop    tokens per second of one kernel's `fit` step / the peer's step, in one process, taking turns
+    cores   tokens per second of one kernel per core, all cores at once / one kernel alone
+    ray     tokens per second of `fit` inside a kernel actor / `fit` in a plain process
+
+Medians over turns; the peer runs in float32 as nanoGPT does on a CPU, and in bf16 for a fair second look.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import multiprocessing
+import os
+import platform
+import resource
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from constellation import optim
+from constellation.config import Config
+from constellation.coordizer.tokenizer import Tokenizer
+from constellation.data.batches import Batches
+from constellation.data.cache import build_cache, open_cache
+from constellation.data.corpus import read_corpus
+from constellation.experiments.nanogpt import NanoGPT
+from constellation.kernel.loss import linear_cross_entropy
+from constellation.kernel.model import KernelLM
+from constellation.train.loop import Job, fit, resolve_precision
+
+TURN = 5  # steps of one contestant before the other one's turn
+
+
+def run(config: Config, *, seconds: float = 20.0, out: Path | None = None) -> dict[str, Any]:
+    """Measure everything, print the table, write the raw result to `out`."""
+    config = resolve_precision(config)
+    cores = os.cpu_count() or 1
+    spawn = multiprocessing.get_context("spawn")
+    with tempfile.TemporaryDirectory() as scratch, ProcessPoolExecutor(cores, mp_context=spawn) as pool:
+        cache = _corpus(config, Path(scratch))
+        loop = pool.submit(_against_peer, config, cache, seconds).result()
+        one = pool.submit(_alone, config, cache, seconds).result()
+        all_at_once = [f.result() for f in [pool.submit(_alone, config, cache, seconds) for _ in range(cores)]]
+        steps = max(40, round(seconds * one["tokens_per_s"] / (config.train.kernel_batch * config.kernel.context)))
+        ray = _through_ray(config, cache, Path(scratch), steps)
+    together = sum(r["tokens_per_s"] for r in all_at_once)
+    result = {
+        "machine": platform.processor() or platform.machine(),
+        "cores": cores,
+        "torch": torch.__version__,
+        "precision": config.train.precision,
+        "config": config.to_json(),
+        "loop": loop,
+        "one_kernel": one,
+        "one_kernel_per_core": {"tokens_per_s": together, "each": all_at_once},
+        "cores_ratio": together / one["tokens_per_s"],
+        "ray": ray,
+    }
+    for line in report(result):
+        print(line)
+    if out:
+        out.write_text(json.dumps(result, indent=1) + "\n")
+    return result
+
+
+def report(result: dict[str, Any]) -> list[str]:
+    loop, ray = result["loop"], result["ray"]
+    return [
+        f"{result['machine']}, {result['cores']} cores, torch {result['torch']}, kernel in {result['precision']}, one thread",
+        f"kernel                 {loop['kernel']:>9,.0f} tokens/s  {loop['kernel_parameters']:,} parameters",
+        f"nanoGPT-style fp32     {loop['peer_fp32']:>9,.0f} tokens/s  ratio {loop['ratio_fp32']:.2f} (goal 1.1)",
+        f"nanoGPT-style bf16     {loop['peer_bf16']:>9,.0f} tokens/s  ratio {loop['ratio_bf16']:.2f}",
+        f"{result['cores']} kernels, {result['cores']} cores     {result['one_kernel_per_core']['tokens_per_s']:>9,.0f} tokens/s"
+        f"  ratio {result['cores_ratio']:.2f} to one (goal 1.7 on two)",
+        f"fit in a process       {ray['plain']:>9,.0f} tokens/s",
+        f"fit in a Ray actor     {ray['actor']:>9,.0f} tokens/s  overhead {100 * ray['overhead']:+.1f} % (goal < 3 %)",
+        f"peak memory of one training process {result['one_kernel']['peak_mem_bytes'] / 2**20:,.0f} MiB",
+    ]  # fmt: skip
+
+
+def _corpus(config: Config, scratch: Path) -> Path:
+    documents = read_corpus(None, config.data).documents
+    tokenizer = Tokenizer.train((d.text for d in documents[:500]), config.kernel.vocab_size)
+    return build_cache(documents, tokenizer, scratch).path
+
+
+def _kernel_step(config: Config, cache: Path) -> tuple[Callable[[int], None], int]:
+    batches = Batches(open_cache(cache), None, config.kernel.context, config.train.kernel_batch, 0)
+    model = KernelLM(config.kernel)
+    optimizer = optim.build(config.optim, model)
+
+    def step(i: int) -> None:
+        x, y = (torch.from_numpy(a) for a in batches.at(i))
+        with torch.autocast("cpu", torch.bfloat16, enabled=config.train.precision == "bf16"):
+            loss = linear_cross_entropy(model.hidden(x), model.embedding.weight, y, config.train.loss_chunk)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), config.train.clip)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    return step, model.num_parameters()
+
+
+def _peer_step(config: Config, cache: Path, bf16: bool) -> Callable[[int], None]:
+    batches = Batches(open_cache(cache), None, config.kernel.context, config.train.kernel_batch, 0)
+    model = NanoGPT(config.kernel)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
+
+    def step(i: int) -> None:
+        x, y = (torch.from_numpy(a) for a in batches.at(i))
+        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+            loss = model(x, y)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    return step
+
+
+def _against_peer(config: Config, cache: Path, seconds: float) -> dict[str, Any]:
+    torch.set_num_threads(1)
+    kernel, parameters = _kernel_step(config, cache)
+    contestants = {
+        "kernel": kernel,
+        "peer_fp32": _peer_step(config, cache, False),
+        "peer_bf16": _peer_step(config, cache, True),
+    }
+    times: dict[str, list[float]] = {name: [] for name in contestants}
+    for step in contestants.values():
+        for i in range(3):
+            step(i)
+    began, turn = time.perf_counter(), 0
+    while time.perf_counter() - began < 3 * seconds:
+        for name, step in contestants.items():
+            tick = time.perf_counter()
+            for i in range(TURN):
+                step(turn * TURN + i)
+            times[name].append((time.perf_counter() - tick) / TURN)
+        turn += 1
+    tokens = config.train.kernel_batch * config.kernel.context
+    speed = {name: tokens / statistics.median(t) for name, t in times.items()}
+    return {
+        **speed, "turns": turn, "kernel_parameters": parameters,
+        "ratio_fp32": speed["kernel"] / speed["peer_fp32"], "ratio_bf16": speed["kernel"] / speed["peer_bf16"],
+    }  # fmt: skip
+
+
+def _alone(config: Config, cache: Path, seconds: float) -> dict[str, Any]:
+    torch.set_num_threads(1)
+    step, _ = _kernel_step(config, cache)
+    for i in range(3):
+        step(i)
+    began, done = time.perf_counter(), 0
+    while time.perf_counter() - began < seconds:
+        step(done)
+        done += 1
+    spent = time.perf_counter() - began
+    tokens = done * config.train.kernel_batch * config.kernel.context
+    return {"tokens_per_s": tokens / spent, "peak_mem_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}
+
+
+def _job(config: Config, cache: Path, folder: Path, steps: int) -> Job:
+    train = dataclasses.replace(config.train, eval_every=0, checkpoint_every=max(10, steps // 4))
+    return Job("heart", folder, dataclasses.replace(config, train=train), steps, cache)
+
+
+def _plain(job: Job) -> float:
+    """Tokens per second between the end of the first step and the end of the last."""
+    ticks = [(time.perf_counter(), step.tokens) for step in fit(job)]
+    return (ticks[-1][1] - ticks[0][1]) / (ticks[-1][0] - ticks[0][0])
