@@ -21,14 +21,15 @@ from torch import Tensor
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, chunk: int) -> Tensor:
-        """hidden and weight arrive in the dtype of the products (bf16 or fp32); sums are fp32."""
-        total = torch.zeros((), dtype=torch.float32, device=hidden.device)
+        """hidden and weight arrive in the dtype of the products; sums are fp32, or fp64 for fp64."""
+        wide = torch.promote_types(hidden.dtype, torch.float32)
+        total = torch.zeros((), dtype=wide, device=hidden.device)
         rows = hidden.shape[0]
         grad_hidden = torch.empty_like(hidden)
-        grad_weight = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device)
+        grad_weight = torch.zeros(weight.shape, dtype=wide, device=weight.device)
         for start in range(0, rows, chunk):
             part, target = hidden[start : start + chunk], targets[start : start + chunk, None]
-            logits = (part @ weight.T).float()
+            logits = (part @ weight.T).to(wide)
             p = torch.softmax(logits, dim=-1)
             # log p(target) = z_y - max z + ln max p: exact where p(target) itself underflows
             total -= (logits.gather(1, target)[:, 0] - logits.amax(-1) + p.amax(-1).log()).sum()
