@@ -171,7 +171,7 @@ def _alphabet() -> str:
 def _vocabulary(merges: Sequence[tuple[str, str]]) -> tuple[dict[str, int], list[bytes]]:
     alphabet = _alphabet()
     byte = {c: bytes([b]) for b, c in enumerate(alphabet)}
-    names = [*SPECIALS, *alphabet, *(a + b for a, b in merges)]
+    names = list(dict.fromkeys([*SPECIALS, *alphabet, *(a + b for a, b in merges)]))  # two merges may make one token
     token_bytes = [b""] * FIRST_BYTE + [b"".join(byte[c] for c in name) for name in names[FIRST_BYTE:]]
     return {name: i for i, name in enumerate(names)}, token_bytes
 
