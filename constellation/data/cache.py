@@ -15,6 +15,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import secrets
 import shutil
 import socket
 from collections.abc import Iterator, Sequence
@@ -99,7 +100,7 @@ def build_cache(documents: Sequence[Document], tokenizer: Encoder, root: Path) -
     path = root / _key(documents, tokenizer)
     if path.exists():
         return open_cache(path)
-    temporary = root / f".{path.name}.{socket.gethostname()}.{os.getpid()}.tmp"
+    temporary = root / f".{path.name}.{secrets.token_hex(4)}.{socket.gethostname()}.{os.getpid()}.tmp"
     try:
         _remove_leftovers(root)
         temporary.mkdir(parents=True)
@@ -208,8 +209,6 @@ def _remove_leftovers(root: Path) -> None:
 
 
 def _alive(pid: int) -> bool:
-    if pid == os.getpid():
-        return False  # it was an earlier process of this number: this one has not begun
     try:
         os.kill(pid, 0)
     except ProcessLookupError:
