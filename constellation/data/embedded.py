@@ -45,8 +45,8 @@ SUBJECTS = {
     "cProfile pstats timeit argparse optparse getopt cmd code codeop symtable pyclbr tabnanny rlcompleter _pyrepl "
     "warnings typing annotationlib distutils lib2to3 modulefinder pkgutil zipapp venv compileall py_compile",
 }
-BUILT_IN = (
-    "builtins sys posix nt time itertools marshal gc errno atexit faulthandler _abc _ast _codecs _collections "
+BUILT_IN = (  # not sys, whose hooks programs replace: the corpus would depend on the program
+    "builtins posix nt time itertools marshal gc errno atexit faulthandler _abc _ast _codecs _collections "
     "_functools _imp _io _operator _signal _sre _stat _string _symtable _thread _tracemalloc _typing _warnings _weakref"
 )
 _SMALLEST = 0.4  # of the median domain; a smaller one is counted with the library

@@ -20,13 +20,13 @@ ask only for equal tokens. `decode_naive`, a whole forward pass for every token,
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from constellation.errors import ConfigError
+from constellation.errors import ConfigError, RunError
 from constellation.kernel.model import EXPLICIT_UP_TO, KernelLM, Rows, attend, inverse_temperature
 from constellation.kernel.sample import Sampling, Settings, sample
 
@@ -157,13 +157,83 @@ def _blocks(columns: int) -> int:
     return -(-columns // BLOCK) * BLOCK
 
 
+@dataclasses.dataclass
+class Decoding:
+    """One request being decoded: `tokens` and `taken` grow."""
+
+    tokens: list[int]  # the prompt, at least one token, and what follows it
+    sampling: Sampling
+    taken: int = 0  # tokens sampled so far, here or elsewhere: the counter of the random numbers
+
+
+def decode(
+    decoder: Decoder,
+    requests: Sequence[Decoding],
+    room: int,
+    take: Callable[[int, int], bool],
+    bias_V: Tensor | None = None,
+) -> None:
+    """Sample token after token for every request until `take(request, token)` says that it is done.
+
+    Every `room` tokens the windows are cut to the last context - room + 1 tokens and read anew, so a
+    window never slides in between, and `room = 1` is the sliding window of `decode_naive`. `bias_V` is
+    added to all logits: -inf for tokens that must not come. Rows that are done leave the batch when
+    they are half of it.
+    """
+    open_rows = list(range(len(requests)))
+    while open_rows:
+        rows = list(open_rows)
+        windows = [requests[i].tokens[-(decoder.context - room + 1) :] for i in rows]
+        cache, logits_BV = decoder.prefill(windows, room - 1)
+        if not bool(torch.isfinite(logits_BV).all()):
+            raise RunError("a kernel's logits are not finite: its training diverged; lower optim.lr and train anew")
+        settings = Settings([requests[i].sampling for i in rows], decoder.device)
+        seen_BV = _seen(windows, logits_BV) if settings.penalised else None
+        for left in reversed(range(room)):
+            if bias_V is not None:
+                logits_BV = logits_BV + bias_V
+            tokens_B = sample(logits_BV, settings, [requests[i].taken for i in rows], seen_BV)
+            for i, token in zip(rows, tokens_B.tolist()):
+                if i in open_rows:
+                    requests[i].tokens.append(token)
+                    requests[i].taken += 1
+                    if take(i, token):
+                        open_rows.remove(i)
+            if not open_rows or not left:
+                break
+            if seen_BV is not None:
+                seen_BV.scatter_(1, tokens_B[:, None], True)
+            if 2 * len(open_rows) <= len(rows):
+                kept = [at for at, i in enumerate(rows) if i in open_rows]
+                rows, cache, tokens_B = list(open_rows), cache.keep(kept), tokens_B[kept]
+                settings = Settings([requests[i].sampling for i in rows], decoder.device)
+                seen_BV = None if seen_BV is None else seen_BV[kept]
+            logits_BV = decoder.step(cache, tokens_B)
+
+
+def generate(model: KernelLM, windows: Sequence[Sequence[int]], samplings: Sequence[Sampling]) -> list[list[int]]:
+    """`max_new_tokens` tokens after each window, whatever they are: no end of text, no stop."""
+    requests = [Decoding(list(w), s) for w, s in zip(windows, samplings, strict=True)]
+    longest = max(s.max_new_tokens for s in samplings)
+    room = min(longest, max(1, model.config.context // 2))
+    decode(Decoder(model), requests, room, lambda i, token: requests[i].taken == samplings[i].max_new_tokens)
+    return [request.tokens[len(w) :] for request, w in zip(requests, windows)]
+
+
+def _seen(windows: Sequence[Sequence[int]], logits_BV: Tensor) -> Tensor:
+    """Which tokens each window holds, (B, V) bool."""
+    seen_BV = torch.zeros_like(logits_BV, dtype=torch.bool)
+    row = torch.repeat_interleave(torch.arange(len(windows)), torch.tensor([len(w) for w in windows]))
+    seen_BV[row.to(seen_BV.device), torch.tensor([t for w in windows for t in w], device=seen_BV.device)] = True
+    return seen_BV
+
+
 @torch.inference_mode()
-def decode_naive(model: KernelLM, window: Sequence[int], count: int, sampling: Sampling) -> list[int]:
-    """`count` tokens after `window`, each from a whole forward pass over the last `context` tokens: the oracle."""
+def decode_naive(model: KernelLM, window: Sequence[int], sampling: Sampling, taken: int = 0) -> list[int]:
+    """`max_new_tokens` tokens after `window`, each from a whole forward pass over the last `context`: the oracle."""
     tokens, settings = list(window), Settings([sampling], model.embedding.weight.device)
-    for position in range(count):
-        seen = torch.tensor([tokens[-model.config.context :]], device=model.embedding.weight.device)
-        logits = model(seen)[:, -1]
-        marks = torch.zeros_like(logits, dtype=torch.bool).scatter_(1, seen, True)
-        tokens.append(int(sample(logits, settings, [position], marks)))
+    for position in range(taken, taken + sampling.max_new_tokens):
+        read = tokens[-model.config.context :]
+        logits = model(torch.tensor([read], device=model.embedding.weight.device))[:, -1]
+        tokens.append(int(sample(logits, settings, [position], _seen([read], logits))))
     return tokens[len(window) :]

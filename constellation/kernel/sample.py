@@ -23,7 +23,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -35,6 +35,7 @@ from constellation.errors import ConfigError
 
 PREFILTER = 256  # likeliest tokens looked at before a whole row is sorted
 _LARGEST_SEED = 2**64 - 1
+_COLDEST = torch.finfo(torch.float32).tiny  # a temperature that rounds to zero would give 0 / 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,11 +52,11 @@ class Sampling:
     max_new_tokens: int = 128  # >= 1
 
     def __post_init__(self) -> None:
-        _check_number("temperature", self.temperature, self.temperature >= 0, "at least 0; 0 is greedy")
+        _check_number("temperature", self.temperature, lambda x: x >= 0, "at least 0; 0 is greedy")
         _check_whole("top_k", self.top_k, 0, None)
-        _check_number("top_p", self.top_p, 0 < self.top_p <= 1, "above 0 and at most 1; 1 keeps every token")
-        _check_number("min_p", self.min_p, 0 <= self.min_p <= 1, "from 0 to 1; 0 keeps every token")
-        _check_number("repetition_penalty", self.repetition_penalty, self.repetition_penalty > 0, "above 0; 1 is none")
+        _check_number("top_p", self.top_p, lambda x: 0 < x <= 1, "above 0 and at most 1; 1 keeps every token")
+        _check_number("min_p", self.min_p, lambda x: 0 <= x <= 1, "from 0 to 1; 0 keeps every token")
+        _check_number("repetition_penalty", self.repetition_penalty, lambda x: x > 0, "above 0; 1 is none")
         _check_whole("seed", self.seed, 0, _LARGEST_SEED)
         _check_whole("max_new_tokens", self.max_new_tokens, 1, None)
         if not isinstance(self.stop, tuple) or not all(isinstance(s, str) and s for s in self.stop):
@@ -84,9 +85,10 @@ class Sampling:
         return self.top_k > 0 or self.top_p < 1 or self.min_p > 0
 
 
-def _check_number(name: str, value: Any, in_range: bool, wanted: str) -> None:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value) or not in_range:
-        raise ConfigError(f"{name}={value!r}: must be {wanted}")
+def _check_number(name: str, value: Any, in_range: Callable[[float], bool], wanted: str) -> None:
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if not number or not math.isfinite(value) or not in_range(value):
+        raise ConfigError(f"{name}={value!r}: must be a number {wanted}")
 
 
 def _check_whole(name: str, value: Any, low: int, high: int | None) -> None:
@@ -105,7 +107,7 @@ class Settings:
         def where(chosen: list[bool]) -> Tensor:
             return torch.tensor([i for i, c in enumerate(chosen) if c], dtype=torch.int64, device=device)
 
-        self.temperature_B1 = column([s.temperature or 1.0 for s in samplings]).float()
+        self.temperature_B1 = column([s.temperature or 1.0 for s in samplings]).float().clamp(min=_COLDEST)
         self.top_k_B1 = column([float(s.top_k or math.inf) for s in samplings])
         self.top_p_B1 = column([s.top_p if s.top_p < 1 else math.inf for s in samplings])
         self.min_p_B1 = column([s.min_p for s in samplings])
@@ -183,7 +185,9 @@ def _draw_filtered(
     within = torch.searchsorted(cumulative_BW, u_B1 * cumulative_BW.gather(1, last_B1), right=True)
     tokens = ids_BW.gather(1, within)[:, 0]
     if width < vocabulary:
-        longer = (keep_BW[:, -1] & (k_B1[:, 0] > width)).nonzero()[:, 0]
+        # the prefix may go on beyond what was sorted, or the mass of the k likeliest is not known yet
+        k_B = k_B1[:, 0]
+        longer = ((k_B > width) & (keep_BW[:, -1] | (k_B < vocabulary))).nonzero()[:, 0]
         if len(longer):
             tokens[longer] = _draw_filtered(
                 x_BV[longer], p_BV[longer], u_B1[longer], settings, rows[longer], vocabulary

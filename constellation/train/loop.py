@@ -122,8 +122,7 @@ def fit(job: Job, source: Source | None = None) -> Iterator[Step]:
         last.restore(model, optimizer)
         start, trace = last.step, Trace(last.trace)
     elif job.branch is not None:
-        source = checkpoint.open_checkpoint(job.branch)
-        source.restore(model, optimizer if t.inherit_optimizer else None)
+        checkpoint.open_checkpoint(job.branch).restore(model, optimizer if t.inherit_optimizer else None)
     folder.truncate(start)
     if start >= job.steps:
         return

@@ -1,0 +1,72 @@
+"""Files are whole or absent; the trace and the diagnostics survive a torn writer."""
+
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from constellation.artifacts.run import CHANNELS, RunFolder, Trace, read_trace
+from constellation.atomic import read_json, write_bytes, write_folder, write_json
+from constellation.errors import ArtifactError, RunError
+from constellation.telemetry.step import Step
+
+
+def step(i: int) -> Step:
+    return Step("heart", i, 9, i * 10, 1.0, 1.0, 0.1, 0.0)
+
+
+def test_writing_replaces_whole_and_leaves_no_other_file(tmp_path: Path) -> None:
+    write_json(tmp_path / "a.json", {"x": 1})
+    write_json(tmp_path / "a.json", {"x": 2})
+    assert read_json(tmp_path / "a.json") == {"x": 2} and os.listdir(tmp_path) == ["a.json"]
+
+
+def test_a_failing_writer_leaves_the_old_folder(tmp_path: Path) -> None:
+    write_folder(tmp_path / "f", lambda p: (p / "x").write_text("old"))  # type: ignore[func-returns-value,arg-type]
+
+    def torn(folder: Path) -> None:
+        (folder / "x").write_text("new")
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        write_folder(tmp_path / "f", torn)
+    assert (tmp_path / "f" / "x").read_text() == "old" and os.listdir(tmp_path) == ["f"]
+
+
+def test_a_full_disk_is_one_line_with_a_way_out() -> None:
+    with pytest.raises(RunError, match="free the disk"):
+        write_bytes(Path("/dev/full/x"), b"x")
+
+
+def test_json_refuses_nan_and_damage(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="JSON"):
+        write_json(tmp_path / "a.json", {"x": float("nan")})
+    (tmp_path / "b.json").write_text('{"x":')
+    with pytest.raises(ArtifactError, match=r"b\.json"):
+        read_json(tmp_path / "b.json")
+
+
+def test_the_log_forgets_what_came_after_the_checkpoint_and_a_torn_line(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path)
+    folder.log(step(i) for i in range(1, 6))
+    with (tmp_path / "diag_steps.jsonl").open("a") as file:
+        file.write('{"role": "hea')
+    folder.truncate(3)
+    assert [json.loads(x)["step"] for x in (tmp_path / "diag_steps.jsonl").read_text().splitlines()] == [1, 2, 3]
+
+
+def test_trace_round_trip(tmp_path: Path) -> None:
+    trace = Trace()
+    for i in range(3):
+        trace.append(np.full(2, i), **dict.fromkeys(CHANNELS, i))
+    RunFolder(tmp_path).write_trace(trace.arrays())
+    again = Trace(read_trace(tmp_path)).arrays()
+    assert again["theta"].shape == (3, 2) and again["loss_nats"].tolist() == [0, 1, 2]
+    assert {n: again[n].dtype for n in CHANNELS} == {n: np.dtype(t) for n, t in CHANNELS.items()}
+
+
+def test_runtimes_of_several_sittings_add_up(tmp_path: Path) -> None:
+    RunFolder(tmp_path).summarise(status="failed", runtime_s=1.5)
+    assert RunFolder(tmp_path).summarise(status="done", runtime_s=2.0)["runtime_s"] == 3.5

@@ -1,0 +1,93 @@
+"""One way to override; everything impossible is one line that names the value and the way out."""
+
+import pytest
+
+from constellation.config import ROLES, difference, from_json, names, override, parse_assignments
+from constellation.errors import ConfigError
+from constellation.kernel.model import KernelLM, parameter_count
+from constellation.presets import PRESETS, preset, small
+
+
+def test_json_round_trip_is_the_same_config() -> None:
+    config = override(preset("tiny"), {"heart.optim.lr": "1e-3", "train.seed": 7})
+    assert from_json(config.to_json()) == config
+
+
+@pytest.mark.parametrize("name", names())
+def test_every_name_can_be_overridden_with_its_own_value(name: str) -> None:
+    section, _, key = name.partition(".")
+    value = getattr(getattr(small(), section), key) if key else small().preset
+    assert override(small(), {name: str(value)}) == small()
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"optm.lr": "1"}, "optim.lr"),
+        ({"lr": "1"}, "optim.lr"),
+        ({"optim.lr": "fast"}, "a number"),
+        ({"optim.lr": "nan"}, "finite"),
+        ({"optim.lr": "-1"}, "above 0"),
+        ({"kernel.layers": "2.5"}, "whole number"),
+        ({"kernel.heads": "3"}, "even"),
+        ({"kernel.vocab_size": "100"}, "272"),
+        ({"kernel.metric": "cosine"}, "fidelity, dot"),
+        ({"train.ocean_share": "1"}, "below 1"),
+        ({"train.accumulation": "3"}, "multiple"),
+        ({"data.dev_fraction": "0.9"}, "0.5"),
+        ({"router.min_prefix": "9999"}, "max_prefix"),
+        ({"heart.kernel.width": "64"}, "optim.* and train.* only"),
+        ({"heart.optm.lr": "1"}, "heart.optim.lr"),
+        ({"hart.optim.lr": "1"}, "unknown setting"),
+    ],
+)
+def test_impossible_requests_name_the_value_and_the_way_out(changes: dict[str, str], words: str) -> None:
+    with pytest.raises(ConfigError) as error:
+        override(small(), changes)
+    assert words in str(error.value) and "\n" not in str(error.value)
+    assert next(iter(changes)) in str(error.value) or next(iter(changes.values())) in str(error.value)
+
+
+def test_overrides_are_validated_together_not_one_by_one() -> None:
+    config = override(small(), {"kernel.width": 96, "kernel.heads": 6})
+    assert (config.kernel.width, config.kernel.heads) == (96, 6)
+
+
+def test_a_role_changes_itself_alone() -> None:
+    config = override(small(), {"heart.optim.lr": 0.5, "optim.lr": 0.25})
+    assert config.for_role("heart").optim.lr == 0.5
+    assert {config.for_role(r).optim.lr for r in ROLES if r != "heart"} == {0.25}
+
+
+def test_difference_lists_what_changed() -> None:
+    assert difference(small(), override(small(), {"optim.lr": 1.0})) == {"optim.lr": (small().optim.lr, 1.0)}
+
+
+@pytest.mark.parametrize("word", ["optim.lr", "=3", "optim.lr"])
+def test_assignments_need_key_and_value(word: str) -> None:
+    with pytest.raises(ConfigError, match="key=value"):
+        parse_assignments([word])
+
+
+def test_a_key_given_twice_is_refused() -> None:
+    with pytest.raises(ConfigError, match="twice"):
+        parse_assignments(["optim.lr=1", "optim.lr=2"])
+
+
+SIZES = {"tiny": 41_636, "small": 724_876, "23m": 22_911_424, "100m": 100_682_640}
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_the_size_table_of_the_presets(name: str) -> None:
+    config = preset(name).kernel
+    assert parameter_count(config) == SIZES[name]
+    if SIZES[name] < 50e6:
+        import torch
+
+        with torch.device("meta"):
+            assert KernelLM(config, seed=None).num_parameters() == SIZES[name]
+
+
+def test_an_unknown_preset_lists_the_known_ones() -> None:
+    with pytest.raises(ConfigError, match="tiny, small, 23m, 100m"):
+        preset("huge")
