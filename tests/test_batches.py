@@ -46,7 +46,7 @@ def test_equals_the_naive_oracle_and_respects_the_segments(segments, context, ba
 
 
 @given(st.integers(1, 400), st.integers(1, 30), st.integers(1, 9), st.integers(0, 2**64 - 1))
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=50, deadline=None)
 def test_every_window_once_an_epoch(num_tokens, context, batch, seed):
     batches = Batches(stream(num_tokens), None, context, batch, seed)
     steps = 3 * batches.steps_per_epoch + 1

@@ -170,7 +170,7 @@ def test_goes_to_another_process_as_a_path(tokenizer, tmp_path):
 
 
 @given(st.lists(st.text(min_size=1, max_size=60), min_size=1, max_size=5, unique=True), st.data())
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 def test_byte_offsets_equal_the_lengths_of_what_was_decoded(tokenizer, tmp_path_factory, texts, data):
     cache = build_cache([Document(t) for t in texts], tokenizer, tmp_path_factory.mktemp("cache"))
     wanted = []

@@ -46,7 +46,7 @@ def _held_out(groups: dict[str, Group], dev_fraction: float) -> list[Group]:
     chosen: list[str] = []
     taken = 0
     for whole in sorted(groups, key=_keyed):
-        if taken < quota and taken + size[whole] <= 2 * quota:
+        if taken < quota and taken + size[whole] <= 2 * quota and len(chosen) + 1 < len(groups):
             chosen.append(whole)
             taken += size[whole]
     chosen = chosen or [min(groups, key=lambda whole: (size[whole], _keyed(whole)))]
