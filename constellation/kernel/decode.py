@@ -20,6 +20,7 @@ ask only for equal tokens. `decode_naive`, a whole forward pass for every token,
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 
 import torch
@@ -91,11 +92,7 @@ class Decoder:
             rows = model.rows(length)
             x = model.embedding(tokens_BT)
             for block, keys, values in zip(model.blocks, cache.keys, cache.values):
-                q, k, v = block.attention.project(block.norm_attention(x), rows)
-                keys[:batch, :, :length], values[:batch, :, :length] = k, v
-                y = attend(q, k, v, rows.mask_TT)
-                x = x + block.attention.out(y.transpose(1, 2).flatten(2))
-                x = x + block.mlp(block.norm_mlp(x))
+                x = block(x, rows, functools.partial(_fill, keys, values))
             last = x.new_zeros(len(cache.length_R), x.shape[-1])
             last[:batch] = x[torch.arange(batch), cache.length_R[:batch] - 1]
             return cache, model.logits(model.norm(last))[:batch]
@@ -118,39 +115,44 @@ class Decoder:
     @torch.inference_mode()
     def step(self, cache: Cache, tokens_B: Tensor) -> Tensor:
         """The logits (B, V) after one more token in every row; the cache is changed in place."""
-        model, position_R, rows = self.model, cache.length_R, len(cache.length_R)
-        if rows > cache.rows:
-            tokens_B = F.pad(tokens_B, (0, rows - cache.rows))
-        at_R11 = position_R[:, None, None]
-        factors = Rows(model.cos[at_R11], model.sin[at_R11], cache.coupling_C[at_R11, None])
-        at_RH11 = at_R11[..., None].expand(-1, model.config.heads, 1, 1)
-        at_RH1K = at_RH11.expand_as(cache.keys[0][:, :, :1])
+        model, position_R = self.model, cache.length_R
+        if len(position_R) > cache.rows:
+            tokens_B = F.pad(tokens_B, (0, len(position_R) - cache.rows))
+        at_RH11 = position_R[:, None, None, None].expand(-1, model.config.heads, 1, 1)
+        at_R11 = at_RH11[:, 0]
+        rows = Rows(model.cos[at_R11], model.sin[at_R11], cache.coupling_C[at_R11, None])
         cache.mask_RHC.scatter_(2, at_RH11[..., 0], 0.0)
         cache.length_R = position_R + 1
         cache.longest += 1
-        columns = min(_blocks(cache.longest), cache.mask_RHC.shape[2])
-        attend_one = _attend_four if self.device.type == "cpu" and columns <= EXPLICIT_UP_TO else _attend_fused
+        mask_RHC = cache.mask_RHC[:, :, : _blocks(cache.longest)]
         with torch.autocast(self.device.type, enabled=False):
             x = model.embedding(tokens_B)[:, None]
             for block, keys, values in zip(model.blocks, cache.keys, cache.values):
-                q, k, v = block.attention.project(block.norm_attention(x), factors)
-                keys.scatter_(2, at_RH1K, k)
-                values.scatter_(2, at_RH1K, v)
-                y = attend_one(q, keys[:, :, :columns], values[:, :, :columns], cache.mask_RHC[:, :, :columns])
-                x = x + block.attention.out(y.transpose(1, 2).flatten(2))
-                x = x + block.mlp(block.norm_mlp(x))
+                x = block(x, rows, functools.partial(_extend, keys, values, at_RH11, mask_RHC))
             return model.logits(model.norm(x[:, 0]))[: cache.rows]
 
 
-def _attend_fused(q_RH1K: Tensor, k_RHCK: Tensor, v_RHCK: Tensor, mask_RHC: Tensor) -> Tensor:
-    return F.scaled_dot_product_attention(q_RH1K, k_RHCK, v_RHCK, attn_mask=mask_RHC[:, :, None], scale=1.0)
+def _fill(keys: Tensor, values: Tensor, q_BHTK: Tensor, k_BHTK: Tensor, v_BHTK: Tensor, mask: Tensor | None) -> Tensor:
+    """Attention of whole windows, whose keys and values are kept."""
+    batch, _, length, _ = k_BHTK.shape
+    keys[:batch, :, :length], values[:batch, :, :length] = k_BHTK, v_BHTK
+    return attend(q_BHTK, k_BHTK, v_BHTK, mask)
 
 
-def _attend_four(q_RH1K: Tensor, k_RHCK: Tensor, v_RHCK: Tensor, mask_RHC: Tensor) -> Tensor:
-    """The products of `attend`, with four equal rows in place of one."""
-    q, k, v = q_RH1K.repeat(1, 1, MIN_ROWS, 1).flatten(0, 1), k_RHCK.flatten(0, 1), v_RHCK.flatten(0, 1)
-    logits = torch.bmm(q, k.transpose(1, 2)).add_(mask_RHC.flatten(0, 1)[:, None])  # baddbmm loops over small ones
-    return torch.bmm(torch.softmax(logits, -1), v)[:, :1].unflatten(0, q_RH1K.shape[:2])
+def _extend(
+    keys_RHCK: Tensor, values_RHCK: Tensor, at_RH11: Tensor, mask_RHC: Tensor, q: Tensor, k: Tensor, v: Tensor, _: None
+) -> Tensor:
+    """Attention of one token a row, q, k and v (R, H, 1, K), to all that is kept and to itself."""
+    keys_RHCK.scatter_(2, at_RH11.expand_as(k), k)
+    values_RHCK.scatter_(2, at_RH11.expand_as(v), v)
+    columns = mask_RHC.shape[2]
+    keys, values = keys_RHCK[:, :, :columns], values_RHCK[:, :, :columns]
+    if q.device.type != "cpu" or columns > EXPLICIT_UP_TO:
+        return F.scaled_dot_product_attention(q, keys, values, attn_mask=mask_RHC[:, :, None], scale=1.0)
+    # the products of `attend`, of four equal rows; not baddbmm, which loops over small matrices
+    four, keys, values = q.repeat(1, 1, MIN_ROWS, 1).flatten(0, 1), keys.flatten(0, 1), values.flatten(0, 1)
+    logits = torch.bmm(four, keys.transpose(1, 2)).add_(mask_RHC.flatten(0, 1)[:, None])
+    return torch.bmm(torch.softmax(logits, -1), values)[:, :1].unflatten(0, q.shape[:2])
 
 
 def _blocks(columns: int) -> int:

@@ -24,6 +24,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -64,6 +65,9 @@ def attend(q_BHTK: Tensor, k_BHTK: Tensor, v_BHTK: Tensor, mask_TT: Tensor | Non
     return (torch.softmax(logits, -1) @ v).view(q_BHTK.shape)
 
 
+Attend = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]  # of q, k, v and the mask; decoding has its own
+
+
 @dataclasses.dataclass(frozen=True)
 class Rows:
     """What attention needs to know of the rows start..stop-1: rotary tables, coupling, and the mask or None."""
@@ -97,7 +101,7 @@ class Attention(nn.Module):
             q = q * (rows.coupling_T1 / math.sqrt(self.size))
         return rotate(q, rows.cos_TK, rows.sin_TK).to(v.dtype), rotate(k, rows.cos_TK, rows.sin_TK).to(v.dtype), v
 
-    def forward(self, x_BTD: Tensor, rows: Rows) -> Tensor:
+    def forward(self, x_BTD: Tensor, rows: Rows, attend: Attend = attend) -> Tensor:
         y = attend(*self.project(x_BTD, rows), rows.mask_TT)
         return self.out(y.transpose(1, 2).flatten(2))
 
@@ -123,13 +127,18 @@ class Block(nn.Module):
         self.norm_mlp = nn.RMSNorm(config.width, eps=_EPS)
         self.mlp = SwiGLU(config)
 
-    def forward(self, x: Tensor, rows: Rows) -> Tensor:
-        x = x + self.attention(self.norm_attention(x), rows)
+    def forward(self, x: Tensor, rows: Rows, attend: Attend = attend) -> Tensor:
+        x = x + self.attention(self.norm_attention(x), rows, attend)
         return x + self.mlp(self.norm_mlp(x))
 
 
 class KernelLM(nn.Module):
     """tokens (B, T) int64, T <= context -> hidden states (B, T, D) or logits (B, T, V)."""
+
+    beta: Tensor  # parameter when learned, else a table like the next ones
+    cos: Tensor
+    sin: Tensor
+    visible: Tensor  # 1, 2, ..., context
 
     def __init__(self, config: KernelConfig, seed: int | None = 0):
         """`seed=None` leaves the weights as they are, for a model that is loaded next."""
