@@ -126,7 +126,7 @@ def test_training_tokens_go_where_a_query_would_go(scores: Scores) -> None:
     texts = [b"x" * 42, b"y" * 27]
     found = assign(Planted(posteriors, abstain), texts, scores.byte_N, scores.document_N, EVERY, 0.0)
     first = [1, 1, 1, 1, 1, 1, 1, 1, 2, 2, 2, 2, 2, 2]  # before the first look, and abstained: the likeliest
-    assert found.tolist() == first + [0, 0, 0, 0, 0, 0, 0, 0, 1]
+    assert found.tolist() == [*first, 0, 0, 0, 0, 0, 0, 0, 0, 1]
     assert segments(found, 0).tolist() == [[14, 22]] and segments(found, 1).tolist() == [[0, 8], [22, 23]]
     covered = np.concatenate([np.arange(a, b) for k in range(3) for a, b in segments(found, k)])
     assert sorted(covered) == list(range(23))
