@@ -92,17 +92,18 @@ class Policy(Protocol):
         ...
 
 
-def decide(trajectory: Trajectory, hysteresis: float) -> NDArray[np.int64]:
+def decide(trajectory: Trajectory, hysteresis: float, current: int = ABSTAINED) -> NDArray[np.int64]:
     """Kernel in force from `at_bytes[i]` on, (P,) int64, -1 = OCEAN.
 
     A kernel stays until another leads it by more than `hysteresis` nats of log posterior; an
-    abstention is followed at once, and left for the likeliest kernel.
+    abstention is followed at once, and left for the likeliest kernel. `current` is in force before
+    the first look, so a long text may be decided piece by piece.
     """
     log_PK = np.log(np.maximum(trajectory.posterior, np.finfo(np.float32).tiny))
     best_P = log_PK.argmax(axis=1)
     behind_PK = log_PK.max(axis=1, keepdims=True) - log_PK > hysteresis  # kernel k would be left at i
     best, abstain = best_P.tolist(), trajectory.abstain.tolist()
-    decided, current = [], ABSTAINED
+    decided = []
     for i in range(len(trajectory)):
         if abstain[i]:
             current = ABSTAINED

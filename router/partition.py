@@ -1,0 +1,51 @@
+"""Training text divided by the decisions queries will get: byte ranges per kernel.
+
+A text is walked like a query, a look every W bytes on all bytes so far. The bytes before the first look go where it
+points, and where the policy abstains the likeliest kernel reads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from router.policy import ABSTAINED, Policy, Trajectory, decide
+
+
+def partition(policy: Policy, texts: Sequence[bytes], every: int, hysteresis: float) -> list[NDArray[np.int64]]:
+    """Per text the rows (begin, end, kernel), (S, 3) int64: adjoining byte ranges that cover it, kernels 0..K-1."""
+    return [_ranges(t, len(text), hysteresis) for t, text in zip(policy.trajectories(texts, every), texts)]
+
+
+def loads(ranges: Sequence[NDArray[np.int64]], num_kernels: int) -> NDArray[np.int64]:
+    """Bytes each kernel reads, (K,)."""
+    rows = np.concatenate([np.zeros((0, 3), np.int64), *ranges])
+    total = np.zeros(num_kernels, np.int64)
+    np.add.at(total, rows[:, 2], rows[:, 1] - rows[:, 0])
+    return total
+
+
+def in_force_bytes(
+    policy: Policy, texts: Sequence[bytes], every: int
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Log posterior of every look, (P, K), and the bytes it decides, (P,): what `cluster.balance` equalises."""
+    looks = policy.trajectories(texts, every)
+    bytes_P = [np.diff(_edges(t, len(text))) for t, text in zip(looks, texts)]
+    log_PK = np.log(np.maximum(np.concatenate([t.posterior for t in looks]), np.finfo(np.float32).tiny))
+    return log_PK.astype(np.float64), np.concatenate(bytes_P).astype(np.float64)
+
+
+def _edges(trajectory: Trajectory, length: int) -> NDArray[np.int64]:
+    """Look i decides bytes edges[i]..edges[i + 1]."""
+    return np.concatenate([[0], trajectory.at_bytes[1:], [length]])
+
+
+def _ranges(trajectory: Trajectory, length: int, hysteresis: float) -> NDArray[np.int64]:
+    decided = decide(trajectory, hysteresis)
+    kernel = np.where(decided == ABSTAINED, trajectory.posterior.argmax(axis=1), decided)
+    edges = _edges(trajectory, length)
+    keep = np.flatnonzero(np.diff(kernel, prepend=-1))  # where a run of one kernel begins
+    rows = np.stack([edges[keep], np.append(edges[keep[1:]], length), kernel[keep]], axis=1)
+    return rows[rows[:, 1] > rows[:, 0]]
