@@ -25,7 +25,7 @@ from constellation.config import OCEAN, ROLES, Config, difference, from_json
 from constellation.coordizer.tokenizer import Tokenizer
 from constellation.data.cache import TokenCache, build_cache, open_cache
 from constellation.data.corpus import Document, read_corpus
-from constellation.errors import ArtifactError, ConfigError
+from constellation.errors import ArtifactError, ConfigError, ConstellationError
 from constellation.presets import small
 from constellation.train import checkpoint
 from constellation.train.loop import Job, resolve_precision, steps_for
@@ -112,7 +112,13 @@ def prepare(run: Path) -> Plan:
     corpus, config, manifest = open_request(run)
     if "prepared" in manifest:
         return open_plan(run)
-    documents = read_corpus(corpus, config.data)
+    try:
+        documents = read_corpus(corpus, config.data)
+    except ConstellationError:  # a corpus that cannot be used leaves no run behind
+        (run / "constellation.json").unlink()
+        if not any(run.iterdir()):
+            run.rmdir()
+        raise
     train, dev = documents.split(config.data.dev_fraction)
     Tokenizer.train(_up_to(train, config.data.tokenizer_bytes), config.kernel.vocab_size).save(run / "tokenizer.json")
     tokenizer = Tokenizer.load(run / "tokenizer.json")

@@ -42,9 +42,10 @@ class Kernel:
 class Optim:
     """The optimizer (constellation/optim)."""
 
-    name: str = "diagonal_ng"  # diagonal_ng | adamw
+    name: str = "kronecker_ng"  # kronecker_ng | diagonal_ng | adamw
     lr: float = 4e-3  # peak learning rate
-    momentum: float = 0.9  # EMA of gradients
+    momentum: float = 0.9  # EMA of gradients, diagonal steps
+    kronecker_momentum: float = 0.95  # the same of the Kronecker steps
     fisher_decay: float = 0.95  # EMA of the squared gradient, the diagonal Fisher
     power: float = 0.5  # step = m / (F^power + damping); 0.5 seed default, 1.0 natural gradient
     damping: float = 1e-8  # lambda, same unit as F^power
@@ -138,19 +139,20 @@ class Config:
 _CHOICES = {
     "kernel.metric": ("fidelity", "dot"),
     "kernel.coupling": ("fixed", "off", "learned"),
-    "optim.name": ("diagonal_ng", "adamw"),
+    "optim.name": ("kronecker_ng", "diagonal_ng", "adamw"),
     "train.precision": ("auto", "fp32", "bf16"),
 }
 _SIGNED = {"kernel.coupling_beta"}  # may be negative
 _MAY_BE_ZERO = {
-    "optim.momentum", "optim.weight_decay", "optim.damping", "train.warmup", "train.kernel_warmup", "train.decay",
-    "train.ocean_decay", "train.inherit_optimizer", "train.eval_every", "train.keep_best", "train.sample_bytes",
-    "train.seed", "router.hysteresis", "router.abstain_below", "cluster.cpus_per_kernel", "cluster.gpus_per_kernel",
+    "optim.momentum", "optim.kronecker_momentum", "optim.weight_decay", "optim.damping", "train.warmup",
+    "train.kernel_warmup", "train.decay", "train.ocean_decay", "train.inherit_optimizer", "train.eval_every",
+    "train.keep_best", "train.sample_bytes", "train.seed", "router.hysteresis", "router.abstain_below",
+    "cluster.cpus_per_kernel", "cluster.gpus_per_kernel",
 }  # fmt: skip
 _AT_MOST_ONE = {
-    "optim.momentum", "optim.fisher_decay", "train.ocean_share", "train.warmup", "train.kernel_warmup", "train.decay",
-    "train.ocean_decay", "train.inherit_optimizer", "data.dev_fraction", "router.abstain_below",
-    "router.abstain_quantile",
+    "optim.momentum", "optim.kronecker_momentum", "optim.fisher_decay", "train.ocean_share", "train.warmup",
+    "train.kernel_warmup", "train.decay", "train.ocean_decay", "train.inherit_optimizer", "data.dev_fraction",
+    "router.abstain_below", "router.abstain_quantile",
 }  # fmt: skip
 
 

@@ -5,12 +5,18 @@ from __future__ import annotations
 import json
 import os
 import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
+from constellation.config import OCEAN, ROLES
 from constellation.errors import ConfigError
+
+if TYPE_CHECKING:
+    from constellation.kernel.sample import Sampling
 
 run = click.option("--run", "run", type=click.Path(path_type=Path), required=True, metavar="DIR", help="the run folder")
 corpus = click.option(
@@ -20,6 +26,49 @@ corpus = click.option(
 address = click.option("--address", default=None, metavar="A", help="join this Ray cluster (host:port or auto)")
 as_json = click.option("--json", "as_json", is_flag=True, help="print JSON")
 overrides = click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
+
+
+local = click.option("--local", is_flag=True, help="answer in this process, without Ray; the tokens are the same")
+mode = click.option(
+    "--mode", type=click.Choice(["route", OCEAN, *ROLES]), default="route", show_default=True,
+    metavar="route|ocean|KERNEL", help="who answers",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The sampler's options as given; `sampling()` is the record that kernel/sample.py checks."""
+
+    max_new_tokens: int
+    temperature: float
+    top_k: int
+    top_p: float
+    min_p: float
+    repetition_penalty: float
+    seed: int
+    stop: tuple[str, ...]
+
+    def sampling(self) -> Sampling:
+        from constellation.kernel.sample import Sampling
+
+        return Sampling(**vars(self))
+
+
+def sampling(command: Callable[..., Any]) -> Callable[..., Any]:
+    """The sampler's options, in the order of `Settings`."""
+    some = (
+        click.option("--max-new-tokens", default=128, show_default=True, type=click.IntRange(1), metavar="N"),
+        click.option("--temperature", default=0.8, show_default=True, type=click.FloatRange(0), help="0: greedy"),
+        click.option("--top-k", default=0, type=click.IntRange(0), help="likeliest tokens kept; 0: all"),
+        click.option("--top-p", default=0.95, show_default=True, type=click.FloatRange(0, 1, min_open=True)),
+        click.option("--min-p", default=0.0, type=click.FloatRange(0, 1), help="of the likeliest token's probability"),
+        click.option("--repetition-penalty", default=1.0, type=click.FloatRange(0, min_open=True), help="1: none"),
+        click.option("--seed", default=0, show_default=True, type=click.IntRange(0, 2**64 - 1), metavar="S"),
+        click.option("--stop", multiple=True, metavar="TEXT", help="end before this text; may be given again"),
+    )
+    for option in reversed(some):
+        command = option(command)
+    return command
 
 
 def print_json(value: Any) -> None:

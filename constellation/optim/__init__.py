@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from constellation.errors import ConfigError
 
@@ -15,13 +15,19 @@ if TYPE_CHECKING:
 def build(config: Optim, model: torch.nn.Module) -> torch.optim.Optimizer:
     """The optimizer of `config` over all parameters of `model`; weight decay on matrices alone.
 
-    `diagonal_ng` is the natural gradient with diagonal Fisher, `adamw` torch's own, the control.
+    `kronecker_ng` and `diagonal_ng` are natural gradients, `adamw` is torch's own, the control.
     """
     import torch
 
     from constellation.optim.diagonal import DiagonalNG
+    from constellation.optim.kronecker import KroneckerNG
 
     parameters = [p for p in model.parameters() if p.requires_grad]
+    if config.name == "kronecker_ng":
+        return KroneckerNG(
+            _kronecker_groups(model, config.weight_decay), lr=config.lr, momentum=config.kronecker_momentum,
+            alpha=config.fisher_decay, eps=config.damping, diagonal_momentum=config.momentum,
+        )  # fmt: skip
     groups = [
         {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": config.weight_decay},
         {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
@@ -34,4 +40,20 @@ def build(config: Optim, model: torch.nn.Module) -> torch.optim.Optimizer:
     if config.name == "adamw":
         betas = (config.momentum, config.fisher_decay)
         return torch.optim.AdamW(groups, lr=config.lr, betas=betas, eps=max(config.damping, 1e-8), fused=True)
-    raise ConfigError(f"optim.name={config.name!r}: choose diagonal_ng or adamw")
+    raise ConfigError(f"optim.name={config.name!r}: choose kronecker_ng, diagonal_ng or adamw")
+
+
+def _kronecker_groups(model: torch.nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """Linear weights by how many matrices are stacked in them (`stacked` of their module); the rest diagonal."""
+    import torch
+
+    stacked: dict[int, list[torch.nn.Parameter]] = {}
+    for module in model.modules():
+        if isinstance(module, torch.nn.Linear):
+            stacked.setdefault(getattr(module, "stacked", 1), []).append(module.weight)
+    taken = {id(p) for params in stacked.values() for p in params}
+    rest = [p for p in model.parameters() if id(p) not in taken]
+    groups: list[dict[str, Any]] = [
+        {"params": params, "blocks": blocks, "weight_decay": weight_decay} for blocks, params in sorted(stacked.items())
+    ]
+    return [*groups, {"params": rest, "method": "diagonal", "weight_decay": 0.0}]

@@ -14,6 +14,7 @@ by 1 / batch (a constant that lr absorbs at power 1 and that cancels at power 1/
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -22,6 +23,13 @@ from torch import Tensor
 from torch.optim.adamw import adamw
 
 from constellation.errors import ConfigError
+
+
+def check_range(who: str, **settings: tuple[float, float]) -> None:
+    """Each setting (value, highest) must be finite and within [0, highest]."""
+    for name, (value, high) in settings.items():
+        if not 0 <= value <= high or value == math.inf:
+            raise ConfigError(f"{who}: {name}={value} must be finite and lie in [0, {high}]")
 
 
 class DiagonalNG(torch.optim.Optimizer):
@@ -37,16 +45,8 @@ class DiagonalNG(torch.optim.Optimizer):
         power: float = 0.5,
         weight_decay: float = 0.0,
     ):
-        for name, value, low, high in (
-            ("lr", lr, 0.0, float("inf")),
-            ("alpha", alpha, 0.0, 1.0),
-            ("eps", eps, 0.0, float("inf")),
-            ("momentum", momentum, 0.0, 1.0),
-            ("power", power, 0.0, 1.0),
-            ("weight_decay", weight_decay, 0.0, float("inf")),
-        ):
-            if not low <= value <= high or value == float("inf"):
-                raise ConfigError(f"DiagonalNG: {name}={value} must lie in [{low}, {high}]")
+        check_range("DiagonalNG", lr=(lr, math.inf), alpha=(alpha, 1), eps=(eps, math.inf))
+        check_range("DiagonalNG", momentum=(momentum, 1), power=(power, 1), weight_decay=(weight_decay, math.inf))
         settings = {"lr": lr, "alpha": alpha, "eps": eps, "momentum": momentum, "power": power}
         super().__init__(params, {**settings, "weight_decay": weight_decay})
 
@@ -57,40 +57,41 @@ class DiagonalNG(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         for group in self.param_groups:
-            params = [p for p in group["params"] if p.grad is not None]
-            for p in params:
-                if not self.state[p]:
-                    self.state[p] = {
-                        "step": torch.zeros((), dtype=torch.float32, device=p.device),
-                        "momentum": torch.zeros_like(p, dtype=torch.float32),
-                        "fisher": torch.zeros_like(p, dtype=torch.float32),
-                    }
-            if params:
-                self._update(group, params)
+            diagonal_step([p for p in group["params"] if p.grad is not None], self.state, group)
         return loss
 
-    def _update(self, group: dict[str, Any], params: list[Tensor]) -> None:
-        grads = [p.grad for p in params if p.grad is not None]
-        states = [self.state[p] for p in params]
-        steps, momenta, fishers = ([s[name] for s in states] for name in ("step", "momentum", "fisher"))
-        lr, alpha, momentum, power = group["lr"], group["alpha"], group["momentum"], group["power"]
-        if power == 0.5 and all(p.dtype == torch.float32 for p in params):
-            adamw(
-                params, grads, momenta, fishers, [], steps, fused=True, amsgrad=False, beta1=momentum, beta2=alpha,
-                lr=lr, weight_decay=group["weight_decay"], eps=group["eps"], maximize=False,
-            )  # fmt: skip
-            return
-        grads = [g.float() for g in grads]
-        torch._foreach_add_(steps, 1)
-        torch._foreach_lerp_(momenta, grads, 1 - momentum)
-        torch._foreach_mul_(fishers, alpha)
-        torch._foreach_addcmul_(fishers, grads, grads, 1 - alpha)
-        t = float(steps[0])
-        scale = torch._foreach_div(fishers, 1 - alpha**t)
-        torch._foreach_pow_(scale, power)
-        torch._foreach_add_(scale, group["eps"])
-        delta = torch._foreach_div(momenta, scale)
-        torch._foreach_mul_(delta, -lr / (1 - momentum**t))
-        if group["weight_decay"]:
-            torch._foreach_mul_(params, 1 - lr * group["weight_decay"])
-        torch._foreach_add_(params, delta)
+
+def diagonal_step(params: list[Tensor], state: Any, group: dict[str, Any]) -> None:
+    """One step of the formula above on `params`, whose state is made when they are seen first."""
+    if not params:
+        return
+    for p in params:
+        if not state[p]:
+            state[p] = {
+                "step": torch.zeros((), dtype=torch.float32, device=p.device),
+                "momentum": torch.zeros_like(p, dtype=torch.float32),
+                "fisher": torch.zeros_like(p, dtype=torch.float32),
+            }
+    grads = [p.grad for p in params if p.grad is not None]
+    steps, momenta, fishers = ([state[p][name] for p in params] for name in ("step", "momentum", "fisher"))
+    lr, alpha, momentum, power = group["lr"], group["alpha"], group["momentum"], group["power"]
+    if power == 0.5 and all(p.dtype == torch.float32 for p in params):
+        adamw(
+            params, grads, momenta, fishers, [], steps, fused=True, amsgrad=False, beta1=momentum, beta2=alpha,
+            lr=lr, weight_decay=group["weight_decay"], eps=group["eps"], maximize=False,
+        )  # fmt: skip
+        return
+    grads = [g.float() for g in grads]
+    torch._foreach_add_(steps, 1)
+    torch._foreach_lerp_(momenta, grads, 1 - momentum)
+    torch._foreach_mul_(fishers, alpha)
+    torch._foreach_addcmul_(fishers, grads, grads, 1 - alpha)
+    t = float(steps[0])
+    scale = torch._foreach_div(fishers, 1 - alpha**t)
+    torch._foreach_pow_(scale, power)
+    torch._foreach_add_(scale, group["eps"])
+    delta = torch._foreach_div(momenta, scale)
+    torch._foreach_mul_(delta, -lr / (1 - momentum**t))
+    if group["weight_decay"]:
+        torch._foreach_mul_(params, 1 - lr * group["weight_decay"])
+    torch._foreach_add_(params, delta)

@@ -1,0 +1,65 @@
+"""constellation chat"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from constellation.commands import options
+
+
+@click.command()
+@options.run
+@options.sampling
+@options.mode
+@options.local
+@options.address
+def command(
+    run: Path,
+    max_new_tokens: int,
+    temperature: float,
+    top_k: int,
+    top_p: float,
+    min_p: float,
+    repetition_penalty: float,
+    seed: int,
+    stop: tuple[str, ...],
+    mode: str,
+    local: bool,
+    address: str | None,
+) -> None:
+    """Prompt after prompt: everything said so far is the context of the next answer.
+
+    The kernels are trained on text, not on dialogue: they continue what stands there. An empty line
+    begins anew, end of input (Ctrl-D) leaves.
+    """
+    from constellation.commands.answering import Answering
+
+    with Answering(run, local, address) as constellation:
+        said, turn = "", 0
+        while True:
+            try:
+                line = click.prompt("you", default="", show_default=False, prompt_suffix="> ")
+            except click.Abort:
+                click.echo()
+                return
+            if not line:
+                said = ""
+                click.echo("[a new text]", err=True)
+                continue
+            said += line + "\n"
+            settings = options.Settings(
+                max_new_tokens, temperature, top_k, top_p, min_p, repetition_penalty, seed + turn, stop
+            )
+            shown = None
+            for piece in constellation.ask(said, settings, mode):
+                if hasattr(piece, "token_ids"):
+                    said += piece.text + "\n"
+                else:
+                    if piece.kernel != shown:
+                        click.secho(f"{piece.kernel}> ", nl=False, bold=True)
+                        shown = piece.kernel
+                    click.echo(piece.text, nl=False)
+            click.echo()
+            turn += 1

@@ -1,0 +1,61 @@
+"""constellation generate"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from constellation.commands import options
+
+if TYPE_CHECKING:
+    from router.session import Answer
+
+
+@click.command()
+@options.run
+@click.option("--prompt", required=True, metavar="TEXT")
+@options.sampling
+@options.mode
+@options.local
+@options.address
+@options.as_json
+def command(
+    run: Path,
+    prompt: str,
+    max_new_tokens: int,
+    temperature: float,
+    top_k: int,
+    top_p: float,
+    min_p: float,
+    repetition_penalty: float,
+    seed: int,
+    stop: tuple[str, ...],
+    mode: str,
+    local: bool,
+    address: str | None,
+    as_json: bool,
+) -> None:
+    """Answer a prompt: route it, decode on the kernel it belongs to, look again every W bytes, hand off.
+
+    The kernels of a constellation that is `up` answer, else actors started for this query; with --local the
+    same happens in this process and gives the same tokens. --json prints text, tokens and the route.
+    """
+    settings = options.Settings(max_new_tokens, temperature, top_k, top_p, min_p, repetition_penalty, seed, stop)
+    from constellation.commands.answering import Answering
+
+    with Answering(run, local, address) as constellation:
+        answer: Answer | None = None
+        for piece in constellation.ask(prompt, settings, mode):
+            if hasattr(piece, "token_ids"):
+                answer = piece
+            elif not as_json:
+                click.echo(piece.text, nl=False)
+    assert answer is not None
+    if as_json:
+        options.print_json({"prompt": prompt, **answer.to_json()})
+    else:
+        click.echo()
+        route = " -> ".join(answer.kernels)
+        click.echo(f"[{route}; {answer.completion_tokens} tokens, {answer.finish_reason}]", err=True)

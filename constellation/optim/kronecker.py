@@ -1,0 +1,113 @@
+"""KroneckerNG: natural gradient with a Kronecker-factored Fisher, one batch deep.
+
+For a weight W (rows, columns) with gradient G, Shampoo's factors of the empirical Fisher of one batch
+are L = G G^T and R = G^T G, F = L^{1/2} (x) R^{1/2} (Gupta, Koren & Singer 2018). Then
+
+    F^{-1/2} vec G  =  L^{-1/4} G R^{-1/4}  =  U V^T          for  G = U S V^T,
+
+the polar factor of G: every singular direction moves by the same amount. It is computed without a
+decomposition by five Newton-Schulz steps X <- a X + (b A + c A^2) X, A = X X^T, in bf16 products
+(Jordan et al. 2024, "Muon"); they bring singular values near 1 (0.7 .. 1.2), not to 1.
+
+    M <- mu M + (1 - mu) G,     N = (1 - mu) G + mu M         momentum, Nesterov
+    W <- (1 - lr wd) W - lr 0.2 sqrt(max(rows, columns)) polar(N)
+
+The factor makes the step's root mean square that of Adam at the same lr (Liu et al. 2025), so that one
+rate serves all groups. `blocks` splits the rows of stacked matrices (q, k, v in one weight) into equal
+parts with a factor each. Matrices of one shape are stacked and iterated together. Parameters of a group
+with method "diagonal" (embeddings, vectors) get DiagonalNG's step.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from constellation.errors import ConfigError
+from constellation.optim.diagonal import check_range, diagonal_step
+
+NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # a, b, c: steepest at 0 among those that keep [0.7, 1.2] (Jordan 2024)
+NEWTON_SCHULZ_STEPS = 5
+
+
+def polar(matrices_NRC: Tensor) -> Tensor:
+    """U V^T of each matrix U S V^T, singular values within about [0.7, 1.2]; zero matrices stay zero. bf16 inside."""
+    x = matrices_NRC.bfloat16()
+    tall = x.shape[-2] > x.shape[-1]
+    if tall:
+        x = x.mT
+    x = x / x.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-7)
+    a, b, c = NEWTON_SCHULZ
+    for _ in range(NEWTON_SCHULZ_STEPS):
+        gram = x @ x.mT
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return x.mT if tall else x
+
+
+class KroneckerNG(torch.optim.Optimizer):
+    """Groups carry method "kronecker" (matrices, the default) or "diagonal". State is float32."""
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float = 1e-3,
+        momentum: float = 0.95,  # mu of the Kronecker groups
+        weight_decay: float = 0.0,
+        alpha: float = 0.95,  # the last three are DiagonalNG's, for the diagonal groups
+        eps: float = 1e-8,
+        diagonal_momentum: float = 0.9,
+    ):
+        check_range("KroneckerNG", lr=(lr, math.inf), momentum=(momentum, 1), weight_decay=(weight_decay, math.inf))
+        check_range("KroneckerNG", alpha=(alpha, 1), eps=(eps, math.inf), diagonal_momentum=(diagonal_momentum, 1))
+        defaults = {
+            "lr": lr, "momentum": momentum, "weight_decay": weight_decay, "alpha": alpha, "eps": eps,
+            "diagonal_momentum": diagonal_momentum, "method": "kronecker", "blocks": 1,
+        }  # fmt: skip
+        super().__init__(params, defaults)
+        for group in self.param_groups:
+            if group["method"] not in ("kronecker", "diagonal"):
+                raise ConfigError(f"KroneckerNG: method {group['method']!r}; choose kronecker or diagonal")
+            for p in group["params"] if group["method"] == "kronecker" else ():
+                if p.dim() != 2 or p.shape[0] % group["blocks"]:
+                    shape, blocks = tuple(p.shape), group["blocks"]
+                    raise ConfigError(f"KroneckerNG: shape {shape} in {blocks} blocks of rows; give it method=diagonal")
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        buckets: dict[tuple[int, int], list[tuple[Tensor, Tensor, dict[str, Any]]]] = {}
+        for group in self.param_groups:
+            params = [p for p in group["params"] if p.grad is not None]
+            if group["method"] == "diagonal":
+                diagonal_step(params, self.state, {**group, "momentum": group["diagonal_momentum"], "power": 0.5})
+                continue
+            for p in params:
+                buckets.setdefault((p.shape[0] // group["blocks"], p.shape[1]), []).append(
+                    (p, self._direction(p, group), group)
+                )
+        for (rows, columns), members in buckets.items():
+            stacked = torch.cat([direction.view(-1, rows, columns) for _, direction, _ in members])
+            parts = polar(stacked).float().split([group["blocks"] for _, _, group in members])
+            scale = 0.2 * math.sqrt(max(rows, columns))
+            for (p, _, group), part in zip(members, parts, strict=True):
+                if group["weight_decay"]:
+                    p.mul_(1 - group["lr"] * group["weight_decay"])
+                p.add_(part.reshape(p.shape), alpha=-group["lr"] * scale)
+        return loss
+
+    def _direction(self, p: Tensor, group: dict[str, Any]) -> Tensor:
+        """Momentum updated, and the Nesterov look ahead."""
+        state = self.state[p]
+        if not state:
+            state["momentum"] = torch.zeros_like(p, dtype=torch.float32)
+        assert p.grad is not None
+        grad = p.grad.float()
+        state["momentum"].lerp_(grad, 1 - group["momentum"])
+        return grad.lerp(state["momentum"], group["momentum"])

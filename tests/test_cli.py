@@ -1,0 +1,100 @@
+"""The command line: help is fast, every wrong request is one line with status 2 and touches nothing."""
+
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from constellation.cli import COMMANDS, run
+
+
+def snapshot(folder: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() if p.is_file() else b"" for p in sorted(folder.rglob("*"))}
+
+
+@pytest.mark.parametrize("command", ["", *COMMANDS])
+def test_help_everywhere_in_under_half_a_second(command: str) -> None:
+    argv = [sys.executable, "-m", "constellation", *([command] if command else []), "--help"]
+    durations = []
+    for _ in range(3):
+        began = time.perf_counter()
+        out = subprocess.run(argv, capture_output=True, text=True, check=True)
+        durations.append(time.perf_counter() - began)
+        assert out.stdout.startswith("Usage: constellation") and not out.stderr
+        if min(durations) < 0.5:
+            return
+    # not a benchmark: an import of torch would cost several times this even on an idle machine
+    raise AssertionError(f"{command} --help took {min(durations):.2f} s three times: something heavy is imported")
+
+
+WRONG = [
+    ["tain"],
+    ["--nope"],
+    ["train"],
+    ["train", "--run"],
+    ["train", "--run", "new", "--corpus", "missing"],
+    ["train", "--run", "new", "--corpus", "empty"],
+    ["train", "--run", "new", "--corpus", "text", "--preset", "huge"],
+    ["train", "--run", "new", "--corpus", "text", "optim.lr"],
+    ["train", "--run", "new", "--corpus", "text", "optm.lr=1"],
+    ["train", "--run", "new", "--corpus", "text", "optim.lr=fast"],
+    ["train", "--run", "new", "--corpus", "text", "optim.lr=1", "optim.lr=2"],
+    ["train", "--run", "new", "--corpus", "text", "hart.optim.lr=1"],
+    ["train", "--run", "new", "--corpus", "text", "train.ocean_share=1"],
+    ["train", "--run", "text", "--corpus", "text"],
+    ["train", "--run", "text/a.txt", "--corpus", "text"],
+    ["train", "--run", "new", "--resume"],
+    ["train", "--run", "new", "--corpus", "text", "--nope"],
+    ["train", "--run", "new", "--corpus", "broken"],
+    ["eval", "--run", "missing"],
+    ["eval", "--run", "text"],
+    ["eval", "--run", "foreign"],
+    ["eval", "--run", "missing", "--top-k", "0"],
+    ["route", "--run", "missing"],
+    ["generate", "--run", "missing", "--prompt", "x"],
+    ["generate", "--run", "missing"],
+    ["generate", "--run", "missing", "--prompt", "x", "--max-new-tokens", "0"],
+    ["generate", "--run", "missing", "--prompt", "x", "--temperature", "-1"],
+    ["generate", "--run", "missing", "--prompt", "x", "--temperature", "hot"],
+    ["generate", "--run", "missing", "--prompt", "x", "--mode", "poseidon"],
+    ["chat", "--run", "missing"],
+    ["up", "--run", "missing"],
+    ["status"],
+    ["status", "--run", "missing"],
+    ["down", "--run", "missing"],
+    ["bench"],
+    ["bench", "nope"],
+    ["bench", "dense", "--corpus", "text"],
+    ["bench", "dense", "--corpus", "missing", "--work", "new"],
+    ["bench", "dense", "--corpus", "text", "--work", "new", "--arms", "dense,nope"],
+    ["bench", "route", "--centres", "241"],
+]
+
+
+@pytest.mark.parametrize("argv", WRONG, ids=lambda a: " ".join(a))
+def test_a_wrong_request_is_one_line_status_2_and_touches_nothing(
+    argv: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "text").mkdir()
+    (tmp_path / "text" / "a.txt").write_text("some text")
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken" / "a.jsonl").write_text('{"text": 3}\n{"no": "text"}\n{\n')
+    (tmp_path / "foreign").mkdir()
+    (tmp_path / "foreign" / "constellation.json").write_text('{"schema": 99}')
+    monkeypatch.chdir(tmp_path)
+    before = snapshot(tmp_path)
+    status = run(argv)
+    err = capfd.readouterr().err
+    assert (status, len(err.strip().splitlines())) == (2, 1), err
+    assert err.startswith("constellation") and "Traceback" not in err
+    assert snapshot(tmp_path) == before
+
+
+def test_the_program_exits_with_the_status(tmp_path: Path) -> None:
+    argv = [sys.executable, "-m", "constellation", "eval", "--run", str(tmp_path / "missing")]
+    found = subprocess.run(argv, capture_output=True, text=True, env={**os.environ, "NO_COLOR": "1"})
+    assert found.returncode == 2 and found.stdout == "" and len(found.stderr.splitlines()) == 1
