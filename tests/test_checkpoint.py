@@ -42,7 +42,9 @@ def trained(name: str = "diagonal_ng", power: float = 0.5) -> tuple[KernelLM, to
     return model, optimizer
 
 
-@pytest.mark.parametrize(("name", "power"), [("diagonal_ng", 0.5), ("diagonal_ng", 1.0), ("adamw", 0.5)])
+@pytest.mark.parametrize(
+    ("name", "power"), [("kronecker_ng", 0.5), ("diagonal_ng", 0.5), ("diagonal_ng", 1.0), ("adamw", 0.5)]
+)
 def test_a_restored_model_goes_on_with_the_same_bits(tmp_path: Path, name: str, power: float) -> None:
     model, optimizer = trained(name, power)
     save(tmp_path, 3, model, optimizer)

@@ -1,5 +1,7 @@
 """DiagonalNG against closed forms and torch's own optimizers."""
 
+import dataclasses
+
 import pytest
 import torch
 
@@ -72,7 +74,7 @@ def test_build_puts_every_parameter_in_one_group_and_decays_matrices_alone() -> 
     from constellation.presets import tiny
 
     model = KernelLM(tiny().kernel)
-    groups = build(tiny().optim, model).param_groups
+    groups = build(dataclasses.replace(tiny().optim, name="diagonal_ng"), model).param_groups
     seen = [id(p) for g in groups for p in g["params"]]
     assert sorted(seen) == sorted(id(p) for p in model.parameters())
     assert all(p.dim() >= 2 for p in groups[0]["params"]) and groups[1]["weight_decay"] == 0

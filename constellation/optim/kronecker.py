@@ -36,7 +36,8 @@ NEWTON_SCHULZ_STEPS = 5
 
 def polar(matrices_NRC: Tensor) -> Tensor:
     """U V^T of each matrix U S V^T, singular values within about [0.7, 1.2]; zero matrices stay zero. bf16 inside."""
-    x = matrices_NRC.bfloat16()
+    largest = matrices_NRC.abs().amax(dim=(-2, -1), keepdim=True)  # first, or squares of huge entries overflow
+    x = (matrices_NRC / torch.where(largest > 0, largest, 1)).bfloat16()
     tall = x.shape[-2] > x.shape[-1]
     if tall:
         x = x.mT
