@@ -36,12 +36,13 @@ class Stream:
         self._log = np.zeros(len(router.names))
 
     @classmethod
-    def resumed(cls, router: Router, bins: NDArray[np.int64], counts: NDArray[np.int64], tail: bytes) -> Stream:
-        """The stream that had counted `counts` in `bins` (distinct) and ended with `tail`, as a packet carries them."""
+    def resumed(cls, router: Router, counts_B: NDArray[np.int64], tail: bytes) -> Stream:
+        """The stream that had counted `counts_B` and ended with `tail`, as a packet carries them."""
         stream = cls(router)
-        stream._add(bins, counts)
+        bins = np.flatnonzero(counts_B)
+        stream._add(bins, counts_B[bins])
         stream.tail = tail
-        stream.bytes_seen = int(counts.sum()) + len(tail)
+        stream.bytes_seen = int(counts_B.sum()) + len(tail)
         return stream
 
     def update(self, data: bytes) -> None:

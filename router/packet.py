@@ -1,0 +1,107 @@
+"""The hand-off packet: all of a request that has to move when another kernel, or another process, goes on.
+
+    msgpack [schema, checksum, tokens, body]     checksum = blake2b-128 of schema, tokens and body
+    tokens   the window, little-endian uint32
+    body     msgpack map of everything else, at most 4 KB
+
+The router's view of the text (counts, z, posterior) travels along, so that whoever receives the packet
+may look on at the text without having it. KV caches do not: the next kernel reads the window anew.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import zlib
+from typing import Any
+
+import msgpack
+import numpy as np
+from numpy.typing import NDArray
+
+from constellation.errors import ArtifactError, ConfigError
+from constellation.kernel.sample import Sampling
+from router.route import Router
+from router.stream import Stream
+
+SCHEMA = 1
+BODY_BYTES = 4096
+_COUNTS_BYTES = 3072  # room of the counts; those of a text of some 100 KB no longer fit
+_NAMES = ("request", "kernel", "position", "pending", "finish", "text_bytes", "counts", "tail", "z", "posterior")
+
+
+@dataclasses.dataclass(frozen=True)
+class Packet:
+    """The state of one request between two turns."""
+
+    request: str  # id
+    kernel: str  # who takes the next turn
+    tokens: tuple[int, ...]  # the window, and whatever the last turn added to it
+    sampling: Sampling
+    position: int = 0  # tokens sampled so far: with sampling.seed the whole state of the sampler
+    pending: bytes = b""  # end of the answer's bytes in which a stop text may have begun
+    finish: str = ""  # "stop" | "eos" | "length" once the answer is whole
+    text_bytes: int = 0  # n, bytes of prompt and answer the router has seen
+    counts: bytes = b""  # h of these bytes (`pack_counts`); empty when they do not fit
+    tail: bytes = b""  # last two of these bytes, with which the next trigram begins
+    z: bytes = b""  # basin coordinates, float32
+    posterior: bytes = b""  # of the kernels, float32
+
+    def __post_init__(self) -> None:
+        if not self.tokens or min(self.tokens) < 0 or max(self.tokens) > 0xFFFFFFFF:
+            raise ConfigError(f"packet {self.request!r}: at least one token of 0..2^32-1 is needed")
+
+    def stream(self, router: Router) -> Stream:
+        """The router's view of the text, ready to read on."""
+        if not self.counts and self.text_bytes > len(self.tail):
+            raise ConfigError(f"packet {self.request!r} holds no counts of its {self.text_bytes} bytes: read them anew")
+        counts = unpack_counts(self.counts) if self.counts else np.zeros(router.config.bins, np.int64)
+        bins = np.flatnonzero(counts)
+        return Stream.resumed(router, bins, counts[bins], self.tail)
+
+    def encode(self) -> bytes:
+        tokens = np.array(self.tokens, "<u4").tobytes()
+        body = msgpack.packb({**{n: getattr(self, n) for n in _NAMES}, "sampling": self.sampling.to_json()})
+        if len(body) > BODY_BYTES:
+            raise ConfigError(
+                f"packet {self.request!r}: {len(body)} bytes besides its window, {BODY_BYTES} are allowed; "
+                f"its {len(self.sampling.stop)} stop texts are too long"
+            )
+        data: bytes = msgpack.packb([SCHEMA, _checksum(SCHEMA, tokens, body), tokens, body])
+        return data
+
+    @classmethod
+    def decode(cls, data: bytes) -> Packet:
+        """The packet in `data`; ArtifactError when it is damaged, foreign, of another schema or too large."""
+        try:
+            schema, checksum, tokens, body = msgpack.unpackb(data)
+            if schema != SCHEMA:
+                raise ArtifactError(f"packet: schema {schema!r}, this version reads {SCHEMA}; update the older side")
+            if checksum != _checksum(schema, tokens, body):
+                raise ArtifactError("packet: damaged, its checksum differs; send it again")
+            if len(body) > BODY_BYTES:
+                raise ArtifactError(f"packet: {len(body)} bytes besides its window, {BODY_BYTES} are allowed")
+            fields: dict[str, Any] = msgpack.unpackb(body)
+            sampling = Sampling.from_json(fields.pop("sampling"))
+            return cls(tokens=tuple(np.frombuffer(tokens, "<u4").tolist()), sampling=sampling, **fields)
+        except (ValueError, TypeError, KeyError, AttributeError, msgpack.UnpackException) as error:
+            raise ArtifactError(f"packet: not one of this project ({type(error).__name__}: {error})") from None
+
+
+def pack_counts(counts: NDArray[np.int64]) -> bytes:
+    """h, compressed; empty when more than its room would be needed."""
+    planes = np.ascontiguousarray(counts.astype("<u4").view(np.uint8).reshape(-1, 4).T)
+    packed = zlib.compress(planes.tobytes(), 6)
+    return packed if len(packed) <= _COUNTS_BYTES else b""
+
+
+def unpack_counts(packed: bytes) -> NDArray[np.int64]:
+    planes = np.frombuffer(zlib.decompress(packed), np.uint8).reshape(4, -1)
+    return np.ascontiguousarray(planes.T).view("<u4")[:, 0].astype(np.int64)
+
+
+def _checksum(schema: int, tokens: bytes, body: bytes) -> bytes:
+    digest = hashlib.blake2b(msgpack.packb([schema, len(tokens)]), digest_size=16)
+    digest.update(tokens)
+    digest.update(body)
+    return digest.digest()

@@ -1,0 +1,63 @@
+"""Counts in few bytes, exactly: Rice codes of a histogram, with a bound that no text can break.
+
+Rice code with parameter k: v >= 0 is v >> k ones, a zero, and the k low bits of v (Golomb 1966; Rice 1979). N values
+that sum to S take at most N (k + 1) + S / 2^k bits. A histogram of n counts in B bins is coded in one of two ways,
+whichever is shorter: dense, its B counts (N = B, S = n), for long texts; or sparse, the gaps between its n sorted
+entries (N = n, S < B), for short ones. At 4096 bins: 62 counts take 63 bytes or fewer, 1000 take 503, 32 768 take 2560.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+_MOST = 16  # largest k
+
+
+def bound_bytes(n: int, bins: int) -> int:
+    """Bytes that `pack` takes at most for n counts in `bins` bins, whatever the counts are."""
+    either = ((bins, n), (n, bins - 1))
+    return min(-(-(values * (k + 1) + (total >> k)) // 8) for values, total in either for k in range(_MOST + 1))
+
+
+def pack(counts_B: NDArray[np.int64]) -> tuple[int, bytes]:
+    """(code, data): code = 2 k + (1 if sparse), the shortest of all."""
+    n, bins = int(counts_B.sum()), len(counts_B)
+    entries = np.repeat(np.arange(bins), counts_B)
+    ways = (counts_B, np.diff(entries, prepend=0))
+    sizes = {2 * k + way: len(v) * (k + 1) + int((v >> k).sum()) for way, v in enumerate(ways) for k in range(_MOST + 1)}
+    code = min(sizes, key=lambda c: (sizes[c], c))
+    assert -(-sizes[code] // 8) <= bound_bytes(n, bins)
+    return code, _write(ways[code % 2], code // 2)
+
+
+def unpack(code: int, data: bytes, n: int, bins: int) -> NDArray[np.int64]:
+    """The counts, (B,) int64; ValueError unless `data` is what `pack` makes of n counts in `bins` bins."""
+    values = _read(data, n if code % 2 else bins, code // 2)
+    if code % 2:
+        entries = np.cumsum(values)
+        if n and entries[-1] >= bins:
+            raise ValueError("a bin beyond the last")
+        values = np.bincount(entries, minlength=bins)
+    if values.sum() != n:
+        raise ValueError("counts that do not add up")
+    return values
+
+
+def _write(values_N: NDArray[np.int64], k: int) -> bytes:
+    quotient = values_N >> k
+    unary = np.ones(int(quotient.sum()) + len(values_N), np.uint8)
+    unary[np.cumsum(quotient + 1) - 1] = 0
+    low = (values_N[:, None] >> np.arange(k)) & 1
+    return np.packbits(np.concatenate([unary, low.astype(np.uint8).ravel()])).tobytes()
+
+
+def _read(data: bytes, num_values: int, k: int) -> NDArray[np.int64]:
+    bits = np.unpackbits(np.frombuffer(data, np.uint8))
+    zeros = np.flatnonzero(bits == 0)[:num_values]
+    end = int(zeros[-1]) + 1 if num_values and len(zeros) == num_values else 0
+    low = bits[end : end + num_values * k]
+    if len(zeros) < num_values or len(low) < num_values * k or len(data) != -(-(end + num_values * k) // 8):
+        raise ValueError("too few or too many bits")
+    quotient = np.diff(zeros, prepend=-1) - 1
+    return (quotient << k) + (low.reshape(num_values, k).astype(np.int64) << np.arange(k)).sum(axis=1)
