@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import zlib
 from typing import Any
 
 import msgpack
@@ -21,12 +20,14 @@ from numpy.typing import NDArray
 
 from constellation.errors import ArtifactError, ConfigError
 from constellation.kernel.sample import Sampling
+from router import rice
+from router.counts import SPAN
 from router.route import Router
 from router.stream import Stream
 
 SCHEMA = 1
 BODY_BYTES = 4096
-_COUNTS_BYTES = 3072  # room of the counts; those of a text of some 100 KB no longer fit
+COUNTS_BYTES = 2560  # room of the counts: those of every text up to 32 KB, in 4096 bins
 _NAMES = ("request", "kernel", "position", "pending", "finish", "text_bytes", "counts", "tail", "z", "posterior")
 
 
@@ -42,7 +43,7 @@ class Packet:
     pending: bytes = b""  # end of the answer's bytes in which a stop text may have begun
     finish: str = ""  # "stop" | "eos" | "length" once the answer is whole
     text_bytes: int = 0  # n, bytes of prompt and answer the router has seen
-    counts: bytes = b""  # h of these bytes (`pack_counts`); empty when they do not fit
+    counts: bytes = b""  # h of these bytes, Rice-coded (`pack_counts`); empty when they do not fit
     tail: bytes = b""  # last two of these bytes, with which the next trigram begins
     z: bytes = b""  # basin coordinates, float32
     posterior: bytes = b""  # of the kernels, float32
@@ -55,9 +56,8 @@ class Packet:
         """The router's view of the text, ready to read on."""
         if not self.counts and self.text_bytes > len(self.tail):
             raise ConfigError(f"packet {self.request!r} holds no counts of its {self.text_bytes} bytes: read them anew")
-        counts = unpack_counts(self.counts) if self.counts else np.zeros(router.config.bins, np.int64)
-        bins = np.flatnonzero(counts)
-        return Stream.resumed(router, bins, counts[bins], self.tail)
+        counts = unpack_counts(self.counts, self.text_bytes, router.config.bins)
+        return Stream.resumed(router, counts, self.tail)
 
     def encode(self) -> bytes:
         tokens = np.array(self.tokens, "<u4").tobytes()
@@ -88,16 +88,22 @@ class Packet:
             raise ArtifactError(f"packet: not one of this project ({type(error).__name__}: {error})") from None
 
 
-def pack_counts(counts: NDArray[np.int64]) -> bytes:
-    """h, compressed; empty when more than its room would be needed."""
-    planes = np.ascontiguousarray(counts.astype("<u4").view(np.uint8).reshape(-1, 4).T)
-    packed = zlib.compress(planes.tobytes(), 6)
-    return packed if len(packed) <= _COUNTS_BYTES else b""
+def pack_counts(counts_B: NDArray[np.int64]) -> bytes:
+    """h in few bytes: the code, then its data (rice.py); empty when that may take more than COUNTS_BYTES."""
+    if rice.bound_bytes(int(counts_B.sum()), len(counts_B)) > COUNTS_BYTES:
+        return b""
+    code, data = rice.pack(counts_B)
+    return bytes([code]) + data
 
 
-def unpack_counts(packed: bytes) -> NDArray[np.int64]:
-    planes = np.frombuffer(zlib.decompress(packed), np.uint8).reshape(4, -1)
-    return np.ascontiguousarray(planes.T).view("<u4")[:, 0].astype(np.int64)
+def unpack_counts(packed: bytes, text_bytes: int, bins: int) -> NDArray[np.int64]:
+    """h of `text_bytes` bytes, (bins,); ArtifactError when `packed` is not that."""
+    if not packed:
+        return np.zeros(bins, np.int64)
+    try:
+        return rice.unpack(packed[0], packed[1:], max(0, text_bytes - SPAN + 1), bins)
+    except ValueError as error:
+        raise ArtifactError(f"packet: its counts are not those of {text_bytes} bytes in {bins} bins: {error}") from None
 
 
 def _checksum(schema: int, tokens: bytes, body: bytes) -> bytes:
