@@ -14,17 +14,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Protocol
 
-import numpy as np
-
 from constellation.config import OCEAN, Config
 from constellation.coordizer.tokenizer import Tokenizer
 from constellation.errors import ConfigError
 from constellation.kernel.sample import Sampling
-from router.packet import Packet, pack_counts
-from router.policy import ABSTAINED, Choice, Policy, Trajectory, decide, kernel_name
-from router.route import Router
-from router.stream import Stream
+from router.packet import Packet
+from router.policy import Policy
 from router.text import ShownText
+from router.view import Look, View
 
 ROUTE = "route"
 
@@ -60,19 +57,6 @@ class Chunk:
     request: int
     text: str
     kernel: str
-
-
-@dataclass(frozen=True)
-class Look:
-    """A decision: which kernel is in force from byte `at_bytes` of prompt and answer on."""
-
-    at_bytes: int
-    kernel: str
-    likeliest: str  # the kernel of largest posterior, whether in force or not
-    posterior: float  # its posterior, [0, 1]
-    distance_rad: float | None  # Fisher-Rao distance to the nearest centre, [0, pi]; None for a policy without centres
-    abstained: bool
-    reason: str  # why it abstained
 
 
 @dataclass(frozen=True)
@@ -157,72 +141,6 @@ def _run(lives: Sequence[_Life], kernels: Kernels, every: int, measure: bool) ->
                 else:
                     life.look()
         going = [life for life in going if not life.packet.finish]
-
-
-class View:
-    """What a policy sees of one text that is being written."""
-
-    def __init__(self, policy: Policy):
-        self.names = policy.names
-        self.stream = policy.stream() if isinstance(policy, Router) else WholeText(policy)
-        self.current = ABSTAINED
-        self.choice: Choice | None = None
-
-    def update(self, data: bytes) -> None:
-        self.stream.update(data)
-
-    def decide(self, at_bytes: int, hysteresis: float) -> Look:
-        """Who is in force from here on, by the rule that also assigned the training text."""
-        choice = self.stream.choice()
-        nearest = choice.distances_rad.min(initial=np.inf)
-        now = Trajectory(
-            at_bytes=np.array([at_bytes]),
-            posterior=choice.posterior[None],
-            distance_rad=np.array([nearest], np.float32),
-            abstain=np.array([choice.abstained]),
-        )
-        self.current, self.choice = int(decide(now, hysteresis, self.current)[0]), choice
-        return Look(
-            at_bytes=at_bytes,
-            kernel=kernel_name(self.names, self.current),
-            likeliest=self.names[int(choice.posterior.argmax())],
-            posterior=round(float(choice.posterior.max()), 6),
-            distance_rad=round(float(nearest), 6) if np.isfinite(nearest) else None,
-            abstained=choice.abstained,
-            reason=choice.reason,
-        )
-
-    def carried(self) -> dict[str, Any]:
-        """The view as a packet holds it."""
-        assert self.choice is not None
-        return {
-            "text_bytes": self.stream.bytes_seen,
-            "counts": pack_counts(self.stream.counts) if isinstance(self.stream, Stream) else b"",
-            "tail": self.stream.tail,
-            "z": self.choice.z.astype("<f4").tobytes(),
-            "posterior": self.choice.posterior.astype("<f4").tobytes(),
-        }
-
-
-class WholeText:
-    """Any policy's view of a text, read anew at each look: the oracle of `Router.stream`."""
-
-    def __init__(self, policy: Policy):
-        self.policy, self.text = policy, b""
-
-    @property
-    def bytes_seen(self) -> int:
-        return len(self.text)
-
-    @property
-    def tail(self) -> bytes:
-        return self.text[-2:]
-
-    def update(self, data: bytes) -> None:
-        self.text += data
-
-    def choice(self) -> Choice:
-        return self.policy.route([self.text])[0]
 
 
 class _Life:

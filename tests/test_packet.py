@@ -14,7 +14,7 @@ from constellation.kernel.sample import Sampling
 from router.counts import trigrams
 from router.fit import fit
 from router.packet import BODY_BYTES, COUNTS_BYTES, Packet, pack_counts, unpack_counts
-from router.session import View
+from router.view import View
 
 packets = st.builds(
     Packet,

@@ -21,9 +21,10 @@ from router.fit import fit
 from router.local import LocalKernels
 from router.packet import Packet
 from router.policy import Choice, looks
-from router.session import Answer, Chunk, HandOff, Request, WholeText, generate
+from router.session import Answer, Chunk, HandOff, Request, generate
 from router.text import ShownText
 from router.turn import Answerer
+from router.view import WholeText
 
 NAMES = ("heart", "memory", "action")
 TEXTS = [f"the quick brown fox {i} jumps over the lazy dog, naïve café {i}: x = {i} + 1\n" for i in range(40)]

@@ -12,8 +12,8 @@ prefill, change the last bits of a row; on a CPU both are taken out:
   least 4 rows, empty ones added, and attention takes its one query four times;
 - a sum over the columns is split by their number, so columns come in blocks, the unused ones masked.
 
-Where measured (x86, AVX-512, MKL, one thread, contexts up to EXPLICIT_UP_TO) a row's logits are then
-bit-identical alone and in any batch, by a step and by a whole forward pass. The laws of the tests
+Where measured (AMD EPYC, AVX-512, MKL 2024.2, one thread, up to EXPLICIT_UP_TO columns) logits are then
+bit-identical alone and in any batch, by a step and by a whole forward pass; the laws of the tests
 ask only for equal tokens. `decode_naive`, a whole forward pass for every token, is the oracle.
 """
 
