@@ -1,0 +1,193 @@
+"""KernelActor: one model in a process of its own, which trains it or answers with it.
+
+    Engine       the behaviour: one thread owns model, optimizer and device; anybody may ask about it
+    KernelActor  its mailbox: the control group answers at once while the thread works
+
+Every call may be repeated: `train` and `serve` of what is going on already do nothing, `report` only
+looks, a turn is a pure function of its packets.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import collections
+import os
+import sys
+import threading
+import traceback
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import ray
+
+from actors.exclusive import exclusive
+from actors.messages import BUSY, Report
+from constellation.errors import ConfigError, ConstellationError
+
+if TYPE_CHECKING:  # torch is imported in the actor's process only
+    from constellation.telemetry.step import Step
+    from constellation.train.loop import Job
+
+LOOK_EVERY_S = 0.05
+LOCK_WAIT_S = 120.0  # how long a replacement waits for the lost actor to stop writing (a lease of NFS is 90 s)
+
+
+class Engine:
+    """One thread that trains a Job, or answers turns; `report` and `stop` may be called from any other."""
+
+    def __init__(self, role: str):
+        self.role = role
+        self.state = "idle"
+        self.error: str | None = None
+        self.checkpoint: str | None = None
+        self._doing: Any = None  # the Job, or the run folder that is served
+        self._steps: collections.deque[Step] = collections.deque()
+        self._step = 0
+        self._lock = threading.Lock()
+        self._stop = threading.Event()
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix=role)
+        self._loaded: Future[None] = Future()
+        self._kernels: Any = None
+
+    def train(self, job: Job) -> None:
+        """Begin `job`; the same job again is a no-op, another one is refused."""
+        if self._begin(job, "training"):
+            self._thread.submit(self._train, job)
+
+    def serve(self, run: Path, threads: int) -> Future[None]:
+        """Load this role's model from its newest checkpoint in `run`, to answer with it."""
+        if self._begin(run, "idle"):
+            self._loaded = self._thread.submit(self._load, run, threads)
+        return self._loaded
+
+    def turn(self, packets: list[bytes], budget_bytes: int) -> Future[list[bytes]]:
+        """A turn on `packets`, as one batch (router/turn.py)."""
+        self._must_serve()
+        return self._thread.submit(lambda: self._kernels.turns({self.role: packets}, budget_bytes)[self.role])
+
+    def bits(self, packet: bytes, count: int) -> Future[float]:
+        """Bits for the last `count` tokens of the packet's window."""
+        self._must_serve()
+        return self._thread.submit(self._kernels.bits, self.role, packet, count)
+
+    def report(self, since: int) -> Report:
+        """What it is doing, with the steps after step `since`; those up to it are known and forgotten here."""
+        state = self.state  # before the steps: whoever is told "done" has all of them
+        with self._lock:
+            while self._steps and self._steps[0].step <= since:
+                self._steps.popleft()
+            steps = tuple(self._steps)
+        return Report(
+            role=self.role, state=state, pid=os.getpid(), node=ray.util.get_node_ip_address(),
+            node_id=ray.get_runtime_context().get_node_id(), step=self._step, checkpoint=self.checkpoint,
+            error=self.error, steps=steps,
+        )  # fmt: skip
+
+    def stop(self) -> None:
+        """Ask the thread to end after the step it is in."""
+        self._stop.set()
+
+    def _begin(self, what: Any, state: str) -> bool:
+        if self._doing is None:
+            self._doing, self.state = what, state
+            return True
+        if self._doing != what:
+            raise ConfigError(f"{self.role} is at work already; an actor does one thing in its life")
+        return False
+
+    def _train(self, job: Job) -> None:
+        from constellation.train import checkpoint
+        from constellation.train.loop import fit
+
+        try:
+            if not job.train.exists():
+                where = ray.util.get_node_ip_address()
+                raise ConfigError(f"{job.train} is not visible on node {where}; --run must be a folder all nodes share")
+            with exclusive(job.folder, LOCK_WAIT_S, self._stop.is_set):
+                self._step = max(checkpoint.steps_on_disk(job.folder), default=0)
+                self.checkpoint = checkpoint.folder_of(job.folder, self._step).name if self._step else None
+                steps: Any = fit(job)
+                for step in steps:
+                    with self._lock:
+                        self._steps.append(step)
+                    self._step, self.checkpoint = step.step, step.checkpoint or self.checkpoint
+                    if self._stop.is_set() and step.step < step.steps:
+                        steps.close()
+                        self.state = "stopped"
+                        return
+            self.state = "done"
+        except BaseException as error:
+            self._fail(error)
+
+    def _load(self, run: Path, threads: int) -> None:
+        """The very class that answers without Ray, with one model, so that both give the same tokens."""
+        import torch
+
+        from constellation.coordizer.tokenizer import Tokenizer
+        from constellation.train import checkpoint
+        from router.local import LocalKernels
+
+        torch.set_num_threads(threads)
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        model = checkpoint.load_model(run / self.role, device)
+        self._kernels = LocalKernels({self.role: model}, Tokenizer.load(run / "tokenizer.json"))
+        self._step = checkpoint.steps_on_disk(run / self.role)[-1]
+        self.checkpoint = checkpoint.folder_of(run / self.role, self._step).name
+        self.state = "serving"
+
+    def _must_serve(self) -> None:
+        if self.state != "serving":
+            raise ConfigError(f"{self.role} is {self.state}, it answers when it serves: constellation up")
+
+    def _fail(self, error: BaseException) -> None:
+        """Failure as data: reported, and not tried again, for it would fail in the same way."""
+        self.error = str(error) if isinstance(error, ConstellationError) else f"{type(error).__name__}: {error}"
+        self.state = "stopped" if self._stop.is_set() else "failed"
+        traceback.print_exc(file=sys.stderr)  # into the actor's log
+
+
+class Mailbox:
+    """What others may ask of one Engine."""
+
+    def __init__(self, role: str, gpus: float = 0.0):
+        import torch  # an actor that has started is ready to work
+
+        if 0 < gpus < 1 and torch.cuda.is_available():
+            torch.cuda.set_per_process_memory_fraction(gpus)  # a fraction of a GPU is bookkeeping to Ray
+        self._engine = Engine(role)
+
+    @ray.method(concurrency_group="control")
+    async def train(self, job: Job) -> None:
+        self._engine.train(job)
+
+    @ray.method(concurrency_group="control")
+    async def serve(self, run: Path, threads: int) -> None:
+        """Returns when it can answer."""
+        await asyncio.wrap_future(self._engine.serve(run, threads))
+
+    @ray.method(concurrency_group="control")
+    async def report(self, since: int, patience_s: float = 0.0) -> Report:
+        """What is new after step `since`: at the end of the work, otherwise after `patience_s`."""
+        for _ in range(round(patience_s / LOOK_EVERY_S)):
+            if self._engine.state not in (*BUSY, "serving"):
+                break
+            await asyncio.sleep(LOOK_EVERY_S)
+        return self._engine.report(since)
+
+    @ray.method(concurrency_group="control")
+    async def stop(self) -> None:
+        """Returns when the step in progress is done."""
+        self._engine.stop()
+        while self._engine.state == "training":
+            await asyncio.sleep(LOOK_EVERY_S)
+
+    async def turn(self, packets: list[bytes], budget_bytes: int) -> list[bytes]:
+        return await asyncio.wrap_future(self._engine.turn(packets, budget_bytes))
+
+    async def bits(self, packet: bytes, count: int) -> float:
+        return await asyncio.wrap_future(self._engine.bits(packet, count))
+
+
+# restarts are the supervisor's, retries the caller's: Ray does neither by itself
+KernelActor: Any = ray.remote(concurrency_groups={"control": 16}, max_restarts=0, max_task_retries=0)(Mailbox)

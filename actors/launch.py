@@ -1,0 +1,101 @@
+"""The driver: trains a constellation, from a corpus to eight kernels.
+
+    for step in train(run, corpus, config): ...
+
+It reads top to bottom. Everything it did lies in the run folder, so a driver that was killed, stopped
+or lost its cluster is started again with `resume=True` and ends with the same weights, bit for bit.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+from actors.cluster import connected, inside, machine, where
+from actors.exclusive import exclusive
+from actors.hire import trainers
+from actors.placement import check, check_cluster, reserve, share
+from actors.plan import fit_router, kernel_job, ocean_job, open_request, prepare, request
+from actors.status import done, finished, roots, summary, write_view
+from actors.supervisor import Supervisor
+from constellation.config import ROLES, Config
+from constellation.errors import ConfigError, PlacementError
+from constellation.telemetry.step import Step
+
+__all__ = ["summary", "train"]
+
+VIEW_EVERY_S = 2.0
+
+
+def train(
+    run: Path,
+    corpus: Path | None = None,
+    config: Config | None = None,
+    *,
+    address: str | None = None,
+    resume: bool = False,
+    num_cpus: int | None = None,
+    roles: Sequence[str] = ROLES,
+    say: Callable[[str], None] = print,
+) -> Iterator[Step]:
+    """Train the constellation in `run`; yields the steps of all its models as they come.
+
+    `config` None is the run's own when resuming, else the preset small; `address` None is a Ray of our own;
+    `roles` are the kernels to train in this sitting. Closing the iterator, or Ctrl-C, stops every actor
+    after its step; `resume` goes on.
+    """
+    fresh = not run.exists()
+    if note := request(run, corpus, config, resume):
+        say(note)
+    if finished(run):
+        say(f"{run} is trained to its end already; ask it: constellation generate --run {run}")
+        return
+    address = where(address)
+    with exclusive(run), contextlib.ExitStack() as stack:
+        config = open_request(run)[1]
+        bundles = [share(config)] * len(roles)
+        with _withdrawn(run, fresh):  # too small a cluster is said before any work is done
+            if address is None and not inside():
+                check(bundles, [machine(num_cpus)], "this machine")
+            else:
+                stack.enter_context(connected(address))
+                check_cluster(bundles)
+        plan = prepare(run)
+        stack.enter_context(connected(address, num_cpus=num_cpus))
+        placement = reserve(bundles, config.cluster.placement_timeout_s, say)
+        stack.callback(placement.release)
+        supervisor = Supervisor(config, placement, say)
+        stack.callback(supervisor.dismiss)  # runs first: actors die before their room goes
+
+        jobs = [job for job in [ocean_job(plan)] if not done(job.folder)]
+        yield from _viewed(run, supervisor, supervisor.train(trainers(placement, jobs)))
+        fit_router(plan)
+        supervisor.roots = roots(run)
+        jobs = [job for role in roles if not done((job := kernel_job(plan, role)).folder)]
+        yield from _viewed(run, supervisor, supervisor.train(trainers(placement, jobs)))
+
+
+def _viewed(run: Path, supervisor: Supervisor, steps: Iterator[Step]) -> Iterator[Step]:
+    """`steps`, leaving the supervisor's view in the run folder for `constellation status`."""
+    written = 0.0
+    for step in steps:
+        if time.monotonic() - written > VIEW_EVERY_S:
+            write_view(run, supervisor.status())
+            written = time.monotonic()
+        yield step
+
+
+@contextlib.contextmanager
+def _withdrawn(run: Path, fresh: bool) -> Iterator[None]:
+    """Takes the request for a new run back when the cluster cannot hold it."""
+    try:
+        yield
+    except (PlacementError, ConfigError):
+        if fresh:
+            for name in ("constellation.json", ".lock"):
+                (run / name).unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                run.rmdir()
+        raise

@@ -1,0 +1,141 @@
+"""What a run folder says about its constellation; no Ray and no torch here.
+
+A driver at work leaves its newest view in RUN/status.json every two seconds; everything else is read
+from the folders of the models.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from actors.exclusive import is_held
+from actors.messages import ClusterStatus, KernelStatus
+from constellation.atomic import read_json, write_json
+from constellation.config import OCEAN, ROLES
+from constellation.errors import ArtifactError
+
+VIEW = "status.json"
+OLD_S = 30.0  # a driver that has not written its view for so long is stuck or on a machine that is gone
+
+
+def done(folder: Path) -> bool:
+    """Whether the model in `folder` has the checkpoint of its last planned step."""
+    planned = _json(folder / "meta.json").get("steps")
+    return planned is not None and (folder / "checkpoints" / f"step-{planned:08d}").is_dir()
+
+
+def finished(run: Path) -> bool:
+    """Whether every model of `run` is trained to its end."""
+    return all(done(run / role) for role in (OCEAN, *ROLES))
+
+
+def folder_status(run: Path) -> ClusterStatus:
+    """The constellation in `run` by what lies there: training (then live), finished, stopped, failed or new."""
+    kernels = [_kernel(run, role) for role in (OCEAN, *ROLES)]
+    training = is_held(run)
+    if training:
+        view = _json(run / VIEW)
+        age = time.time() - view.get("time", 0.0)
+        live = {row["role"]: KernelStatus(**row) for row in view.get("kernels", ())}
+        kernels = [live.get(k.role, k) for k in kernels]
+        state, detail = (
+            "training",
+            "a driver is training it" if age < OLD_S else f"its driver is silent for {age:.0f} s",
+        )
+    elif finished(run):
+        state, detail = "finished", f"not running; ask it: constellation generate --run {run}"
+    elif failed := [k for k in kernels if k.state == "failed"]:
+        state, detail = "failed", failed[0].health
+    elif any(k.step for k in kernels):
+        state, detail = "stopped", f"not running; go on: constellation train --run {run} --resume"
+    else:
+        state, detail = "new", f"not running, nothing trained yet: constellation train --run {run} --resume"
+    return ClusterStatus(str(run), run.resolve().name, state, None, detail, tuple(kernels))
+
+
+def write_view(run: Path, kernels: Sequence[KernelStatus]) -> None:
+    write_json(run / VIEW, {"time": time.time(), "kernels": [asdict(k) for k in kernels]})
+
+
+def summary(run: Path) -> dict[str, Any]:
+    """The result of a run as plain data: a row per model, with its address, loss and bits per byte."""
+    addresses = roots(run)
+    rows = []
+    for role in (OCEAN, *ROLES):
+        page = _json(run / role / "summary.json")
+        rows.append({
+            "role": role, "root": addresses.get(role), "tokens": page.get("tokens"), "steps": page.get("steps"),
+            "loss_nats": page.get("last_loss_nats"), "dev_bits_per_byte": page.get("best_dev_bits_per_byte"),
+            "status": "done" if done(run / role) else page.get("status", "waiting"),
+        })  # fmt: skip
+    return {"run": str(run), "models": rows}
+
+
+def roots(run: Path) -> dict[str, str]:
+    """E8 addresses of the kernels as the fitted router gave them, in words; empty before that."""
+    from router.route import Router
+
+    try:
+        router = Router.load(run / "router")
+    except ArtifactError:
+        return {}
+    return {role: root_name(vector) for role, vector in zip(router.names, router.roots.tolist(), strict=True)}
+
+
+def root_name(vector: Sequence[float]) -> str:
+    """A root of E8 in the standard basis: "e1 - e3", or its eight signs, "+--+++-+ / 2".
+
+    >>> root_name([1, 0, -1, 0, 0, 0, 0, 0])
+    'e1 - e3'
+    >>> root_name([0.5, -0.5, -0.5, 0.5, 0.5, 0.5, 0.5, -0.5])
+    '+--++++- / 2'
+    """
+    if all(abs(abs(x) - 0.5) < 1e-6 for x in vector):
+        return "".join("+" if x > 0 else "-" for x in vector) + " / 2"
+    words = [f"{'+' if x > 0 else '-'} e{i}" for i, x in enumerate(vector, 1) if abs(x) > 0.5]
+    return " ".join(words).removeprefix("+ ").replace("- e", "-e", 1 if words[0][0] == "-" else 0)
+
+
+def _kernel(run: Path, role: str) -> KernelStatus:
+    folder = run / role
+    last, page = _last_step(folder / "diag_steps.jsonl"), _json(folder / "summary.json")
+    planned = _json(folder / "meta.json").get("steps")
+    if done(folder):
+        state = "done"
+    else:
+        state = "failed" if page.get("status") == "failed" else "stopped" if last else "waiting"
+    return KernelStatus(
+        role=role, root=roots(run).get(role), state=state,
+        health=page["failure"] if state == "failed" else "ok", step=last.get("step", 0),
+        steps=planned, loss_nats=last.get("loss_nats"),
+    )  # fmt: skip
+
+
+def _last_step(file: Path) -> dict[str, Any]:
+    """The last whole line of a log; steps are logged when their checkpoint is."""
+    try:
+        with file.open("rb") as log:
+            log.seek(max(0, log.seek(0, 2) - 65536))
+            lines = log.read().splitlines()
+    except FileNotFoundError:
+        return {}
+    for line in reversed(lines):
+        try:
+            found: dict[str, Any] = json.loads(line)
+            return found
+        except ValueError:
+            continue  # torn by a kill
+    return {}
+
+
+def _json(file: Path) -> dict[str, Any]:
+    try:
+        found: dict[str, Any] = read_json(file)
+        return found
+    except ArtifactError:
+        return {}
