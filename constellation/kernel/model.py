@@ -84,7 +84,6 @@ class Attention(nn.Module):
         self.heads, self.metric = config.heads, config.metric
         self.size = config.width // config.heads
         self.qkv = nn.Linear(config.width, 3 * config.width, bias=False)
-        self.qkv.stacked = 3  # matrices in one weight, for optimizers that factor them apart
         self.out = nn.Linear(config.width, config.width, bias=False)
         if config.metric == "fidelity":
             self.log_c = nn.Parameter(torch.full((config.heads,), math.log(INITIAL_CONCENTRATION)))
@@ -113,7 +112,6 @@ class SwiGLU(nn.Module):
     def __init__(self, config: KernelConfig):
         super().__init__()
         self.gate_up = nn.Linear(config.width, 2 * config.hidden, bias=False)
-        self.gate_up.stacked = 2
         self.out = nn.Linear(config.hidden, config.width, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:

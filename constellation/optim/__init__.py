@@ -44,16 +44,13 @@ def build(config: Optim, model: torch.nn.Module) -> torch.optim.Optimizer:
 
 
 def _kronecker_groups(model: torch.nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Linear weights by how many matrices are stacked in them (`stacked` of their module); the rest diagonal."""
+    """Linear weights by Kronecker factors; embeddings and vectors by the diagonal."""
     import torch
 
-    stacked: dict[int, list[torch.nn.Parameter]] = {}
-    for module in model.modules():
-        if isinstance(module, torch.nn.Linear):
-            stacked.setdefault(getattr(module, "stacked", 1), []).append(module.weight)
-    taken = {id(p) for params in stacked.values() for p in params}
+    matrices = [module.weight for module in model.modules() if isinstance(module, torch.nn.Linear)]
+    taken = {id(p) for p in matrices}
     rest = [p for p in model.parameters() if id(p) not in taken]
-    groups: list[dict[str, Any]] = [
-        {"params": params, "blocks": blocks, "weight_decay": weight_decay} for blocks, params in sorted(stacked.items())
+    return [
+        {"params": matrices, "weight_decay": weight_decay},
+        {"params": rest, "method": "diagonal", "weight_decay": 0.0},
     ]
-    return [*groups, {"params": rest, "method": "diagonal", "weight_decay": 0.0}]

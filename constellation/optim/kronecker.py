@@ -13,9 +13,9 @@ decomposition by five Newton-Schulz steps X <- a X + (b A + c A^2) X, A = X X^T,
     W <- (1 - lr wd) W - lr 0.2 sqrt(max(rows, columns)) polar(N)
 
 The factor makes the step's root mean square that of Adam at the same lr (Liu et al. 2025), so that one
-rate serves all groups. `blocks` splits the rows of stacked matrices (q, k, v in one weight) into equal
-parts with a factor each. Matrices of one shape are stacked and iterated together. Parameters of a group
-with method "diagonal" (embeddings, vectors) get DiagonalNG's step.
+rate serves all groups. Matrices of one shape are stacked and iterated together. Parameters of a group
+with method "diagonal" (embeddings, vectors) get DiagonalNG's step. Tried without gain: q, k and v, or gate
+and up, factored apart instead of as the one weight they are stored in.
 """
 
 from __future__ import annotations
@@ -66,16 +66,15 @@ class KroneckerNG(torch.optim.Optimizer):
         check_range("KroneckerNG", alpha=(alpha, 1), eps=(eps, math.inf), diagonal_momentum=(diagonal_momentum, 1))
         defaults = {
             "lr": lr, "momentum": momentum, "weight_decay": weight_decay, "alpha": alpha, "eps": eps,
-            "diagonal_momentum": diagonal_momentum, "method": "kronecker", "blocks": 1,
+            "diagonal_momentum": diagonal_momentum, "method": "kronecker",
         }  # fmt: skip
         super().__init__(params, defaults)
         for group in self.param_groups:
             if group["method"] not in ("kronecker", "diagonal"):
                 raise ConfigError(f"KroneckerNG: method {group['method']!r}; choose kronecker or diagonal")
             for p in group["params"] if group["method"] == "kronecker" else ():
-                if p.dim() != 2 or p.shape[0] % group["blocks"]:
-                    shape, blocks = tuple(p.shape), group["blocks"]
-                    raise ConfigError(f"KroneckerNG: shape {shape} in {blocks} blocks of rows; give it method=diagonal")
+                if p.dim() != 2:
+                    raise ConfigError(f"KroneckerNG: shape {tuple(p.shape)} is no matrix; give it method=diagonal")
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
@@ -83,24 +82,21 @@ class KroneckerNG(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        buckets: dict[tuple[int, int], list[tuple[Tensor, Tensor, dict[str, Any]]]] = {}
+        buckets: dict[torch.Size, list[tuple[Tensor, Tensor, dict[str, Any]]]] = {}
         for group in self.param_groups:
             params = [p for p in group["params"] if p.grad is not None]
             if group["method"] == "diagonal":
                 diagonal_step(params, self.state, {**group, "momentum": group["diagonal_momentum"], "power": 0.5})
                 continue
             for p in params:
-                buckets.setdefault((p.shape[0] // group["blocks"], p.shape[1]), []).append(
-                    (p, self._direction(p, group), group)
-                )
-        for (rows, columns), members in buckets.items():
-            stacked = torch.cat([direction.view(-1, rows, columns) for _, direction, _ in members])
-            parts = polar(stacked).float().split([group["blocks"] for _, _, group in members])
-            scale = 0.2 * math.sqrt(max(rows, columns))
+                buckets.setdefault(p.shape, []).append((p, self._direction(p, group), group))
+        for shape, members in buckets.items():
+            parts = polar(torch.stack([direction for _, direction, _ in members])).float()
+            scale = 0.2 * math.sqrt(max(shape))
             for (p, _, group), part in zip(members, parts, strict=True):
                 if group["weight_decay"]:
                     p.mul_(1 - group["lr"] * group["weight_decay"])
-                p.add_(part.reshape(p.shape), alpha=-group["lr"] * scale)
+                p.add_(part, alpha=-group["lr"] * scale)
         return loss
 
     def _direction(self, p: Tensor, group: dict[str, Any]) -> Tensor:
