@@ -80,7 +80,7 @@ def run(args: list[str] | None = None) -> int:
     except (KeyboardInterrupt, click.Abort):
         return _fail("constellation: interrupted", 130)
     except BrokenPipeError:  # the reader of our output has gone
-        sys.stdout = None  # type: ignore[assignment]
+        sys.stdout = None
         return 1
 
 

@@ -87,7 +87,7 @@ class RunFolder:
 
     def write_trace(self, arrays: dict[str, np.ndarray]) -> None:
         buffer = io.BytesIO()
-        np.savez(buffer, allow_pickle=False, **arrays)  # type: ignore[arg-type]
+        np.savez(buffer, allow_pickle=False, **arrays)
         write_bytes(self.path / "trace.npz", buffer.getvalue())
 
     def summarise(self, **values: Any) -> dict[str, Any]:

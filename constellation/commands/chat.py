@@ -35,6 +35,7 @@ def command(
     begins anew, end of input (Ctrl-D) leaves.
     """
     from constellation.commands.answering import Answering
+    from router.session import Answer
 
     with Answering(run, local, address) as constellation:
         said, turn = "", 0
@@ -54,7 +55,7 @@ def command(
             )
             shown = None
             for piece in constellation.ask(said, settings, mode):
-                if hasattr(piece, "token_ids"):
+                if isinstance(piece, Answer):
                     said += piece.text + "\n"
                 else:
                     if piece.kernel != shown:

@@ -49,7 +49,7 @@ def _samples(run: Path) -> None:
     from actors.plan import document_bytes, open_plan
     from constellation.commands.answering import Answering
     from constellation.data.cache import open_cache
-    from router.session import Request
+    from router.session import Answer, Request
 
     plan = open_plan(run)
     with Answering(run, local=True, address=None) as constellation:
@@ -60,7 +60,7 @@ def _samples(run: Path) -> None:
         for prompt, choice in zip(cut, constellation.router.route([c.encode() for c in cut]), strict=True):
             requests.setdefault(choice.kernel, Request(prompt, settings))
         names = sorted(requests, key=lambda n: (*constellation.router.names, n).index(n))
-        answers = [p for p in constellation.ask_all([requests[n] for n in names]) if hasattr(p, "token_ids")]
+        answers = [p for p in constellation.ask_all([requests[n] for n in names]) if isinstance(p, Answer)]
         for name, answer in zip(names, sorted(answers, key=lambda a: a.request), strict=True):
             prompt = requests[name].prompt
             click.secho(f"\n{' -> '.join(answer.kernels)}", bold=True)

@@ -3,14 +3,10 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import click
 
 from constellation.commands import options
-
-if TYPE_CHECKING:
-    from router.session import Answer
 
 
 @click.command()
@@ -46,9 +42,11 @@ def command(
     from constellation.commands.answering import Answering
 
     with Answering(run, local, address) as constellation:
+        from router.session import Answer
+
         answer: Answer | None = None
         for piece in constellation.ask(prompt, settings, mode):
-            if hasattr(piece, "token_ids"):
+            if isinstance(piece, Answer):
                 answer = piece
             elif not as_json:
                 click.echo(piece.text, nl=False)

@@ -131,13 +131,15 @@ def run(
     routed = [a for a in arms if a in ROUTED]
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(workers, mp_context=context) as pool:
-        first = [(_train, ocean_job(s.plan)) for s in runs if routed]
+        first: list[tuple[Any, ...]] = [(_train, ocean_job(s.plan)) for s in runs if routed]
         first += [(_train_dense, s, arm) for s in runs for arm in ("dense", "dense_token") if arm in arms]
         _all(pool, first, "models without a router", say)
         _all(pool, [(_assign, s, arm) for s in runs for arm in routed], "routers", say)
         kernels = [(_train, _kernel_job(s, arm, role)) for s in runs for arm in routed for role in ROLES]
         _all(pool, kernels, "kernels", say)
-        scoring = [(_score, s, arm) for s in runs for arm in ("dense", "dense_token") if arm in arms]
+        scoring: list[tuple[Any, ...]] = [
+            (_score, s, arm) for s in runs for arm in ("dense", "dense_token") if arm in arms
+        ]
         scoring += [(_score, s, arm, role) for s in runs for arm in routed for role in ROLES]
         scoring += [(_score, s, OCEAN) for s in runs if routed]
         _all(pool, scoring, "scores", say)

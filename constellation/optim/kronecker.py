@@ -77,7 +77,7 @@ class KroneckerNG(torch.optim.Optimizer):
                     raise ConfigError(f"KroneckerNG: shape {tuple(p.shape)} is no matrix; give it method=diagonal")
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         loss = None
         if closure is not None:
             with torch.enable_grad():

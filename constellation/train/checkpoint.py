@@ -75,7 +75,7 @@ def save(
     def fill(folder: Path) -> None:
         save_file({k: v.contiguous() for k, v in model.state_dict().items()}, folder / FILES[0])
         save_file(tensors, folder / FILES[1])
-        np.savez(folder / FILES[2], allow_pickle=False, **trace)  # type: ignore[arg-type]
+        np.savez(folder / FILES[2], allow_pickle=False, **trace)
         state = {
             "schema": SCHEMA,
             "step": step,

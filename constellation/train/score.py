@@ -13,6 +13,7 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from constellation.data.cache import TokenCache
@@ -36,7 +37,7 @@ def windows(lengths: np.ndarray, context: int, stride: int) -> tuple[np.ndarray,
 def score(
     model: KernelLM,
     cache: TokenCache,
-    documents: Sequence[int] | None = None,
+    documents: Sequence[int] | NDArray[np.integer] | None = None,
     *,
     stride: int | None = None,
     batch: int = 32,
