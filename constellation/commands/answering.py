@@ -7,6 +7,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import click
+
 from constellation.commands.options import Settings
 from constellation.config import OCEAN, ROLES
 from constellation.errors import ConfigError
@@ -48,9 +50,9 @@ class Answering:
 
             torch.set_num_threads(self.config.train.threads)
             return contextlib.nullcontext(LocalKernels.from_run(self.run))
-        from actors.remote import serving
+        from actors.remote import open_kernels
 
-        return serving(self.run, self.address)
+        return open_kernels(self.run, address=self.address, say=lambda text: click.echo(text, err=True))
 
     def ask(self, prompt: str, settings: Settings, mode: str) -> Iterator[Chunk | Answer]:
         """Chunks as they come, the Answer last."""

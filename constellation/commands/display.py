@@ -5,13 +5,16 @@ from __future__ import annotations
 import json
 import sys
 import time
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 from constellation.telemetry.step import Step
+
+if TYPE_CHECKING:
+    from actors.messages import ClusterStatus
 
 QUIET_S = 5.0  # seconds between two lines of one model in a log
 
@@ -72,4 +75,19 @@ def result_table(summary: dict[str, Any]) -> None:
             row["role"], row.get("root") or "-", f"{row.get('tokens') or 0:,}", str(row.get("steps") or 0),
             "-" if loss is None else f"{loss:.3f}", "-" if bits is None else f"{bits:.3f}", row["status"],
         )  # fmt: skip
+    Console().print(table)
+
+
+def status_table(found: ClusterStatus) -> None:
+    """The page of `constellation status`: a row per model."""
+    table = Table(
+        title=f"{found.name}: {found.state}", title_justify="left", caption=found.detail, caption_justify="left"
+    )
+    for name in ("model", "E8 root", "state", "health", "steps", "loss nats/token", "node", "pid", "restarts"):
+        table.add_column(name, justify="right" if name in ("steps", "loss nats/token", "pid", "restarts") else "left")
+    for k in found.kernels:
+        steps = f"{k.step}/{k.steps}" if k.steps else str(k.step)
+        loss = "-" if k.loss_nats is None else f"{k.loss_nats:.3f}"
+        pid = "-" if k.pid is None else str(k.pid)
+        table.add_row(k.role, k.root or "-", k.state, k.health, steps, loss, k.node or "-", pid, str(k.restarts))
     Console().print(table)

@@ -10,12 +10,11 @@ from constellation.commands import options
 
 
 @click.command()
-@options.run
-def command(run: Path) -> None:
+@options.run_or_name
+@options.address
+def command(run: Path | None, name: str | None, address: str | None) -> None:
     """Stop what `constellation up` started; a constellation that is not up is left as it is."""
-    from actors.plan import open_plan
+    options.check_run_or_name(run, name)
+    from actors import detached
 
-    open_plan(run)
-    from actors import launch
-
-    click.echo(launch.down(run))
+    detached.down(run, name=name, address=address, say=click.echo)

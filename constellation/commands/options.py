@@ -28,6 +28,9 @@ as_json = click.option("--json", "as_json", is_flag=True, help="print JSON")
 overrides = click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
 
 
+name = click.option(
+    "--name", default=None, metavar="NAME", help="of the constellation on Ray; default: the run folder's"
+)
 local = click.option("--local", is_flag=True, help="answer in this process, without Ray; the tokens are the same")
 mode = click.option(
     "--mode", type=click.Choice(["route", OCEAN, *ROLES]), default="route", show_default=True,
@@ -69,6 +72,26 @@ def sampling(command: Callable[..., Any]) -> Callable[..., Any]:
     for option in reversed(some):
         command = option(command)
     return command
+
+
+def run_or_name(command: Callable[..., Any]) -> Callable[..., Any]:
+    """--run DIR, or --name NAME in the Ray at --address."""
+    path = click.option("--run", type=click.Path(path_type=Path), default=None, metavar="DIR", help="the run folder")
+    return path(name(command))
+
+
+def check_run_or_name(run: Path | None, name: str | None) -> None:
+    if (run is None) == (name is None):
+        raise ConfigError("name the constellation by --run DIR, or by --name NAME and --address A")
+    if run is not None:
+        from actors.plan import open_request
+
+        open_request(run)
+
+
+def say(as_json: bool) -> Callable[[str], None]:
+    """Where progress lines go: standard error when JSON is printed."""
+    return lambda text: click.echo(text, err=as_json)
 
 
 def print_json(value: Any) -> None:

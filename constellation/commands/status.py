@@ -10,19 +10,14 @@ from constellation.commands import options
 
 
 @click.command()
-@options.run
+@options.run_or_name
+@options.address
 @options.as_json
-def command(run: Path, as_json: bool) -> None:
-    """Kernels, roles, E8 roots, nodes, steps, loss and health of a run, alive or on disk."""
-    from actors.plan import open_request
+def command(run: Path | None, name: str | None, address: str | None, as_json: bool) -> None:
+    """Kernels, roles, E8 roots, nodes, steps, loss and health: of a run, alive or on disk, or by its name on Ray."""
+    options.check_run_or_name(run, name)
+    from actors import detached
+    from constellation.commands.display import status_table
 
-    open_request(run)
-    from actors import launch
-
-    found = launch.status(run)
-    if as_json:
-        options.print_json(found)
-    else:
-        from constellation.commands.display import status_table
-
-        status_table(found)
+    found = detached.status(run, name=name, address=address)
+    options.print_json(found.to_json()) if as_json else status_table(found)

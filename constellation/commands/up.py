@@ -7,20 +7,24 @@ from pathlib import Path
 import click
 
 from constellation.commands import options
+from constellation.config import parse_assignments
 
 
 @click.command()
 @options.run
 @options.address
-@click.option("--name", default=None, metavar="NAME", help="name of the constellation; default: the run folder's")
-def command(run: Path, address: str | None, name: str | None) -> None:
+@options.name
+@options.as_json
+@options.overrides
+def command(run: Path, address: str | None, name: str | None, as_json: bool, overrides: tuple[str, ...]) -> None:
     """Keep a trained constellation alive on Ray, so that queries find loaded kernels.
 
-    Without --address a Ray head is started on this machine, on loopback; `constellation down` stops it.
+    Without --address a Ray head is started on this machine, on loopback, and `constellation down` stops it.
+    KEY=VALUE may change cluster.* settings, such as cluster.gpus_per_kernel=0.
     """
-    from actors.plan import open_plan
+    changes = parse_assignments(overrides)
+    from actors import detached
+    from constellation.commands.display import status_table
 
-    open_plan(run)
-    from actors import launch
-
-    click.echo(launch.up(run, address=address, name=name))
+    found = detached.up(run, address=address, name=name, changes=changes, say=options.say(as_json))
+    options.print_json(found.to_json()) if as_json else status_table(found)

@@ -129,17 +129,16 @@ def run(
     workers = workers or os.cpu_count() or 1
     runs = [_prepare(work / f"seed{s}", corpus, override(config, {"train.seed": s}), dense or {}) for s in seeds]
     routed = [a for a in arms if a in ROUTED]
+    whole = [a for a in arms if a not in ROUTED]
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(workers, mp_context=context) as pool:
         first: list[tuple[Any, ...]] = [(_train, ocean_job(s.plan)) for s in runs if routed]
-        first += [(_train_dense, s, arm) for s in runs for arm in ("dense", "dense_token") if arm in arms]
+        first += [(_train_dense, s, arm) for s in runs for arm in whole]
         _all(pool, first, "models without a router", say)
         _all(pool, [(_assign, s, arm) for s in runs for arm in routed], "routers", say)
         kernels = [(_train, _kernel_job(s, arm, role)) for s in runs for arm in routed for role in ROLES]
         _all(pool, kernels, "kernels", say)
-        scoring: list[tuple[Any, ...]] = [
-            (_score, s, arm) for s in runs for arm in ("dense", "dense_token") if arm in arms
-        ]
+        scoring: list[tuple[Any, ...]] = [(_score, s, arm) for s in runs for arm in whole]
         scoring += [(_score, s, arm, role) for s in runs for arm in routed for role in ROLES]
         scoring += [(_score, s, OCEAN) for s in runs if routed]
         _all(pool, scoring, "scores", say)
