@@ -12,6 +12,7 @@ Shapes: N points, K kernels, W windows, B bins.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -20,6 +21,24 @@ from scipy import sparse
 
 from router.counts import Windows
 from router.route import log_ratio
+
+_MOST_ENTRIES = 1 << 21  # of a score table that is balanced
+SAMPLE_BYTES = 32 << 20  # text a fit reads at most, whole documents drawn at random
+
+
+def sample(texts: Sequence[bytes], limit: int, rng: np.random.Generator) -> list[bytes]:
+    """All texts if they fit, else whole texts in random order while they do."""
+    if sum(map(len, texts)) <= limit:
+        return [text for text in texts if text]
+    chosen, held = [], 0
+    for i in rng.permutation(len(texts)).tolist():
+        piece = texts[i][: limit - held]
+        if piece:
+            chosen.append(piece)
+            held += len(piece)
+        if held >= limit:
+            break
+    return chosen
 
 
 def balance(
@@ -37,12 +56,16 @@ def balance(
     or equal points, no bias is exact.
     """  # fmt: skip
     k = score_NK.shape[1]
+    every = -(-score_NK.size // _MOST_ENTRIES)  # of a large table, every so-manieth row
+    score_NK, weight_N = score_NK[::every], weight_N[::every]
+    moved_NK = np.empty_like(score_NK)
     mean_load = weight_N.sum() / k
     bias = np.zeros(k) if start is None else start.copy()
     step = np.full(k, 0.1 * float((score_NK - score_NK.mean(axis=1, keepdims=True)).std()) + 1e-12)
     before, best, least = np.zeros(k), bias.copy(), np.inf
     for _ in range(iterations):
-        load = np.bincount((score_NK + bias).argmax(axis=1), weight_N, minlength=k) / mean_load - 1
+        np.add(score_NK, bias, out=moved_NK)
+        load = np.bincount(moved_NK.argmax(axis=1), weight_N, minlength=k) / mean_load - 1
         worst = float(np.abs(load).max())
         if worst < least:
             least, best = worst, bias.copy()
@@ -106,7 +129,8 @@ def refine(
         force_WK = in_force(cut.running(own_WK.copy()), cut)
         bias_K = balance(force_WK, size_W, bias_K)
         kernel_W = (force_WK + bias_K).argmax(axis=1)
-        counts_KB = pool(matrix_WB, kernel_W, k)
+        pooled_KB = pool(matrix_WB, kernel_W, k)
+        counts_KB = np.where(pooled_KB.any(axis=1, keepdims=True), pooled_KB, counts_KB)
         before, gain = gain, float(own_WK[np.flatnonzero(rest), kernel_W[rest]].sum()) / trigrams
         if gain - before < enough:
             break
@@ -133,13 +157,16 @@ def anticipate(
     for _ in range(rounds):
         look_WK = cut.running(matrix_WB @ np.ascontiguousarray(log_ratio(counts_KB, pseudo_B).T))
         bias_K = balance(in_force(look_WK, cut), cut.size.astype(np.float64), bias_K)
-        counts_KB = pool(early_WB, (look_WK[later] + bias_K).argmax(axis=1), k)
+        pooled_KB = pool(early_WB, (look_WK[later] + bias_K).argmax(axis=1), k)
+        # A kernel left without text would be the corpus mean, and everything unheard-of would go there.
+        counts_KB = np.where(pooled_KB.any(axis=1, keepdims=True), pooled_KB, counts_KB)
     return counts_KB
 
 
 def window_weights(cut: Windows) -> NDArray[np.float64]:
     """1 + 20 // (1 + i) for the i-th window of a text, (W,): 21, 11, 7, 6, 5 ... 1."""
-    return 1.0 + 20 // (1 + np.arange(len(cut.size)) - cut.first[cut.text])
+    place_W: NDArray[np.int64] = np.arange(len(cut.size)) - cut.first[cut.text]
+    return (1 + 20 // (1 + place_W)).astype(np.float64)
 
 
 def in_force(at_looks_W: NDArray, cut: Windows) -> NDArray:
@@ -166,4 +193,5 @@ def _spread_out(
         chance = weight_N * np.maximum(apart_N, 0) + 1e-12 * weight_N
         chosen.append(int(rng.choice(len(point_ND), p=chance / chance.sum())))
         apart_N = np.minimum(apart_N, 1 - point_ND @ point_ND[chosen[-1]])
-    return point_ND[chosen]
+    start_KD: NDArray[np.float64] = point_ND[chosen]
+    return start_KD

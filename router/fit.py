@@ -25,13 +25,12 @@ from constellation.errors import ConfigError, DataError
 from constellation.geometry import e8, sphere
 from router import counts
 from router.calibrate import abstention, calibrate
-from router.cluster import anticipate, balance, pool, refine, spherical, window_weights
-from router.partition import in_force_bytes
+from router.cluster import SAMPLE_BYTES, anticipate, pool, refine, sample, spherical, window_weights
+from router.partition import balanced
 from router.route import CHART, Calibration, Router, corpus_mean, log_ratio
 
-STARTS = 5  # k-means starts that are refined; the best division is kept
-SAMPLE_BYTES = 32 << 20  # text the fit reads at most, whole documents drawn at random
-_TABLE = 1 << 25  # entries of a score table, at most: many kernels read fewer windows
+STARTS = 5  # k-means starts that are refined, the best division kept; two above 32 kernels
+_TABLE = 1 << 23  # entries of a score table, at most: many kernels read fewer windows
 _PREFIXES = 4096  # random-length prefixes, at least one of every section while they last
 _GEODESIC = 2048  # of them, for the Karcher mean and the principal directions
 
@@ -51,7 +50,7 @@ def fit(
     """  # fmt: skip
     k, rng = len(names), np.random.default_rng(seed)
     _check(texts, settings, names)
-    texts = _sample(texts, min(SAMPLE_BYTES, _TABLE // k * settings.every), rng)
+    texts = sample(texts, min(SAMPLE_BYTES, _TABLE // k * settings.every), rng)
     cut = counts.windows(texts, settings.every, settings.bins)
     matrix_WB = cut.matrix(settings.bins)
     total_B = window_weights(cut) @ matrix_WB
@@ -64,7 +63,7 @@ def fit(
     chart_P8 = _chart(tangent.coordinates(matrix_PB, pseudo_B), tangent.spread)
 
     starts = []
-    for _ in range(STARTS if k > 1 else 1):
+    for _ in range(1 if k == 1 else STARTS if k <= 32 else 2):
         label_P = spherical(chart_P8, weight_P, k, rng)
         starts.append(refine(matrix_WB, cut, pool(matrix_PB, label_P, k), pseudo_B))
     division = max(starts, key=lambda start: start.gain_nats)
@@ -89,28 +88,9 @@ def fit(
         limit_rad=np.array([np.pi]),
     )
     router = dataclasses.replace(router, calibration=calibrate(router, validation))
-    router = balanced(router, texts)
+    router = balanced(router, texts, settings.every)
     limit_bytes, limit_rad = abstention(router, texts, rng)
     return dataclasses.replace(router, limit_bytes=limit_bytes, limit_rad=limit_rad)
-
-
-def balanced(router: Router, texts: Sequence[bytes], tolerance: float = 0.05) -> Router:
-    """`router` with log pi such that its decisions along `texts` give every kernel the same bytes within `tolerance`.
-
-    As little of the exact bias is used as that takes, in quarters: a prior acts most where counts are fewest, on
-    beginnings. Fewer looks than kernels cannot be balanced; then it comes as close as it can.
-    """
-    log_posterior_PK, size_P = in_force_bytes(router, texts, router.config.every)
-    bias_K = balance(log_posterior_PK, size_P, iterations=300)
-
-    def worst(part: float) -> float:
-        kernel_P = (log_posterior_PK + part * bias_K).argmax(axis=1)
-        load_K = np.bincount(kernel_P, size_P, minlength=len(bias_K)) / size_P.sum()
-        return float(np.abs(load_K * len(bias_K) - 1).max())
-
-    parts = [0.0, 0.25, 0.5, 0.75, 1.0]
-    enough = [part for part in parts if worst(part) <= tolerance]
-    return router.rebalanced((enough[0] if enough else min(parts, key=worst)) * bias_K)
 
 
 class _Tangent(NamedTuple):
@@ -180,7 +160,7 @@ def _centres(
         if not np.linalg.norm(chart) > 0:
             chart = _chart(centre[None], tangent.spread)[0]
         centres.append(centre)
-        charts.append(chart / max(np.linalg.norm(chart), 1e-300))
+        charts.append(chart / max(float(np.linalg.norm(chart)), 1e-300))
     return np.array(centres), np.array(charts)
 
 
@@ -212,21 +192,6 @@ def _prefixes(texts: Sequence[bytes], settings: config.Router, rng: np.random.Ge
     low, high = np.log(settings.min_prefix), np.log(settings.max_prefix)
     sizes = np.rint(np.exp(rng.uniform(low, high, (len(chosen), each)))).astype(int).tolist()
     return [texts[i][b : b + size] for (i, b), some in zip(chosen, sizes) for size in some]
-
-
-def _sample(texts: Sequence[bytes], limit: int, rng: np.random.Generator) -> list[bytes]:
-    """All texts if they fit, else whole texts in random order while they do."""
-    if sum(map(len, texts)) <= limit:
-        return [text for text in texts if text]
-    chosen, held = [], 0
-    for i in rng.permutation(len(texts)).tolist():
-        piece = texts[i][: limit - held]
-        if piece:
-            chosen.append(piece)
-            held += len(piece)
-        if held >= limit:
-            break
-    return chosen
 
 
 def _check(texts: Sequence[bytes], settings: config.Router, names: Sequence[str]) -> None:

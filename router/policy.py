@@ -81,7 +81,10 @@ class Choice:
 class Policy(Protocol):
     """Anything that can say who answers: the Fisher-Rao router and its baselines."""
 
-    names: tuple[str, ...]
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The kernels, in the order of posteriors."""
+        ...
 
     def trajectories(self, texts: Sequence[bytes], every: int) -> list[Trajectory]:
         """One look per `every` bytes at every text."""

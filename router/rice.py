@@ -25,7 +25,8 @@ def pack(counts_B: NDArray[np.int64]) -> tuple[int, bytes]:
     n, bins = int(counts_B.sum()), len(counts_B)
     entries = np.repeat(np.arange(bins), counts_B)
     ways = (counts_B, np.diff(entries, prepend=0))
-    sizes = {2 * k + way: len(v) * (k + 1) + int((v >> k).sum()) for way, v in enumerate(ways) for k in range(_MOST + 1)}
+    codes = [2 * k + way for way in range(2) for k in range(_MOST + 1)]
+    sizes = {c: len(ways[c % 2]) * (c // 2 + 1) + int((ways[c % 2] >> c // 2).sum()) for c in codes}
     code = min(sizes, key=lambda c: (sizes[c], c))
     assert -(-sizes[code] // 8) <= bound_bytes(n, bins)
     return code, _write(ways[code % 2], code // 2)

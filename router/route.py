@@ -129,7 +129,7 @@ class Router:
 
     # -- from counts to looks ----------------------------------------------------------------------------------------
 
-    def root_count(self, h: NDArray[np.float64], bins: NDArray[Any]) -> NDArray[np.float64]:
+    def root_count(self, h: NDArray[Any], bins: NDArray[Any]) -> NDArray[np.float64]:
         """sqrt(h + mu p0) of the given bins on its grid: the only place where a count becomes a coordinate."""
         return np.rint(np.sqrt(h + self.pseudo[bins]) * _ROOT) / _ROOT
 

@@ -9,7 +9,7 @@ from its counts.
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -50,7 +50,7 @@ class Stream:
         joined = self.tail + data
         if len(data) <= _FEW:
             for i in range(len(joined) - SPAN + 1):
-                self._add_one(trigram(*joined[i : i + SPAN], self.router.config.bins))
+                self._add_one(trigram(joined[i], joined[i + 1], joined[i + 2], self.router.config.bins))
         else:
             bins, counts = np.unique(trigrams(joined, self.router.config.bins), return_counts=True)
             self._add(bins, counts)
@@ -78,7 +78,7 @@ class Stream:
         self._frame += self.router.frame[b] * (step / _ROOT)
         self._log += self.router.log_ratio[b]
 
-    def _add(self, bins: NDArray[np.int64], counts: NDArray[np.int64]) -> None:
+    def _add(self, bins: NDArray[Any], counts: NDArray[np.int64]) -> None:
         before = self.counts[bins]
         step = self.router.root_count(before + counts, bins) - self.router.root_count(before, bins)
         self.counts[bins] += counts
