@@ -7,6 +7,7 @@ import sys
 import time
 from typing import TYPE_CHECKING, Any
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table
@@ -66,9 +67,8 @@ class Display:
 
 def result_table(summary: dict[str, Any]) -> None:
     """The table that ends `constellation train`: a row per model."""
-    table = Table(title=f"run {summary['run']}", title_justify="left")
-    for name in ("model", "E8 root", "tokens", "steps", "loss nats/token", "dev bits/byte", "status"):
-        table.add_column(name, justify="left" if name in ("model", "E8 root", "status") else "right", no_wrap=True)
+    left, right = ("model", "E8 root", "status"), ("tokens", "steps", "nats/token", "dev bits/byte")
+    table = table_of(f"run {summary['run']}", left[:2] + right + left[2:], right)
     for row in summary["models"]:
         bits, loss = row.get("dev_bits_per_byte"), row.get("loss_nats")
         table.add_row(
@@ -80,14 +80,19 @@ def result_table(summary: dict[str, Any]) -> None:
 
 def status_table(found: ClusterStatus) -> None:
     """The page of `constellation status`: a row per model."""
-    table = Table(
-        title=f"{found.name}: {found.state}", title_justify="left", caption=found.detail, caption_justify="left"
-    )
-    for name in ("model", "E8 root", "state", "health", "steps", "loss nats/token", "node", "pid", "restarts"):
-        table.add_column(name, justify="right" if name in ("steps", "loss nats/token", "pid", "restarts") else "left")
+    right = ("steps", "nats/token", "pid", "restarts")
+    names = ("model", "E8 root", "state", "steps", "nats/token", "node", "pid", "restarts", "health")
+    table = table_of(f"{found.name}: {found.state}; {found.detail}", names, right)
     for k in found.kernels:
         steps = f"{k.step}/{k.steps}" if k.steps else str(k.step)
         loss = "-" if k.loss_nats is None else f"{k.loss_nats:.3f}"
         pid = "-" if k.pid is None else str(k.pid)
-        table.add_row(k.role, k.root or "-", k.state, k.health, steps, loss, k.node or "-", pid, str(k.restarts))
+        table.add_row(k.role, k.root or "-", k.state, steps, loss, k.node or "-", pid, str(k.restarts), k.health)
     Console().print(table)
+
+
+def table_of(title: str, names: tuple[str, ...], right: tuple[str, ...]) -> Table:
+    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False)
+    for name in names:
+        table.add_column(name, justify="right" if name in right else "left", overflow="fold")
+    return table

@@ -32,15 +32,13 @@ def command(run: Path, corpus: Path | None, top_k: int, as_json: bool) -> None:
 
 def show(result: dict[str, Any]) -> None:
     from rich.console import Console
-    from rich.table import Table
+
+    from constellation.commands.display import table_of
 
     arms = result["answers"]
     domains = list(arms["routed"]["domains"])
     title = f"causal bits per byte, {result['documents']} documents, {result['bytes']:,} bytes"
-    table = Table(title=title, title_justify="left")
-    table.add_column("answer", no_wrap=True)
-    for name in ("all", "- ocean", *domains):
-        table.add_column(name, justify="right")
+    table = table_of(title, ("answer", "all", "- ocean", *domains), ("all", "- ocean", *domains))
     base = arms["ocean"]["bits_per_byte"]
     for name, row in arms.items():
         values = [row["bits_per_byte"], row["bits_per_byte"] - base, *row["domains"].values()]
