@@ -147,7 +147,7 @@ class Engine:
         traceback.print_exc(file=sys.stderr)  # into the actor's log
 
 
-class Mailbox:
+class KernelMailbox:
     """What others may ask of one Engine."""
 
     def __init__(self, role: str, gpus: float = 0.0):
@@ -183,11 +183,18 @@ class Mailbox:
             await asyncio.sleep(LOOK_EVERY_S)
 
     async def turn(self, packets: list[bytes], budget_bytes: int) -> list[bytes]:
+        await self._loading()
         return await asyncio.wrap_future(self._engine.turn(packets, budget_bytes))
 
     async def bits(self, packet: bytes, count: int) -> float:
+        await self._loading()
         return await asyncio.wrap_future(self._engine.bits(packet, count))
+
+    async def _loading(self) -> None:
+        """A replacement is found by its name before it has its model: its callers wait."""
+        while self._engine.state == "idle":
+            await asyncio.sleep(LOOK_EVERY_S)
 
 
 # restarts are the supervisor's, retries the caller's: Ray does neither by itself
-KernelActor: Any = ray.remote(concurrency_groups={"control": 16}, max_restarts=0, max_task_retries=0)(Mailbox)
+KernelActor: Any = ray.remote(concurrency_groups={"control": 16}, max_restarts=0, max_task_retries=0)(KernelMailbox)

@@ -12,7 +12,7 @@ import ray
 from actors.messages import Report
 
 
-class Mailbox:
+class RouterMailbox:
     """Answers who should answer."""
 
     def __init__(self, folder: Path):
@@ -35,5 +35,5 @@ class Mailbox:
 
 
 RouterActor: Any = ray.remote(num_cpus=0, concurrency_groups={"control": 4}, max_restarts=0, max_task_retries=0)(
-    Mailbox
+    RouterMailbox
 )

@@ -109,8 +109,9 @@ class Supervisor:
     def hire(self, hires: Sequence[Hire]) -> None:
         """Create actors and let them begin."""
         for one in hires:
-            member = self.members[one.role] = Member(one)
+            member = Member(one)
             member.start()
+            self.members[one.role] = member  # started: another thread may be at beat()
 
     def train(self, hires: Sequence[Hire]) -> Iterator[Step]:
         """Let actors train at the same time; yields every step of each once and in order, then dismisses them.
@@ -130,14 +131,14 @@ class Supervisor:
 
     def beat(self, wait_s: float = BEAT_S) -> list[tuple[Member, Report]]:
         """News of the next `wait_s` seconds; whoever died, hangs or lost its node is replaced on the way."""
-        waiting = {member.asked: member for member in self.members.values() if member.asked is not None}
+        waiting = {member.asked: member for member in self._crew() if member.asked is not None}
         if waiting:
             ray.wait(list(waiting), num_returns=1, timeout=wait_s)
         else:
             time.sleep(wait_s)
         ready, _ = ray.wait(list(waiting), num_returns=len(waiting), timeout=0) if waiting else ([], [])
         news = []
-        for member in self.members.values():
+        for member in self._crew():
             if member.asked not in ready:
                 self._look_after(member)
             elif (report := self._hear(member)) is not None:
@@ -147,7 +148,7 @@ class Supervisor:
 
     def status(self) -> tuple[KernelStatus, ...]:
         """Every actor as it was when it was heard last."""
-        return tuple(member.status(self.roots.get(member.role)) for member in self.members.values())
+        return tuple(member.status(self.roots.get(member.role)) for member in self._crew())
 
     def dismiss(self, grace_s: float = STOP_S) -> None:
         """Let every actor finish the step it is in, then kill all of them."""
@@ -159,6 +160,9 @@ class Supervisor:
             for member in self.members.values():
                 ray.kill(member.actor)
             self.members.clear()
+
+    def _crew(self) -> list[Member]:
+        return list(self.members.values())  # a copy: hire() may be called meanwhile
 
     def _hear(self, member: Member) -> Report | None:
         """The answer that has come: news, or a reason to replace the actor."""
@@ -203,7 +207,7 @@ class Supervisor:
             self._replace(member, f"not started within {START_S:g} s")
 
     def _say_who_starts(self) -> None:
-        starting = [m for m in self.members.values() if m.state == "starting"]
+        starting = [m for m in self._crew() if m.state == "starting"]
         now = time.monotonic()
         waited = max((now - m.born_at for m in starting), default=0.0)
         if waited < SAY_EVERY_S or now - self.said_at < SAY_EVERY_S:

@@ -1,0 +1,150 @@
+"""RayKernels: kernels that are actors, behind the seam of router/session.py.
+
+A turn is a pure function of its packets, so a turn whose actor dies is asked again of its replacement,
+and the answer is the one that was lost.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray.exceptions import GetTimeoutError, RayError, RayTaskError
+
+from actors.cluster import connected, where
+from actors.detached import read_record
+from actors.hire import servers
+from actors.keeper import namespace_of
+from actors.placement import reserve, share
+from actors.plan import open_plan
+from actors.supervisor import Supervisor
+from constellation.config import OCEAN, ROLES
+from constellation.errors import ConstellationError, RunError
+
+TURN_S = 120.0  # one turn of one kernel on one batch
+RECOVER_S = 120.0  # until a lost actor is replaced
+RETRY_EVERY_S = 0.5
+SAY_EVERY_S = 5.0
+
+
+@contextlib.contextmanager
+def open_kernels(
+    run: Path, *, address: str | None = None, num_cpus: int | None = None, say: Callable[[str], None] = print
+) -> Iterator[RayKernels]:
+    """The kernels of `run` as actors: those that are up, else actors of our own for the length of the block.
+
+    Our own are started when they are asked for the first time.
+    """
+    record = read_record(run)
+    if record is not None and not record.unreachable():
+        with record.connected():
+            yield RayKernels(lambda role: ray.get_actor(role, namespace=namespace_of(record.name)), say)
+        return
+    config = open_plan(run).config
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(connected(where(address), num_cpus=num_cpus))
+        placement = reserve([share(config)] * len(ROLES), config.cluster.placement_timeout_s, say)
+        stack.callback(placement.release)
+        yield RayKernels(stack.enter_context(_on_demand(Supervisor(config, placement, say), run)), say)
+
+
+@contextlib.contextmanager
+def _on_demand(supervisor: Supervisor, run: Path) -> Iterator[Callable[[str], Any]]:
+    """Finds an actor of `run` by role and starts it if it is not there; a thread watches over them meanwhile."""
+    hires = {hire.role: hire for hire in servers(supervisor.placement, run.resolve(), supervisor.config)}
+    end, failures = threading.Event(), list[BaseException]()
+
+    def watch() -> None:
+        try:
+            while not end.is_set():
+                supervisor.beat(0.2)
+        except BaseException as error:
+            failures.append(error)
+
+    def find(role: str) -> Any:
+        if failures:
+            raise failures[0]
+        if role not in supervisor.members:
+            supervisor.hire([hires[role]])
+        return supervisor.members[role].actor
+
+    thread = threading.Thread(target=watch, daemon=True)
+    thread.start()
+    try:
+        yield find
+    finally:
+        end.set()
+        thread.join()
+        supervisor.dismiss()
+
+
+class RayKernels:
+    """The actors of a constellation that is up; `find` gives an actor's handle by its name, ValueError when absent."""
+
+    def __init__(self, find: Callable[[str], Any], say: Callable[[str], None] = lambda text: None):
+        self._find, self._say = find, say
+        self._actors: dict[str, Any] = {}
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return (OCEAN, *ROLES)
+
+    def turns(self, work: Mapping[str, Sequence[bytes]], budget_bytes: int) -> dict[str, list[bytes]]:
+        """One turn of every kernel in `work`, all at the same time, one call each."""
+        return self._ask({name: ("turn", list(packets), budget_bytes) for name, packets in work.items()})
+
+    def bits(self, kernel: str, packet: bytes, count: int) -> float:
+        return float(self._ask({kernel: ("bits", packet, count)})[kernel])
+
+    def route(self, texts: Sequence[bytes]) -> list[dict[str, Any]]:
+        """The router actor's decisions, as `Choice.to_json`."""
+        found: list[dict[str, Any]] = self._ask({"router": ("route", list(texts))})["router"]
+        return found
+
+    def _ask(self, calls: Mapping[str, tuple[Any, ...]]) -> dict[str, Any]:
+        """The answers by actor; whoever is out of reach is asked again until the supervisor has replaced it."""
+        answers: dict[str, Any] = {}
+        began = said = time.monotonic()
+        while True:
+            left = [name for name in calls if name not in answers]
+            refs = {name: self._call(name, *calls[name]) for name in left}
+            why = {name: self._take(name, ref, answers) for name, ref in refs.items()}
+            lost = [name for name, reason in why.items() if reason]
+            if not lost:
+                return answers
+            now = time.monotonic()
+            if now - began > RECOVER_S:
+                raise RunError(
+                    f"{lost[0]} does not answer since {RECOVER_S:g} s ({why[lost[0]]}); constellation status"
+                )
+            if now - said > SAY_EVERY_S:
+                said = now
+                self._say(f"waiting for {', '.join(lost)} to come back ({now - began:.0f} s)")
+            time.sleep(RETRY_EVERY_S)
+
+    def _call(self, name: str, method: str, *arguments: Any) -> Any:
+        try:
+            if name not in self._actors:
+                self._actors[name] = self._find(name)
+        except ValueError:
+            return None
+        return getattr(self._actors[name], method).remote(*arguments)
+
+    def _take(self, name: str, ref: Any, answers: dict[str, Any]) -> str | None:
+        """Put the answer where it belongs; the reason if there is none yet."""
+        if ref is None:
+            return "no such actor"
+        try:
+            answers[name] = ray.get(ref, timeout=TURN_S)
+            return None
+        except RayTaskError as error:  # it ran, and raised: it would again
+            cause = error.cause if isinstance(error.cause, ConstellationError) else RunError(f"{name}: {error.cause!r}")
+            raise cause from None
+        except (RayError, GetTimeoutError) as error:
+            self._actors.pop(name, None)  # its replacement has another handle
+            return type(error).__name__

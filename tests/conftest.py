@@ -1,0 +1,76 @@
+"""Fixtures that several test files share: one Ray for the whole session, one small run trained without Ray."""
+
+from __future__ import annotations
+
+import os
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+
+if TYPE_CHECKING:
+    from constellation.config import Config
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before numpy and torch: threads of several processes fight for cores
+os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+os.environ.setdefault("RAY_raylet_start_wait_time_s", "90")  # Ray's own patience is short on a busy machine
+
+
+@pytest.fixture(scope="session")
+def ray_session() -> Iterator[None]:
+    """An embedded Ray with 4 logical CPUs, started once (5 s) and shared; call what you start in it `unique`."""
+    from actors.cluster import connected
+
+    with connected(num_cpus=4):
+        yield
+
+
+@pytest.fixture
+def unique() -> str:
+    """A name nobody else has: of a constellation, hence of its actors' namespace."""
+    return f"test-{uuid.uuid4().hex[:8]}"
+
+
+@pytest.fixture(scope="session")
+def micro() -> Config:
+    """18 thousand parameters a kernel; OCEAN takes 36 steps of 50 ms, a kernel 80 of 20 ms."""
+    from constellation.config import override
+    from constellation.presets import tiny
+
+    return override(tiny(), {
+        "kernel.vocab_size": 288, "train.tokens": 730_000, "train.ocean_share": 0.1, "train.batch": 32,
+        "train.kernel_batch": 16, "train.checkpoint_every": 7, "train.eval_bytes": 2048, "train.sample_bytes": 0,
+        "train.precision": "fp32", "train.ocean_threads": 1, "router.dims": 16,
+    })  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def micro_corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Sixty pages of Python's language reference, 100 KB."""
+    import pydoc_data.topics
+
+    folder = tmp_path_factory.mktemp("corpus")
+    for name, text in list(pydoc_data.topics.topics.items())[:60]:
+        (folder / f"{name}.txt").write_text(text[:2000])
+    return folder
+
+
+@pytest.fixture(scope="session")
+def micro_run(tmp_path_factory: pytest.TempPathFactory, micro_corpus: Path, micro: Config) -> Path:
+    """A whole run of `micro`, trained by the plain loop in this process: no Ray, left alone. Read it, copy it."""
+    from actors.plan import fit_router, kernel_job, ocean_job, prepare, request
+    from constellation.config import ROLES
+    from constellation.train.loop import fit
+
+    run = tmp_path_factory.mktemp("runs") / "alone"
+    request(run, micro_corpus, micro, resume=False)
+    plan = prepare(run)
+    for _ in fit(ocean_job(plan)):
+        pass
+    fit_router(plan)
+    for role in ROLES:
+        for _ in fit(kernel_job(plan, role)):
+            pass
+    return run
