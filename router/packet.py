@@ -28,6 +28,9 @@ from router.stream import Stream
 SCHEMA = 1
 BODY_BYTES = 4096
 COUNTS_BYTES = 2560  # room of the counts: those of every text up to 32 KB, in 4096 bins
+STOP_BYTES = 512  # of stop texts, the longest counted twice as it may be pending: room for up to 100 kernels
+_TYPES = {"position": int, "text_bytes": int, "request": str, "kernel": str, "finish": str}  # others are bytes
+_ANY_TEXT: Any = {"unicode_errors": "surrogatepass"}  # a prompt from a terminal may hold lone surrogates
 _NAMES = ("request", "kernel", "position", "pending", "finish", "text_bytes", "counts", "tail", "z", "posterior")
 
 
@@ -51,6 +54,15 @@ class Packet:
     def __post_init__(self) -> None:
         if not self.tokens or min(self.tokens) < 0 or max(self.tokens) > 0xFFFFFFFF:
             raise ConfigError(f"packet {self.request!r}: at least one token of 0..2^32-1 is needed")
+        stops = [len(stop.encode("utf-8", "surrogatepass")) for stop in self.sampling.stop]
+        if sum(stops) + max(stops, default=0) > STOP_BYTES:  # said before anything is generated, not at a hand-off
+            raise ConfigError(
+                f"packet {self.request!r}: its {len(stops)} stop texts are too long; {STOP_BYTES} bytes are "
+                f"allowed, the longest counted twice, these take {sum(stops) + max(stops)}"
+            )
+        for name in _NAMES:
+            if type(getattr(self, name)) is not _TYPES.get(name, bytes):
+                raise TypeError(f"{name}={getattr(self, name)!r}")
 
     def stream(self, router: Router) -> Stream:
         """The router's view of the text, ready to read on."""
@@ -61,11 +73,12 @@ class Packet:
 
     def encode(self) -> bytes:
         tokens = np.array(self.tokens, "<u4").tobytes()
-        body = msgpack.packb({**{n: getattr(self, n) for n in _NAMES}, "sampling": self.sampling.to_json()})
+        body = msgpack.packb(
+            {**{n: getattr(self, n) for n in _NAMES}, "sampling": self.sampling.to_json()}, **_ANY_TEXT
+        )
         if len(body) > BODY_BYTES:
             raise ConfigError(
-                f"packet {self.request!r}: {len(body)} bytes besides its window, {BODY_BYTES} are allowed; "
-                f"its {len(self.sampling.stop)} stop texts are too long"
+                f"packet {self.request!r}: {len(body)} bytes besides its window, {BODY_BYTES} are allowed"
             )
         data: bytes = msgpack.packb([SCHEMA, _checksum(SCHEMA, tokens, body), tokens, body])
         return data
@@ -81,9 +94,12 @@ class Packet:
                 raise ArtifactError("packet: damaged, its checksum differs; send it again")
             if len(body) > BODY_BYTES:
                 raise ArtifactError(f"packet: {len(body)} bytes besides its window, {BODY_BYTES} are allowed")
-            fields: dict[str, Any] = msgpack.unpackb(body)
+            fields: dict[str, Any] = msgpack.unpackb(body, **_ANY_TEXT)
             sampling = Sampling.from_json(fields.pop("sampling"))
-            return cls(tokens=tuple(np.frombuffer(tokens, "<u4").tolist()), sampling=sampling, **fields)
+            packet = cls(tokens=tuple(np.frombuffer(tokens, "<u4").tolist()), sampling=sampling, **fields)
+            if packet.encode() != data:  # the sender left something out, or wrote it in a way of its own
+                raise ValueError("not as this project writes it")
+            return packet
         except (ValueError, TypeError, KeyError, AttributeError, msgpack.UnpackException) as error:
             raise ArtifactError(f"packet: not one of this project ({type(error).__name__}: {error})") from None
 
