@@ -12,6 +12,7 @@ from __future__ import annotations
 import asyncio
 import collections
 import os
+import shutil
 import sys
 import threading
 import traceback
@@ -105,6 +106,7 @@ class Engine:
                 where = ray.util.get_node_ip_address()
                 raise ConfigError(f"{job.train} is not visible on node {where}; --run must be a folder all nodes share")
             with exclusive(job.folder, LOCK_WAIT_S, self._stop.is_set):
+                _sweep(job.folder / "checkpoints")
                 self._step = max(checkpoint.steps_on_disk(job.folder), default=0)
                 self.checkpoint = checkpoint.folder_of(job.folder, self._step).name if self._step else None
                 steps: Any = fit(job)
@@ -145,6 +147,13 @@ class Engine:
         self.error = str(error) if isinstance(error, ConstellationError) else f"{type(error).__name__}: {error}"
         self.state = "stopped" if self._stop.is_set() else "failed"
         traceback.print_exc(file=sys.stderr)  # into the actor's log
+
+
+def _sweep(checkpoints: Path) -> None:
+    """Remove what a killed writer left: checkpoints it was writing, or removing."""
+    for path in checkpoints.glob("*"):
+        if path.name.startswith(".") or not (path / "state.json").exists():
+            shutil.rmtree(path)
 
 
 class KernelMailbox:
