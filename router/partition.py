@@ -15,6 +15,8 @@ from numpy.typing import ArrayLike, NDArray
 from router.cluster import balance
 from router.policy import ABSTAINED, Policy, Trajectory, decide
 
+FAVOUR = float(np.log(2))  # nats by which log pi may favour or disfavour a kernel
+
 
 class Weighted(Policy, Protocol):
     """A policy whose log prior can be shifted."""
@@ -40,23 +42,25 @@ def loads(ranges: Sequence[NDArray[np.int64]], num_kernels: int) -> NDArray[np.i
     return total
 
 
-def balanced(policy: P, texts: Sequence[bytes], every: int, tolerance: float = 0.05) -> P:
-    """`policy` with log pi such that its decisions along `texts` give every kernel the same bytes within `tolerance`.
+def balanced(policy: P, texts: Sequence[bytes], every: int, tolerance: float = 0.05, most: float = FAVOUR) -> P:
+    """`policy` with log pi nearer to giving every kernel the same bytes of `texts`, within `tolerance` if it can be.
 
-    As little of the exact bias is used as that takes, in quarters: a prior acts most where counts are fewest, on
-    beginnings. Fewer looks than kernels cannot be balanced; then it comes as close as it can.
+    A prior acts most where counts are fewest, on beginnings, and kernels whose texts are easily told apart can be
+    brought to equal loads only by a prior that sends most beginnings astray. So as little of the exact bias is used as
+    the tolerance takes, in quarters, and none favours a kernel by more than `most` nats: balance is the fit's work,
+    the prior's are the last few per cent.
     """
     log_posterior_PK, size_P = in_force_bytes(policy, texts, every)
-    bias_K = balance(log_posterior_PK, size_P, iterations=300)
+    exact_K = balance(log_posterior_PK, size_P, iterations=300)
+    shifts = [np.clip(part * exact_K, -most, most) for part in (0.0, 0.25, 0.5, 0.75, 1.0)]
 
-    def worst(part: float) -> float:
-        kernel_P = (log_posterior_PK + part * bias_K).argmax(axis=1)
-        load_K = np.bincount(kernel_P, size_P, minlength=len(bias_K)) / size_P.sum()
-        return float(np.abs(load_K * len(bias_K) - 1).max())
+    def worst(shift_K: NDArray[np.float64]) -> float:
+        kernel_P = (log_posterior_PK + shift_K).argmax(axis=1)
+        load_K = np.bincount(kernel_P, size_P, minlength=len(shift_K)) / size_P.sum()
+        return float(np.abs(load_K * len(shift_K) - 1).max())
 
-    parts = [0.0, 0.25, 0.5, 0.75, 1.0]
-    enough = [part for part in parts if worst(part) <= tolerance]
-    return policy.rebalanced((enough[0] if enough else min(parts, key=worst)) * bias_K)
+    enough = [shift for shift in shifts if worst(shift) <= tolerance]
+    return policy.rebalanced(enough[0] if enough else min(shifts, key=worst))
 
 
 def in_force_bytes(

@@ -1,7 +1,7 @@
 """Hashed trigram counts: the public hash is pinned, counts are additive, windows lose nothing."""
 
 import numpy as np
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from router.counts import count, ranks, trigram, trigrams, windows
@@ -16,6 +16,7 @@ def test_the_public_hash_never_changes():
     assert trigrams(b"th", BINS).tolist() == []
 
 
+@settings(deadline=None)
 @given(st.binary(min_size=3, max_size=3), st.sampled_from([1, 7, 240, 4096, 65_536, 1 << 20]))
 def test_one_trigram_at_a_time_gives_the_same_bin(three, bins):
     assert trigram(*three, bins) == trigrams(three, bins)[0]
@@ -31,6 +32,7 @@ def test_bins_are_filled_evenly_by_all_trigrams_of_ascii():
     assert abs(filled.var() / mean - 1) < 0.15
 
 
+@settings(deadline=None)
 @given(texts)
 def test_counts_are_those_of_a_loop_over_trigrams(some):
     counted = count(some, BINS).toarray()
@@ -41,6 +43,7 @@ def test_counts_are_those_of_a_loop_over_trigrams(some):
     assert (counted == naive).all()
 
 
+@settings(deadline=None)
 @given(texts, st.integers(1, 70))
 def test_windows_add_up_to_every_prefix(some, every):
     cut = windows(some, every, BINS)
@@ -51,6 +54,7 @@ def test_windows_add_up_to_every_prefix(some, every):
             assert (seen == count([text[: (w + 1) * every]], BINS).toarray()).all()
 
 
+@settings(deadline=None)
 @given(st.binary(min_size=2, max_size=200), st.binary(min_size=2, max_size=200))
 def test_counts_are_additive_but_for_the_two_trigrams_across_the_seam(a, b):
     whole, parts = count([a + b], BINS).toarray()[0], count([a, b], BINS).toarray().sum(0)
@@ -58,6 +62,7 @@ def test_counts_are_additive_but_for_the_two_trigrams_across_the_seam(a, b):
     assert (whole == parts + seam).all()
 
 
+@settings(deadline=None)
 @given(st.lists(st.integers(0, 9), max_size=60), st.sampled_from([0, 70_000]))
 def test_ranks_count_earlier_occurrences(values, offset):
     bins = np.array(values, dtype=np.int32) + offset

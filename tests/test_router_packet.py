@@ -5,7 +5,7 @@ import dataclasses
 import msgpack
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from constellation import config
@@ -44,12 +44,14 @@ def test_the_documented_sizes():
     assert [rice.bound_bytes(n, 4096) for n in (62, 1000, 32_768)] == [63, 503, 2560]
 
 
+@settings(deadline=None)
 @given(st.lists(st.integers(0, 5000), min_size=1, max_size=200))
 def test_rice_codes_are_exact(values):
     histogram = np.array(values)
     assert (rice.unpack(*rice.pack(histogram), histogram.sum(), len(histogram)) == histogram).all()
 
 
+@settings(deadline=None)
 @given(st.integers(0, 33), st.binary(max_size=60), st.integers(0, 100), st.integers(1, 300))
 def test_other_bytes_are_no_counts_or_counts_of_that_size(code, data, n, bins):
     try:

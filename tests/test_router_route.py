@@ -84,6 +84,7 @@ def test_a_choice_is_what_the_definitions_say(router):
     assert choice.index == posterior.argmax() and choice.kernel == router.names[choice.index]
 
 
+@settings(deadline=None)
 @given(texts)
 def test_posteriors_are_distributions_and_distances_angles(some):
     for choice in BLEND.route(some):
@@ -115,6 +116,7 @@ def test_rebalancing_moves_the_posterior_by_exactly_the_shift():
 # -- exactness and causality -------------------------------------------------------------------------------------------
 
 
+@settings(deadline=None)
 @given(texts, st.randoms())
 def test_a_batch_says_bit_for_bit_what_single_questions_say(some, random):
     together = BLEND.route(some)
@@ -126,6 +128,7 @@ def test_a_batch_says_bit_for_bit_what_single_questions_say(some, random):
         assert (alone.posterior == choice.posterior).all() and (alone.z == choice.z).all()
 
 
+@settings(deadline=None)
 @given(texts, st.integers(1, 60))
 def test_a_trajectory_is_the_route_of_every_prefix_bit_for_bit(some, every):
     for text, trajectory in zip(some, BLEND.trajectories(some, every)):
@@ -137,6 +140,7 @@ def test_a_trajectory_is_the_route_of_every_prefix_bit_for_bit(some, every):
             assert trajectory.abstain[i] == choice.abstained
 
 
+@settings(deadline=None)
 @given(st.binary(min_size=1, max_size=150), st.binary(max_size=150), st.binary(max_size=150), st.integers(1, 40))
 def test_later_bytes_change_nothing(past, future, other, every):
     looks = len(past) // every
@@ -187,6 +191,7 @@ def as_trajectory(rows):
     )
 
 
+@settings(deadline=None)
 @given(posteriors, st.floats(0, 3))
 def test_decisions_follow_the_rule_one_by_one(rows, hysteresis):
     trajectory, current = as_trajectory(rows), ABSTAINED
@@ -201,6 +206,7 @@ def test_decisions_follow_the_rule_one_by_one(rows, hysteresis):
         current = k
 
 
+@settings(deadline=None)
 @given(posteriors, st.floats(0, 3), st.integers(0, 30))
 def test_deciding_piece_by_piece_changes_nothing(rows, hysteresis, cut):
     whole = decide(as_trajectory(rows), hysteresis).tolist()

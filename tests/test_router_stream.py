@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from constellation import config
@@ -46,6 +46,7 @@ def equal(stream: Stream, router: Router, text: bytes) -> None:
     assert stream.bytes_seen == len(text) and stream.tail == text[-2:]
 
 
+@settings(deadline=None)
 @given(pieces=st.lists(st.binary(max_size=40), max_size=12))
 def test_any_pieces_give_the_choice_of_the_whole(router, pieces):
     stream = router.stream()
@@ -77,6 +78,7 @@ def test_its_looks_are_the_trajectory(router):
     assert decided == decide(whole, 0.5).tolist()
 
 
+@settings(deadline=None)
 @given(text=st.binary(max_size=300), cut=st.integers(0, 300))
 def test_resumed_elsewhere_it_goes_on_as_if_it_had_never_left(router, text, cut):
     stream = router.stream()
