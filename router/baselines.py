@@ -1,10 +1,10 @@
 """Routers to compare with, in the same interface: tf-idf clusters, and chance.
 
-`TfIdf` is the router of c-BTM (Gururangan et al. 2023): tf-idf of words, truncated SVD, normalised, balanced k-means;
+`TfidfRouter` is that of c-BTM (Gururangan et al. 2023): tf-idf of words, truncated SVD, normalised, balanced k-means;
 the posterior is softmax(-|x - c_k|^2 / T). Where we leave the paper, so that it can look again every W bytes like the
 others: words are found in latin-1 (bytes), a word counts once the byte after it was seen, term frequencies are linear
 (then the projection of a text is the sum of its windows'), and there is no stop-word list (code has other ones).
-`Random` sends a text where a hash of its first bytes points.
+`RandomRouter` sends a text where a hash of its first bytes points.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy import sparse
 
-from constellation import config
 from constellation.config import ROLES
+from constellation.config import Router as Settings
 from constellation.errors import ArtifactError, ConfigError
 from router import saved
 from router.cluster import SAMPLE_BYTES, sample, spherical
@@ -40,15 +40,56 @@ _WORD = re.compile(r"\w\w+")
 
 
 @dataclass(frozen=True, eq=False)
-class TfIdf:
+class TfidfRouter:
     """c-BTM's router; implements policy.Policy. V terms, D dimensions, K kernels."""
 
     names: tuple[str, ...]
-    config: config.Router
+    config: Settings
     terms: tuple[str, ...]
     projection: NDArray[np.float64]  # (V, D) idf x SVD components
     centres: NDArray[np.float64]  # (K, D) unit vectors
     log_prior: NDArray[np.float64]  # (K,) for balance
+
+    @classmethod
+    def fit(
+        cls,
+        texts: Sequence[bytes],
+        settings: Settings,
+        *,
+        seed: int,
+        names: Sequence[str] = ROLES,
+        validation: Sequence[bytes] = (),
+    ) -> TfidfRouter:
+        """c-BTM's router for text like `texts`, its clusters of whole documents; `validation` is not needed."""
+        try:
+            from sklearn.decomposition import TruncatedSVD
+        except ImportError:
+            raise ConfigError("the tf-idf router needs scikit-learn: pip install 'constellation[bench]'") from None
+        rng = np.random.default_rng(seed)
+        texts = sample(texts, SAMPLE_BYTES, rng)
+        words = [Counter(_WORD.findall(text.decode("latin-1").lower())) for text in texts]
+        documents = Counter(itertools.chain.from_iterable(words))
+        terms = tuple(sorted(sorted(documents), key=documents.__getitem__, reverse=True)[:TERMS])
+        if len(terms) <= len(names):
+            raise ConfigError(f"the tf-idf router needs words, and these {len(texts)} texts have {len(terms)}")
+        index = {term: i for i, term in enumerate(terms)}
+        entries = [(i, index[w], c) for i, some in enumerate(words) for w, c in some.items() if w in index]
+        rows, columns, counts = (np.array(part) for part in zip(*entries))
+        frequency = np.bincount(columns, minlength=len(terms))
+        inverse = np.log((1 + len(texts)) / (1 + frequency)) + 1
+        weighted_NV = sparse.csr_matrix((counts * inverse[columns], (rows, columns)), shape=(len(texts), len(terms)))
+        norm = np.sqrt(np.asarray(weighted_NV.multiply(weighted_NV).sum(axis=1)))
+        svd = TruncatedSVD(min(DIMS, len(terms) - 1, len(texts)), random_state=seed)
+        svd.fit(sparse.diags(1 / np.maximum(norm.ravel(), 1e-300)) @ weighted_NV)
+        point_ND = _unit(weighted_NV @ svd.components_.T)
+        size_N = np.array([len(text) for text in texts], dtype=np.float64)
+        label_N = max(
+            (spherical(point_ND, size_N, len(names), rng) for _ in range(5)),
+            key=lambda label: float(np.linalg.norm(_sums(point_ND, size_N, label, len(names)), axis=1).sum()),
+        )
+        centres = _unit(_sums(point_ND, size_N, label_N, len(names)))
+        fitted = cls(tuple(names), settings, terms, inverse[:, None] * svd.components_.T, centres, np.zeros(len(names)))
+        return balanced(fitted, texts, settings.every)
 
     def route(self, texts: Sequence[bytes]) -> list[Choice]:
         return [
@@ -71,7 +112,7 @@ class TfIdf:
             found.append(self._judge(at, np.cumsum(counts @ self.projection, axis=0)))
         return found
 
-    def rebalanced(self, log_shift: ArrayLike) -> TfIdf:
+    def rebalanced(self, log_shift: ArrayLike) -> TfidfRouter:
         return dataclasses.replace(self, log_prior=self.log_prior + np.asarray(log_shift, dtype=np.float64))
 
     def _judge(self, at: NDArray[np.int64], sum_PD: NDArray[np.float64]) -> Trajectory:
@@ -89,57 +130,17 @@ class TfIdf:
         return saved.write(Path(folder), KIND, header, arrays)
 
     @classmethod
-    def load(cls, folder: Path) -> TfIdf:
+    def load(cls, folder: Path) -> TfidfRouter:
         header, arrays = saved.read(Path(folder), KIND)
         try:
-            settings = config.Router(**header["config"])
+            settings = Settings(**header["config"])
             return cls(tuple(header["names"]), settings, tuple(header["terms"]), **arrays)
         except (KeyError, TypeError):
             raise ArtifactError(f"{folder}: holds a tf-idf router of another version; fit again") from None
 
 
-def fit_tfidf(
-    texts: Sequence[bytes],
-    settings: config.Router,
-    *,
-    seed: int,
-    names: Sequence[str] = ROLES,
-    validation: Sequence[bytes] = (),
-) -> TfIdf:
-    """c-BTM's router for text like `texts`, its clusters of whole documents; `validation` is not needed."""
-    try:
-        from sklearn.decomposition import TruncatedSVD
-    except ImportError:
-        raise ConfigError("the tf-idf router needs scikit-learn: pip install 'constellation[bench]'") from None
-    rng = np.random.default_rng(seed)
-    texts = sample(texts, SAMPLE_BYTES, rng)
-    words = [Counter(_WORD.findall(text.decode("latin-1").lower())) for text in texts]
-    documents = Counter(itertools.chain.from_iterable(words))
-    terms = tuple(sorted(sorted(documents), key=documents.__getitem__, reverse=True)[:TERMS])
-    if len(terms) <= len(names):
-        raise ConfigError(f"the tf-idf router needs words, and these {len(texts)} texts have {len(terms)}")
-    index = {term: i for i, term in enumerate(terms)}
-    entries = [(i, index[w], c) for i, some in enumerate(words) for w, c in some.items() if w in index]
-    rows, columns, counts = (np.array(part) for part in zip(*entries))
-    frequency = np.bincount(columns, minlength=len(terms))
-    inverse = np.log((1 + len(texts)) / (1 + frequency)) + 1
-    weighted_NV = sparse.csr_matrix((counts * inverse[columns], (rows, columns)), shape=(len(texts), len(terms)))
-    norm = np.sqrt(np.asarray(weighted_NV.multiply(weighted_NV).sum(axis=1)))
-    svd = TruncatedSVD(min(DIMS, len(terms) - 1, len(texts)), random_state=seed)
-    svd.fit(sparse.diags(1 / np.maximum(norm.ravel(), 1e-300)) @ weighted_NV)
-    point_ND = _unit(weighted_NV @ svd.components_.T)
-    size_N = np.array([len(text) for text in texts], dtype=np.float64)
-    label_N = max(
-        (spherical(point_ND, size_N, len(names), rng) for _ in range(5)),
-        key=lambda label: float(np.linalg.norm(_sums(point_ND, size_N, label, len(names)), axis=1).sum()),
-    )
-    centres = _unit(_sums(point_ND, size_N, label_N, len(names)))
-    fitted = TfIdf(tuple(names), settings, terms, inverse[:, None] * svd.components_.T, centres, np.zeros(len(names)))
-    return balanced(fitted, texts, settings.every)
-
-
 @dataclass(frozen=True)
-class Random:
+class RandomRouter:
     """Texts sent by chance: the kernel is a hash of the seed and a text's first 64 bytes (all, if shorter)."""
 
     names: tuple[str, ...] = ROLES

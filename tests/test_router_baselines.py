@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from constellation import config
 from constellation.config import OCEAN, ROLES
 from constellation.errors import ArtifactError, ConfigError
-from router.baselines import Random, TfIdf, fit_tfidf
+from router.baselines import RandomRouter, TfidfRouter
 from router.partition import loads, partition
 from router.policy import Policy, Trajectory, decide
 
@@ -30,13 +30,13 @@ def sources(documents: int, seed: int) -> tuple[list[bytes], np.ndarray]:
 
 
 @pytest.fixture(scope="module")
-def tfidf() -> TfIdf:
-    return fit_tfidf(sources(80, 0)[0], SETTINGS, seed=0, names=("a", "b", "c", "d"))
+def tfidf() -> TfidfRouter:
+    return TfidfRouter.fit(sources(80, 0)[0], SETTINGS, seed=0, names=("a", "b", "c", "d"))
 
 
 @pytest.fixture(params=["tfidf", "random"])
 def policy(request, tfidf):
-    return tfidf if request.param == "tfidf" else Random(("a", "b", "c", "d"), seed=3)
+    return tfidf if request.param == "tfidf" else RandomRouter(("a", "b", "c", "d"), seed=3)
 
 
 def test_they_are_policies(policy):
@@ -51,7 +51,7 @@ def test_they_are_policies(policy):
     every=st.integers(1, 40),
 )
 def test_later_bytes_change_nothing(tfidf, past, a, b, every):
-    for policy in (tfidf, Random(seed=1)):
+    for policy in (tfidf, RandomRouter(seed=1)):
         looks = len(past) // every
         one, other = policy.trajectories([past + a, past + b], every)
         assert (one.posterior[:looks] == other.posterior[:looks]).all()
@@ -79,31 +79,31 @@ def test_tfidf_finds_planted_words_in_equal_shares(tfidf):
 
 
 def test_tfidf_is_the_same_for_the_same_seed_and_from_a_file(tfidf, tmp_path):
-    again = fit_tfidf(sources(80, 0)[0], SETTINGS, seed=0, names=("a", "b", "c", "d"))
+    again = TfidfRouter.fit(sources(80, 0)[0], SETTINGS, seed=0, names=("a", "b", "c", "d"))
     digest = tfidf.save(tmp_path)
     assert digest == again.save(tmp_path / "again")
     text = sources(1, 5)[0][0]
-    assert (TfIdf.load(tmp_path).route([text])[0].posterior == tfidf.route([text])[0].posterior).all()
+    assert (TfidfRouter.load(tmp_path).route([text])[0].posterior == tfidf.route([text])[0].posterior).all()
     next(tmp_path.glob("*.npz")).write_bytes(b"")
     with pytest.raises(ArtifactError, match="damaged"):
-        TfIdf.load(tmp_path)
+        TfidfRouter.load(tmp_path)
 
 
 def test_tfidf_of_text_without_words_is_refused():
     with pytest.raises(ConfigError, match="needs words"):
-        fit_tfidf([b"... --- ..."] * 9, SETTINGS, seed=0)
+        TfidfRouter.fit([b"... --- ..."] * 9, SETTINGS, seed=0)
 
 
 def test_without_scikit_learn_the_extra_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "sklearn.decomposition", None)
     with pytest.raises(ConfigError, match=r"constellation\[bench\]"):
-        fit_tfidf(sources(8, 0)[0], SETTINGS, seed=0)
+        TfidfRouter.fit(sources(8, 0)[0], SETTINGS, seed=0)
 
 
 def test_chance_is_even_and_never_changes_its_mind():
     rng = np.random.default_rng(0)
     texts = [rng.bytes(200) for _ in range(4000)]
-    policy = Random(seed=7)
+    policy = RandomRouter(seed=7)
     found = np.array([choice.index for choice in policy.route(texts)])
     expected = len(texts) / len(ROLES)
     assert (
