@@ -26,6 +26,7 @@ from typing import Any
 import torch
 
 from constellation import optim
+from constellation.atomic import read_json
 from constellation.config import Config
 from constellation.coordizer.tokenizer import Tokenizer
 from constellation.data.batches import Batches
@@ -182,6 +183,39 @@ def _job(config: Config, cache: Path, folder: Path, steps: int) -> Job:
 
 
 def _plain(job: Job) -> float:
-    """Tokens per second between the end of the first step and the end of the last."""
-    ticks = [(time.perf_counter(), step.tokens) for step in fit(job)]
-    return (ticks[-1][1] - ticks[0][1]) / (ticks[-1][0] - ticks[0][0])
+    for _ in fit(job):
+        pass
+    return _speed(job)
+
+
+def _speed(job: Job) -> float:
+    """Tokens per second of a finished job, from the first step to the last checkpoint."""
+    summary = read_json(job.folder / "summary.json")
+    return float(summary["tokens"] / summary["runtime_s"])
+
+
+def _through_ray(config: Config, cache: Path, scratch: Path, steps: int) -> dict[str, Any]:
+    """The same job by `fit` in a fresh process and in a kernel actor under its supervisor, three times each in turn."""
+    from actors.cluster import connected
+    from actors.hire import trainers
+    from actors.placement import reserve, share
+    from actors.supervisor import Supervisor
+
+    def actor(job: Job) -> float:
+        placement = reserve([share(config)], 60.0, print)
+        supervisor = Supervisor(config, placement, print)
+        for _ in supervisor.train(trainers(placement, [job])):
+            pass
+        placement.release()
+        return _speed(job)
+
+    speeds: dict[str, list[float]] = {"plain": [], "actor": []}
+    spawn = multiprocessing.get_context("spawn")
+    with connected(None):
+        for turn in range(3):
+            with ProcessPoolExecutor(1, mp_context=spawn) as pool:
+                job = _job(config, cache, scratch / f"plain{turn}", steps)
+                speeds["plain"].append(pool.submit(_plain, job).result())
+            speeds["actor"].append(actor(_job(config, cache, scratch / f"actor{turn}", steps)))
+    plain, through = statistics.median(speeds["plain"]), statistics.median(speeds["actor"])
+    return {"plain": plain, "actor": through, "overhead": plain / through - 1, "turns": speeds}
