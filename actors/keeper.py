@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 import threading
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from typing import Any
 import ray
 
 from actors.hire import servers
-from actors.messages import ClusterStatus
+from actors.messages import ClusterStatus, KernelStatus
 from actors.placement import reserve, share
 from actors.status import roots
 from actors.supervisor import Supervisor
@@ -48,8 +49,12 @@ class SupervisorMailbox:
             state, detail = "failed", self._failure
         elif kernels and all(k.state == "serving" for k in kernels):
             state, detail = "up", "all actors serve"
-        address = ray.get_runtime_context().gcs_address
-        return ClusterStatus(str(self._run), self._name, state, address, detail, kernels)
+        here = ray.get_runtime_context()
+        node = f"{ray.util.get_node_ip_address()} {here.get_node_id()[:8]}"
+        me = KernelStatus(
+            SUPERVISOR, None, "failed" if self._failure else "serving", "ok", 0, None, None, node, os.getpid()
+        )
+        return ClusterStatus(str(self._run), self._name, state, here.gcs_address, detail, (me, *kernels))
 
     async def shutdown(self) -> None:
         """End all actors, then give their room back."""

@@ -72,15 +72,21 @@ def view(run: Path) -> dict[str, dict]:
     return {}
 
 
-def processes_of(session: int) -> list[int]:
-    """Living processes of the session that `session` leads: a driver, its Ray and all their descendants."""
-    found = []
+def processes_of(session: int) -> dict[int, str]:
+    """Living processes of the session that `session` leads, a driver, its Ray and their descendants: pid, command."""
+    found = {}
     for entry in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(FileNotFoundError, ProcessLookupError):
             state, _, _, sid = (entry / "stat").read_text().rpartition(")")[2].split()[:4]
             if int(sid) == session and state != "Z":
-                found.append(int(entry.name))
+                found[int(entry.name)] = (entry / "cmdline").read_text().replace("\0", " ").strip()
     return found
+
+
+def orphans(session: int) -> dict[int, str]:
+    """What a dead driver left at work. Two agents of Ray itself try for a minute to tell their dead head of it."""
+    agents = ("ray::DashboardAgent", "ray::RuntimeEnvAgent")
+    return {pid: command for pid, command in processes_of(session).items() if not command.startswith(agents)}
 
 
 @contextlib.contextmanager
@@ -94,7 +100,9 @@ def driver(run: Path, corpus: Path, config: Config, address: str | None = None) 
     finally:
         process.kill()
         process.wait()
-        wait_for("no orphans", lambda: not processes_of(process.pid))
+        wait_for("no orphans", lambda: not orphans(process.pid))
+        for agent in processes_of(process.pid):
+            os.kill(agent, signal.SIGKILL)
 
 
 def read_until(process: subprocess.Popen, role: str, step: int) -> None:
@@ -139,7 +147,7 @@ def test_a_killed_driver_leaves_no_process_and_is_resumed(
             list(train(run, resume=True))
         process.kill()
         process.wait()
-        wait_for("no orphans", lambda: not processes_of(process.pid))
+        wait_for("no orphans", lambda: not orphans(process.pid))
     list(train(run, resume=True, roles=THREE))
     assert_as_if_left_alone(run, micro_run)
 
@@ -153,6 +161,7 @@ def test_ctrl_c_stops_cleanly_and_resume_goes_on(
         os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to the whole group, Ray's processes included
         output = process.communicate(timeout=60)[0]
         assert process.returncode == 1 and "interrupted" in output, output
+        assert not processes_of(process.pid), "a stopped driver ends all of its Ray"
         assert not list(run.rglob(".step-*")), "a torn checkpoint was left"
     status = folder_status(run)
     assert status.state == "stopped" and "--resume" in status.detail

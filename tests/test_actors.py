@@ -1,0 +1,435 @@
+"""Actors: room, locks, status, training under the supervisor, answering, staying up. Faults: test_faults.py."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from actors import cluster, detached
+from actors.exclusive import exclusive, is_held
+from actors.hire import options_of, servers
+from actors.launch import summary, train
+from actors.placement import Placement, check, halves, pack
+from actors.status import folder_status, root_name
+from constellation.config import OCEAN, ROLES, Config, override
+from constellation.errors import ConfigError, PlacementError, RunError
+
+THREE = ROLES[:3]
+amounts = st.integers(0, 40).map(lambda n: n / 8)
+
+
+def silent(text: str) -> None:
+    pass
+
+
+# -- room ----------------------------------------------------------------------------------------------------------
+
+
+@given(
+    st.fixed_dictionaries({"CPU": st.integers(1, 16).map(lambda n: n / 8), "GPU": amounts}),
+    st.integers(1, 9),
+    st.lists(st.fixed_dictionaries({"CPU": amounts, "GPU": amounts}), max_size=4),
+)
+def test_equal_bundles_fit_exactly_when_the_rooms_hold_that_many(bundle: dict, count: int, rooms: list[dict]) -> None:
+    def held(room: dict) -> int:
+        return min(int(room[kind] / amount) for kind, amount in bundle.items() if amount)
+
+    found = pack([bundle] * count, rooms)
+    assert (found is not None) == (sum(map(held, rooms)) >= count)
+    if found is not None:
+        assert all(found.count(i) <= held(room) for i, room in enumerate(rooms))
+
+
+@given(st.fixed_dictionaries({"CPU": amounts, "GPU": st.one_of(st.sampled_from([0, 0.25, 1.0]), st.integers(2, 8))}))
+def test_two_actors_share_a_bundle_in_parts_that_ray_accepts(whole: dict) -> None:
+    parts = halves(whole)
+    assert {kind: parts[0][kind] + parts[1][kind] for kind in whole} == whole
+    assert all(part["GPU"] <= 1 or part["GPU"] == int(part["GPU"]) for part in parts)
+
+
+def test_what_does_not_fit_is_told_with_both_numbers() -> None:
+    with pytest.raises(PlacementError) as told:
+        check([{"CPU": 0.25, "GPU": 1.0}] * 8, [{"CPU": 2.0, "GPU": 1.0}, {"CPU": 4.0, "GPU": 1.0}], "the cluster")
+    text = str(told.value)
+    assert "needs 8 x (CPU 0.25, GPU 1), in all CPU 2, GPU 8" in text
+    assert "the cluster has CPU 6, GPU 2 on 2 nodes" in text and "cluster.gpus_per_kernel" in text
+
+
+def test_an_actor_without_a_gpu_sees_none_and_one_with_a_gpu_is_left_to_ray() -> None:
+    without, with_one = (options_of({"CPU": 0.25, "GPU": g}, 1, "DEFAULT") for g in (0.0, 0.5))
+    assert without["runtime_env"]["env_vars"]["CUDA_VISIBLE_DEVICES"] == ""
+    assert "CUDA_VISIBLE_DEVICES" not in with_one["runtime_env"]["env_vars"] and with_one["num_gpus"] == 0.5
+
+
+def test_serving_needs_no_more_room_than_training(micro: Config) -> None:
+    room = Placement(({"CPU": 1.0, "GPU": 1.0},) * 8, None, (), own=False)
+    hires = servers(room, Path("run"), micro, "somewhere")
+    asked = [hire.options for hire in hires]
+    assert sum(o["num_gpus"] for o in asked) == 8 and sum(o["num_cpus"] for o in asked) == 8
+    assert [hire.lasting["name"] for hire in hires] == ["router", *ROLES, OCEAN]
+
+
+# -- locks and addresses -------------------------------------------------------------------------------------------
+
+
+HOLDER = """
+import sys, time
+from pathlib import Path
+from actors.exclusive import exclusive
+
+with exclusive(Path(sys.argv[1])):
+    print("held", flush=True)
+    time.sleep(60)
+"""
+
+
+def test_a_folder_has_one_writer_until_that_one_ends_or_is_killed(tmp_path: Path) -> None:
+    with subprocess.Popen([sys.executable, "-c", HOLDER, str(tmp_path)], stdout=subprocess.PIPE) as holder:
+        assert holder.stdout and holder.stdout.readline()
+        assert is_held(tmp_path)
+        with pytest.raises(ConfigError, match=f"in use by process {holder.pid} "), exclusive(tmp_path):
+            pass
+        holder.kill()
+        with exclusive(tmp_path, wait_s=10):
+            pass
+    assert not is_held(tmp_path)
+
+
+@pytest.mark.parametrize("address", ["nowhere", "host:port", "ray://host:10001", "10.0.0.1"])
+def test_an_address_that_is_none_is_refused(address: str) -> None:
+    with pytest.raises(ConfigError, match="host:port or auto"):
+        cluster.find(address)
+
+
+def test_a_closed_port_and_a_port_of_somebody_else_are_told_in_seconds(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cluster, "ANSWER_S", 1.0)
+    monkeypatch.setattr(cluster, "_authenticate", lambda mode, token: None)  # this process may have a Ray already
+    with socket.socket() as closed:
+        closed.bind(("127.0.0.1", 0))
+        with pytest.raises(ConfigError, match="no Ray at"):
+            cluster.answer(f"127.0.0.1:{closed.getsockname()[1]}")
+        closed.listen()
+        with pytest.raises(ConfigError, match="is not a Ray, or hangs"):
+            cluster.answer(f"127.0.0.1:{closed.getsockname()[1]}")
+
+
+# -- status from the folder ----------------------------------------------------------------------------------------
+
+
+def test_a_root_has_a_name_in_the_standard_basis() -> None:
+    from constellation.geometry import e8
+
+    names = [root_name(root) for root in e8.roots().tolist()]
+    assert len(set(names)) == 240
+    assert root_name(e8.simple_roots()[1].tolist()) == "e1 + e2"
+    assert root_name([0, -1, 0, 0, 0, 0, 0, 1]) == "-e2 + e8"
+
+
+def test_the_folder_alone_tells_what_became_of_a_run(micro_run: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(micro_run, run)
+    whole = folder_status(run)
+    assert whole.state == "finished" and [k.role for k in whole.kernels] == [OCEAN, *ROLES]
+    assert all(k.state == "done" and k.step == k.steps and k.loss_nats and k.health == "ok" for k in whole.kernels)
+    assert len({k.root for k in whole.kernels if k.role != OCEAN}) == 8
+    assert [row["status"] for row in summary(run)["models"]] == ["done"] * 9
+
+    last = run / ROLES[2]
+    shutil.rmtree(sorted((last / "checkpoints").iterdir())[-1])
+    with (last / "diag_steps.jsonl").open("a") as log:
+        log.write('{"role": "torn by a ki')
+    stopped = folder_status(run)
+    assert stopped.state == "stopped" and "--resume" in stopped.detail
+    assert {k.role for k in stopped.kernels if k.state == "stopped"} == {ROLES[2]}
+
+    page = json.loads((last / "summary.json").read_text())
+    (last / "summary.json").write_text(json.dumps({**page, "status": "failed", "failure": "loss nan at step 7"}))
+    assert folder_status(run).state == "failed" and folder_status(run).detail == "loss nan at step 7"
+
+    with exclusive(run):
+        assert folder_status(run).state == "training"
+    assert json.loads(json.dumps(folder_status(run).to_json()))["state"] == "failed"
+
+
+# -- the driver refuses ------------------------------------------------------------------------------------------
+
+
+def test_a_run_that_is_there_is_not_trained_over_and_a_finished_one_is_left(micro_run: Path, micro: Config) -> None:
+    before = {p: p.stat().st_mtime_ns for p in micro_run.rglob("*")}
+    with pytest.raises(ConfigError, match="--resume, or choose another --run"):
+        list(train(micro_run, None, micro))
+    said: list[str] = []
+    assert list(train(micro_run, resume=True, say=said.append)) == []
+    assert "trained to its end already" in said[0]
+    assert before == {p: p.stat().st_mtime_ns for p in micro_run.rglob("*")}
+
+
+def test_a_machine_too_small_is_told_at_once_and_nothing_is_written(
+    micro: Config, micro_corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("actors.launch.inside", lambda: False)  # as in a fresh process, without the session's Ray
+    began = time.monotonic()
+    with pytest.raises(PlacementError, match=r"needs 8 x \(CPU 0\.25, GPU 4\).*GPU 32; this machine has CPU \d+, GPU"):
+        list(train(tmp_path / "run", micro_corpus, override(micro, {"cluster.gpus_per_kernel": 4})))
+    assert time.monotonic() - began < 3 and not (tmp_path / "run").exists()
+
+
+def test_only_a_trained_run_is_served_and_only_the_cluster_part_may_change(micro_run: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(micro_run, run)
+    with pytest.raises(ConfigError, match=r"optim\.lr"):
+        detached.up(run, changes={"optim.lr": 1})
+    shutil.rmtree(run / ROLES[4] / "checkpoints")
+    with pytest.raises(ConfigError, match=f"{ROLES[4]} not trained yet"):
+        detached.up(run)
+    assert not detached.down(run, say=silent) and not (run / detached.RECORD).exists()
+
+
+# -- with Ray ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.ray
+def test_a_cluster_too_small_and_a_busy_one_are_told(
+    ray_session: None, micro: Config, micro_corpus: Path, tmp_path: Path
+) -> None:
+    import ray
+    from ray.util.placement_group import placement_group, remove_placement_group
+
+    with pytest.raises(PlacementError, match=r"needs 8 x .*the cluster has CPU 4, GPU 0; lower"):
+        list(train(tmp_path / "run", micro_corpus, override(micro, {"cluster.cpus_per_kernel": 1})))
+    assert not (tmp_path / "run").exists()
+
+    hog = placement_group([{"CPU": 3.5}])
+    ray.get(hog.ready(), timeout=30)
+    said: list[str] = []
+    try:
+        impatient = override(micro, {"cluster.placement_timeout_s": 1})
+        with pytest.raises(PlacementError, match=r"no room within 1 s.*has CPU 4, GPU 0, free CPU 0\.5"):
+            list(train(tmp_path / "busy", micro_corpus, impatient, say=said.append))
+    finally:
+        remove_placement_group(hog)
+
+
+@pytest.mark.ray
+@pytest.mark.timeout(300)
+def test_a_run_in_a_group_around_it_equals_the_plain_loop_and_takes_no_other_room(
+    ray_session: None, micro_run: Path, micro_corpus: Path, micro: Config, tmp_path: Path
+) -> None:
+    """As a Tune trial does: the driver sits in the first bundle, its kernels in the others."""
+    import ray
+    from ray.util.placement_group import placement_group, placement_group_table, remove_placement_group
+    from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+    def trial(run: Path) -> tuple[list[Any], int]:
+        steps = list(train(run, micro_corpus, micro, roles=THREE, say=silent))
+        return steps, len([g for g in placement_group_table().values() if g["state"] == "CREATED"])
+
+    group = placement_group([{"CPU": 0.5}, *[{"CPU": 0.25}] * 3])
+    ray.get(group.ready(), timeout=30)
+    strategy = PlacementGroupSchedulingStrategy(group, 0, placement_group_capture_child_tasks=True)
+    try:
+        ran = ray.remote(trial).options(num_cpus=0.5, scheduling_strategy=strategy).remote(tmp_path / "run")
+        steps, groups = ray.get(ran, timeout=240)
+    finally:
+        remove_placement_group(group)
+    assert groups == 1
+    for role, planned in ((OCEAN, 36), *((role, 80) for role in THREE)):
+        assert [s.step for s in steps if s.role == role] == list(range(1, planned + 1))  # each once, in order
+        mine, theirs = (r / role / "checkpoints" / f"step-{planned:08d}" for r in (tmp_path / "run", micro_run))
+        assert (mine / "model.safetensors").read_bytes() == (theirs / "model.safetensors").read_bytes()
+
+
+@pytest.mark.ray
+def test_a_diverging_run_fails_with_its_reason_and_is_not_tried_again(
+    ray_session: None, micro_corpus: Path, micro: Config, tmp_path: Path
+) -> None:
+    said: list[str] = []
+    with pytest.raises(RunError, match=r"loss nan|norm nan|norm inf"):
+        list(train(tmp_path / "run", micro_corpus, override(micro, {"optim.lr": 1e30}), say=said.append))
+    assert not any("restarting" in text for text in said)
+    assert folder_status(tmp_path / "run").state == "failed"
+
+
+@pytest.mark.ray
+def test_an_actor_does_one_thing_and_may_be_told_twice(ray_session: None, micro_run: Path, tmp_path: Path) -> None:
+    import ray
+
+    from actors.kernel import KernelActor
+    from actors.plan import ocean_job, open_plan
+
+    job = dataclasses.replace(ocean_job(open_plan(micro_run)), folder=tmp_path / "twice")
+    actor = KernelActor.options(num_cpus=0.25).remote(OCEAN)
+    ray.get([actor.train.remote(job) for _ in range(3)], timeout=120)
+    with pytest.raises(ConfigError, match="one thing in its life"):
+        ray.get(actor.train.remote(dataclasses.replace(job, folder=tmp_path / "other")), timeout=30)
+    with pytest.raises(ConfigError, match="it answers when it serves"):
+        ray.get(actor.turn.remote([], 64), timeout=30)
+    seen: list[int] = []
+    while True:
+        report = ray.get(actor.report.remote(seen[-1] if seen else 0, 1.0), timeout=60)
+        again = ray.get(actor.report.remote(seen[-1] if seen else 0), timeout=60)
+        assert again.steps[: len(report.steps)] == report.steps  # a lost answer is asked for again
+        seen += [step.step for step in report.steps]
+        if report.state == "done":
+            break
+    assert seen == list(range(1, 37)) and report.checkpoint == "step-00000036" and report.pid != os.getpid()
+    ray.kill(actor)
+
+
+def answers(kernels: Any, run: Path, between: Callable[[], None] = lambda: None) -> list[Any]:
+    from actors.plan import open_plan
+    from constellation.coordizer.tokenizer import Tokenizer
+    from constellation.kernel.sample import Sampling
+    from router.route import Router
+    from router.session import Answer, Request, generate
+
+    plan = open_plan(run)
+    how = Sampling(temperature=0.9, top_p=0.95, seed=7, max_new_tokens=120)
+    requests = [Request("The import statement binds", how), Request("Operators: << and", how), Request("x", how, OCEAN)]
+    found = []
+    for piece in generate(Router.load(plan.router), kernels, Tokenizer.load(plan.tokenizer), requests, plan.config):
+        if isinstance(piece, Answer):
+            found.append(dataclasses.replace(piece, seconds=0, seconds_per_token=0))
+        else:
+            between()
+    return found
+
+
+@pytest.mark.ray
+@pytest.mark.timeout(300)
+def test_local_and_ray_answers_are_equal_even_if_an_actor_is_killed_on_the_way(
+    ray_session: None, micro_run: Path, micro: Config
+) -> None:
+    from actors.remote import open_kernels
+    from router.local import LocalKernels
+
+    local = answers(LocalKernels.from_run(micro_run), micro_run)
+    assert len(local) == 3 and all(answer.completion_tokens for answer in local)
+    with open_kernels(micro_run, say=silent) as kernels:
+        assert answers(kernels, micro_run) == local
+        victims = list(kernels._actors)
+
+        def kill_one() -> None:
+            if victims:
+                import ray
+
+                os.kill(ray.get(kernels._actors[victims.pop()].report.remote(0)).pid, signal.SIGKILL)
+
+        assert answers(kernels, micro_run, between=kill_one) == local
+
+
+@pytest.mark.ray
+@pytest.mark.timeout(300)
+def test_a_constellation_stays_up_heals_and_goes_down_twice(
+    ray_session: None, micro_run: Path, unique: str, tmp_path: Path
+) -> None:
+    import ray
+    from ray.util.placement_group import placement_group_table
+
+    from actors.keeper import namespace_of
+    from actors.remote import open_kernels
+    from router.local import LocalKernels
+    from router.route import Router
+
+    run = tmp_path / "run"
+    shutil.copytree(micro_run, run)
+    local = answers(LocalKernels.from_run(run), run)
+    texts = [b"def f(x): return x", b"An assignment statement evaluates"]
+    status = detached.up(run, name=unique, say=silent)
+    assert status.state == "up" and status.name == unique
+    assert [k.role for k in status.kernels] == ["supervisor", "router", *ROLES, OCEAN]
+    assert all(k.state == "serving" and k.health == "ok" and k.node for k in status.kernels)
+    said: list[str] = []
+    assert detached.up(run, say=said.append).name == unique and "is up already" in said[0]
+    with open_kernels(run, say=silent) as kernels:
+        assert answers(kernels, run) == local
+        assert kernels.route(texts) == [c.to_json(ROLES) for c in Router.load(run / "router").route(texts)]
+    heal(run, {k.role: k.pid for k in status.kernels}, killed=("supervisor", ROLES[0]))
+    assert detached.down(run, say=silent)
+    assert not detached.down(run, say=silent)
+    assert detached.status(run).state == "finished"
+    assert not any(a["namespace"] == namespace_of(unique) for a in ray.util.list_named_actors(all_namespaces=True))
+    groups = [g["state"] for g in placement_group_table().values() if g["name"] == namespace_of(unique)]
+    assert set(groups) == {"REMOVED"}
+
+    # the second cycle without a cluster: `up` starts a Ray that outlives its command, `down` ends all of it
+    done = subprocess.run([sys.executable, "-c", UP_AND_DOWN, str(run)], capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stdout + done.stderr
+    leader = done.stdout.split("leader ")[1].split()[0]
+    left = subprocess.run(["ps", "-s", leader, "-o", "args="], capture_output=True, text=True).stdout
+    assert not left.strip(), left
+
+
+def heal(run: Path, before: dict[str, int], killed: tuple[str, ...]) -> None:
+    """Kill some, wait until the constellation is up again, and see that the others never went away.
+
+    Ray restarts the supervisor; it finds the others by name and replaces the one that is missing.
+    """
+    for role in killed:
+        os.kill(before[role], signal.SIGKILL)
+    until = time.monotonic() + 120
+    while True:
+        now = detached.status(run)
+        after = {k.role: k.pid for k in now.kernels}
+        if now.state == "up" and all(after[role] not in (None, before[role]) for role in killed):
+            break
+        assert time.monotonic() < until, now
+        time.sleep(0.2)
+    assert {r: p for r, p in after.items() if r not in killed} == {r: p for r, p in before.items() if r not in killed}
+
+
+UP_AND_DOWN = """
+import sys
+from pathlib import Path
+from actors import detached
+
+run = Path(sys.argv[1])
+status = detached.up(run)
+head = detached.read_record(run).head
+print("leader", head.pid, flush=True)
+assert status.state == "up" and head.alive() and status.address.startswith("127.0.0.1:"), status
+assert head.token.stat().st_mode & 0o77 == 0 and head.token.read_text() not in (run / "up.json").read_text()
+assert detached.status(run).state == "up"
+assert detached.down(run) and not detached.down(run)
+assert not head.alive() and not Path(head.folder).exists() and detached.status(run).state == "finished"
+"""
+
+
+def test_a_record_of_a_ray_that_is_gone_is_seen_through_in_seconds(
+    micro_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cluster, "_authenticate", lambda mode, token: None)  # this process may have a Ray already
+    run = tmp_path / "run"
+    shutil.copytree(micro_run, run)
+    pid = subprocess.run([sys.executable, "-c", "import os; print(os.getpid())"], capture_output=True, text=True).stdout
+    here, gone = socket.gethostname(), str(run / "gone")
+    ended = {"address": "127.0.0.1:1", "host": here, "pid": int(pid), "started": 1.0, "folder": gone}
+    for head, why in (
+        (ended, "its Ray has ended"),
+        ({**ended, "pid": os.getpid()}, "its Ray has ended"),  # the number belongs to another process now
+        ({**ended, "host": "elsewhere"}, "it is up on elsewhere"),
+        (None, "no Ray at 127.0.0.1:1"),
+    ):
+        record = {"schema": 1, "name": "run", "address": "127.0.0.1:1", "head": head}
+        (run / detached.RECORD).write_text(json.dumps(record))
+        began = time.monotonic()
+        status = detached.status(run)
+        assert time.monotonic() - began < 3
+        assert status.state == "finished" and why in status.detail
+    said: list[str] = []
+    assert detached.down(run, say=said.append) and "forgotten" in said[0]
+    assert not detached.down(run, say=silent)
