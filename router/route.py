@@ -222,7 +222,7 @@ class Router:
     @functools.cached_property
     def frame(self) -> NDArray[np.float64]:
         """[m, V^T], (B, F), on its grid."""
-        return np.rint(np.concatenate([self.mean[None], self.directions]).T * _FRAME) / _FRAME
+        return np.ascontiguousarray(np.rint(np.concatenate([self.mean[None], self.directions]).T * _FRAME) / _FRAME)
 
     @functools.cached_property
     def origin(self) -> NDArray[np.float64]:

@@ -12,7 +12,6 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-import os
 import zipfile
 import zlib
 from collections.abc import Mapping
@@ -22,6 +21,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from constellation.atomic import write_bytes
 from constellation.errors import ArtifactError
 
 SCHEMA = 1
@@ -39,14 +39,13 @@ def content_hash(header: Mapping[str, Any], arrays: Mapping[str, NDArray]) -> st
 
 def write(folder: Path, kind: str, header: Mapping[str, Any], arrays: Mapping[str, NDArray]) -> str:
     """Saves and returns the hash; another policy of this kind in the folder is replaced."""
-    folder.mkdir(parents=True, exist_ok=True)
     digest = content_hash(header, arrays)
     held = io.BytesIO()
     np.savez(held, allow_pickle=False, **dict(arrays))
     name = f"{kind}-{digest[:16]}.npz"
-    _replace(folder / name, held.getvalue())
+    write_bytes(folder / name, held.getvalue())
     text = json.dumps({"kind": kind, "schema": SCHEMA, "hash": digest, "header": dict(header)}, indent=1)
-    _replace(folder / f"{kind}.json", text.encode() + b"\n")
+    write_bytes(folder / f"{kind}.json", text.encode() + b"\n")
     for stale in folder.glob(f"{kind}-*.npz"):
         if stale.name != name:
             stale.unlink(missing_ok=True)
@@ -75,12 +74,3 @@ def read(folder: Path, kind: str) -> tuple[dict[str, Any], dict[str, NDArray]]:
     for array in arrays.values():
         array.setflags(write=False)
     return header, arrays
-
-
-def _replace(path: Path, data: bytes) -> None:
-    part = path.with_name(f".{path.name}.{os.getpid()}")
-    with part.open("wb") as out:
-        out.write(data)
-        out.flush()
-        os.fsync(out.fileno())
-    os.replace(part, path)
