@@ -35,6 +35,7 @@ class Kernel:
     coupling: str = "fixed"  # inverse temperature c(L) = c0 (1 + beta ln(L/L_ref)): "fixed" | "off" | "learned" beta
     coupling_beta: float = 0.44  # beta when fixed, and where learning starts
     coupling_ref: int = 32  # L_ref, visible keys
+    look_back: int = 1  # 1: the embedding of the token before is mixed in, per channel; 0: not
     rope_base: float = 10_000.0  # longest rotary wavelength / 2 pi, positions
 
 
@@ -43,7 +44,7 @@ class Optim:
     """The optimizer (constellation/optim)."""
 
     name: str = "kronecker_ng"  # kronecker_ng | diagonal_ng | adamw
-    lr: float = 4e-3  # peak learning rate
+    lr: float = 8e-3  # peak learning rate
     momentum: float = 0.9  # EMA of gradients, diagonal steps
     kronecker_momentum: float = 0.95  # the same of the Kronecker steps
     fisher_decay: float = 0.95  # EMA of the squared gradient, the diagonal Fisher
@@ -58,8 +59,8 @@ class Train:
 
     tokens: int = 3_000_000  # training tokens of the WHOLE constellation, OCEAN's share included
     ocean_share: float = 0.5  # part of them that trains OCEAN, the common branch point, (0, 1)
-    batch: int = 16  # sequences in a step of OCEAN
-    kernel_batch: int = 8  # sequences in a step of a kernel
+    batch: int = 8  # sequences in a step of OCEAN
+    kernel_batch: int = 4  # sequences in a step of a kernel
     accumulation: int = 1  # micro-batches a step is cut into
     warmup: float = 0.05  # part of OCEAN's run in which lr rises
     kernel_warmup: float = 0.0  # the same for a kernel
@@ -101,9 +102,9 @@ class Router:
     min_prefix: int = 16  # bytes, shortest prefix used in the fit
     max_prefix: int = 2048  # bytes, longest
     every: int = 64  # W, bytes between decisions
-    hysteresis: float = 0.5  # nats the new best must lead by before a hand-off
+    hysteresis: float = 0.1  # nats the new best must lead by before a hand-off
     abstain_below: float = 0.0  # tau, least posterior of an answer; 0: only the distance abstains
-    abstain_quantile: float = 0.99  # distance to the nearest centre beyond this training quantile abstains
+    abstain_quantile: float = 0.999  # distance to the nearest centre beyond this training quantile abstains
     top_k: int = 1  # kernels that answer together
 
 
@@ -144,12 +145,14 @@ _CHOICES = {
 }
 _SIGNED = {"kernel.coupling_beta"}  # may be negative
 _MAY_BE_ZERO = {
+    "kernel.look_back",
     "optim.momentum", "optim.kronecker_momentum", "optim.weight_decay", "optim.damping", "train.warmup",
     "train.kernel_warmup", "train.decay", "train.ocean_decay", "train.inherit_optimizer", "train.eval_every",
     "train.keep_best", "train.sample_bytes", "train.seed", "router.hysteresis", "router.abstain_below",
     "cluster.cpus_per_kernel", "cluster.gpus_per_kernel",
 }  # fmt: skip
 _AT_MOST_ONE = {
+    "kernel.look_back",
     "optim.momentum", "optim.kronecker_momentum", "optim.fisher_decay", "train.ocean_share", "train.warmup",
     "train.kernel_warmup", "train.decay", "train.ocean_decay", "train.inherit_optimizer", "data.dev_fraction",
     "router.abstain_below", "router.abstain_quantile",

@@ -74,7 +74,7 @@ def test_a_key_given_twice_is_refused() -> None:
         parse_assignments(["optim.lr=1", "optim.lr=2"])
 
 
-SIZES = {"tiny": 41_636, "small": 724_876, "23m": 22_911_424, "100m": 100_682_640}
+SIZES = {"tiny": 41_668, "small": 725_004, "23m": 22_911_808, "100m": 100_683_408}
 
 
 @pytest.mark.parametrize("name", PRESETS)

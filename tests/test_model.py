@@ -141,7 +141,7 @@ def test_inverse_temperature_is_one_at_the_reference_length_and_without_beta():
     assert inverse_temperature(lengths, 0.44, 1024)[0] == pytest.approx(COUPLING_FLOOR)
 
 
-SIZES = {"tiny": 41_636, "small": 724_876, "23m": 22_911_424, "100m": 100_682_640}
+SIZES = {"tiny": 41_668, "small": 725_004, "23m": 22_911_808, "100m": 100_683_408}
 
 
 def test_the_presets_have_the_sizes_of_the_table():

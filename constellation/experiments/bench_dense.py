@@ -265,8 +265,8 @@ def _policy(seed: Seed, arm: str) -> Policy:
         return TrueDomains(ROLES, dict(known))
     if arm == "random":
         return RandomRouter(ROLES, seed=seed.plan.config.train.seed)
-    kind = {"fisher_rao": fit_router, "tfidf": TfidfRouter.fit}[arm]
-    policy: Policy = fit_policy(kind, seed.plan)
+    kinds: dict[str, Callable[..., Any]] = {"fisher_rao": fit_router, "tfidf": TfidfRouter.fit}
+    policy: Policy = fit_policy(kinds[arm], seed.plan)
     return policy
 
 

@@ -45,6 +45,7 @@ class Cache:
     keys: list[Tensor]  # one (R, H, C, K) per layer
     values: list[Tensor]
     length_R: Tensor  # (R,) int64, tokens held
+    last_R: Tensor  # (R,) int64, the newest of them
     mask_RHC: Tensor  # 0 where a token is held, else -inf; the same for every head
     coupling_C: Tensor
     rows: int
@@ -59,6 +60,7 @@ class Cache:
             keys=[k[index] for k in self.keys],
             values=[v[index] for v in self.values],
             length_R=self.length_R[index],
+            last_R=self.last_R[index],
             mask_RHC=self.mask_RHC[index],
             rows=len(rows),
         )
@@ -87,17 +89,18 @@ class Decoder:
             )
         batch, length = len(windows), min(_blocks(max(lengths)), self.context)
         tokens_BT = torch.tensor([[*w, *[0] * (length - len(w))] for w in windows], device=self.device)
-        cache = self._empty(lengths, min(_blocks(max(lengths) + room), _blocks(self.context)))
+        cache = self._empty(windows, min(_blocks(max(lengths) + room), _blocks(self.context)))
         with torch.autocast(self.device.type, enabled=False):
             rows = model.rows(length)
-            x = model.embedding(tokens_BT)
+            x = model.embed(tokens_BT)
             for block, keys, values in zip(model.blocks, cache.keys, cache.values):
                 x = block(x, rows, functools.partial(_fill, keys, values))
             last = x.new_zeros(len(cache.length_R), x.shape[-1])
             last[:batch] = x[torch.arange(batch), cache.length_R[:batch] - 1]
             return cache, model.logits(model.norm(last))[:batch]
 
-    def _empty(self, lengths: list[int], columns: int) -> Cache:
+    def _empty(self, windows: Sequence[Sequence[int]], columns: int) -> Cache:
+        lengths = [len(w) for w in windows]
         config, rows = self.model.config, max(len(lengths), self.min_rows)
         shape = (rows, config.heads, columns, config.width // config.heads)
         length_R = torch.tensor(lengths + [0] * (rows - len(lengths)), device=self.device)
@@ -106,6 +109,7 @@ class Decoder:
             keys=[torch.zeros(shape, device=self.device) for _ in range(config.layers)],
             values=[torch.zeros(shape, device=self.device) for _ in range(config.layers)],
             length_R=length_R,
+            last_R=torch.tensor([w[-1] for w in windows] + [0] * (rows - len(windows)), device=self.device),
             mask_RHC=torch.where(held_RC, 0.0, float("-inf"))[:, None].repeat(1, config.heads, 1),
             coupling_C=inverse_temperature(self.model.visible, self.model.beta, config.coupling_ref),
             rows=len(lengths),
@@ -126,7 +130,8 @@ class Decoder:
         cache.longest += 1
         mask_RHC = cache.mask_RHC[:, :, : _blocks(cache.longest)]
         with torch.autocast(self.device.type, enabled=False):
-            x = model.embedding(tokens_B)[:, None]
+            x = model.embed(tokens_B[:, None], cache.last_R[:, None])
+            cache.last_R = tokens_B
             for block, keys, values in zip(model.blocks, cache.keys, cache.values):
                 x = block(x, rows, functools.partial(_extend, keys, values, at_RH11, mask_RHC))
             return model.logits(model.norm(x[:, 0]))[: cache.rows]
