@@ -1,7 +1,7 @@
 """The kernel: a causal language model with QFI-metric attention.
 
-Pre-norm decoder: tokens -> embedding + s * embedding of the token before -> [RMSNorm -> attention, RMSNorm -> SwiGLU] x layers ->
-RMSNorm -> tied head.  Shapes: B batch, T position, D width, H heads, K head size, V vocabulary.
+Pre-norm decoder: tokens -> embedding + s * embedding of the token before ->
+[RMSNorm -> attention, RMSNorm -> SwiGLU] x layers -> RMSNorm -> tied head.  Shapes: B batch, T position, D width, H heads, K head size, V vocabulary.
 
 The look-back s (D,) is learned per channel from 0. With it the first layer sees pairs of tokens, so that
 copying from context (induction, which needs the token before in the key) is learned in fewer steps: at
@@ -214,9 +214,8 @@ class KernelLM(nn.Module):
 
 
 def parameter_count(config: KernelConfig) -> int:
-    """Parameters of KernelLM by formula: V D + layers (4 D^2 + 3 D hidden + 2 D [+ H]) + D [+ D look-back] [+ 1 beta]."""
+    """Parameters by formula: V D + layers (4 D^2 + 3 D hidden + 2 D [+ H]) + D [+ D look-back] [+ 1 beta]."""
     d = config.width
     per_block = 4 * d * d + 3 * d * config.hidden + 2 * d + (config.heads if config.metric == "fidelity" else 0)
-    return (
-        config.vocab_size * d + config.layers * per_block + d * (1 + config.look_back) + (config.coupling == "learned")
-    )
+    ends = config.vocab_size * d + d * (1 + config.look_back) + (config.coupling == "learned")
+    return ends + config.layers * per_block
