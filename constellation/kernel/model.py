@@ -1,7 +1,8 @@
 """The kernel: a causal language model with QFI-metric attention.
 
 Pre-norm decoder: tokens -> embedding + s * embedding of the token before ->
-[RMSNorm -> attention, RMSNorm -> SwiGLU] x layers -> RMSNorm -> tied head.  Shapes: B batch, T position, D width, H heads, K head size, V vocabulary.
+[RMSNorm -> attention, RMSNorm -> SwiGLU] x layers -> RMSNorm -> tied head.
+Shapes: B batch, T position, D width, H heads, K head size, V vocabulary.
 
 The look-back s (D,) is learned per channel from 0. With it the first layer sees pairs of tokens, so that
 copying from context (induction, which needs the token before in the key) is learned in fewer steps: at
