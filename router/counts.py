@@ -19,6 +19,7 @@ from scipy import sparse
 
 SPAN = 3  # bytes of a trigram
 _WORD = 0xFFFFFFFF
+_DENSE = 1 << 22  # entries of a table of counts, at most
 
 
 def trigrams(text: bytes, bins: int) -> NDArray[np.int32]:
@@ -45,10 +46,14 @@ def count(texts: Sequence[bytes], bins: int) -> sparse.csr_matrix:
     """Counts of whole texts, (N, B) float64, each row's bins rising: sums over a row have one order, whatever N is."""
     parts = [trigrams(text, bins) for text in texts]
     where = np.concatenate([part + np.int64(i * bins) for i, part in enumerate(parts)] or [np.zeros(0, np.int64)])
-    dense = np.bincount(where, minlength=len(texts) * bins)
-    full = np.flatnonzero(dense)
+    if len(texts) * bins <= _DENSE:
+        dense = np.bincount(where, minlength=len(texts) * bins)
+        full = np.flatnonzero(dense)
+        values = dense[full]
+    else:  # the same by sorting: thousands of short texts would make a table of mostly zeros
+        full, values = np.unique(where, return_counts=True)
     rows = np.searchsorted(full, np.arange(len(texts) + 1) * bins)
-    return sparse.csr_matrix((dense[full].astype(np.float64), full % bins, rows), shape=(len(texts), bins))
+    return sparse.csr_matrix((values.astype(np.float64), full % bins, rows), shape=(len(texts), bins))
 
 
 @dataclass(frozen=True)

@@ -56,9 +56,9 @@ def fit(
     total_B = window_weights(cut) @ matrix_WB
     pseudo_B = settings.smoothing * corpus_mean(total_B)
 
-    prefixes = _prefixes(texts, settings, rng)
-    matrix_PB = counts.count(prefixes, settings.bins)
-    weight_P = np.array([len(prefix) for prefix in prefixes], dtype=np.float64)
+    some = prefixes(texts, settings, rng)
+    matrix_PB = counts.count(some, settings.bins)
+    weight_P = np.array([len(prefix) for prefix in some], dtype=np.float64)
     tangent = _tangent_space(matrix_PB, pseudo_B, settings.dims, rng)
     chart_P8 = _chart(tangent.coordinates(matrix_PB, pseudo_B), tangent.spread)
 
@@ -182,7 +182,7 @@ def _addresses(
     return order, e8.roots()[among]
 
 
-def _prefixes(texts: Sequence[bytes], settings: config.Router, rng: np.random.Generator) -> list[bytes]:
+def prefixes(texts: Sequence[bytes], settings: config.Router, rng: np.random.Generator) -> list[bytes]:
     """Random-length prefixes, log-uniform in bytes. A long text counts as several that begin 8 longest prefixes apart,
     or a corpus of a few books would be known by its title pages alone."""
     apart = 8 * settings.max_prefix

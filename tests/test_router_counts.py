@@ -3,6 +3,7 @@
 import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy import sparse
 
 from router.counts import count, ranks, trigram, trigrams, windows
 
@@ -41,6 +42,14 @@ def test_counts_are_those_of_a_loop_over_trigrams(some):
         for j in range(len(text) - 2):
             naive[i, trigram(*text[j : j + 3], BINS)] += 1
     assert (counted == naive).all()
+
+
+def test_many_texts_are_counted_without_a_table_of_all():
+    rng = np.random.default_rng(0)
+    some = [rng.bytes(size) for size in rng.integers(0, 40, 1500).tolist()]
+    together = count(some, BINS)
+    assert (together != sparse.vstack([count([text], BINS) for text in some])).nnz == 0
+    assert together.has_sorted_indices and together.sum() == sum(max(0, len(text) - 2) for text in some)
 
 
 @settings(deadline=None)
