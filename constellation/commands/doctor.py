@@ -111,6 +111,6 @@ def _train() -> str:
 
 
 def _actor() -> str:
-    from actors.launch import ping
+    from actors.ping import ping
 
     return ping()
