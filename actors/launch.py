@@ -9,6 +9,7 @@ or lost its cluster is started again with `resume=True` and ends with the same w
 from __future__ import annotations
 
 import contextlib
+import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -20,8 +21,9 @@ from actors.placement import check, check_cluster, reserve, share
 from actors.plan import fit_router, kernel_job, ocean_job, open_request, prepare, request
 from actors.status import done, finished, roots, summary, write_view
 from actors.supervisor import Supervisor
+from constellation.atomic import read_json
 from constellation.config import ROLES, Config
-from constellation.errors import ConfigError, PlacementError
+from constellation.errors import ConfigError, DataError, PlacementError
 from constellation.telemetry.step import Step
 
 __all__ = ["summary", "train"]
@@ -56,13 +58,15 @@ def train(
     with exclusive(run), contextlib.ExitStack() as stack:
         config = open_request(run)[1]
         bundles = [share(config)] * len(roles)
-        with _withdrawn(run, fresh):  # too small a cluster is said before any work is done
+        with _withdrawn(run, fresh):  # too small a cluster is told before any work is done
             if address is None and not inside():
                 check(bundles, [machine(num_cpus)], "this machine")
             else:
                 stack.enter_context(connected(address))
                 check_cluster(bundles)
-        plan = prepare(run)
+            plan = prepare(run)
+        for line in read_json(run / "corpus.json")["report"]:
+            say(line)
         stack.enter_context(connected(address, num_cpus=num_cpus))
         placement = reserve(bundles, config.cluster.placement_timeout_s, say)
         stack.callback(placement.release)
@@ -71,6 +75,7 @@ def train(
 
         jobs = [job for job in [ocean_job(plan)] if not done(job.folder)]
         yield from _viewed(run, supervisor, supervisor.train(trainers(placement, jobs)))
+        say("fitting the router")
         fit_router(plan)
         supervisor.roots = roots(run)
         jobs = [job for role in roles if not done((job := kernel_job(plan, role)).folder)]
@@ -89,13 +94,10 @@ def _viewed(run: Path, supervisor: Supervisor, steps: Iterator[Step]) -> Iterato
 
 @contextlib.contextmanager
 def _withdrawn(run: Path, fresh: bool) -> Iterator[None]:
-    """Takes the request for a new run back when the cluster cannot hold it."""
+    """Takes the request for a new run back when it turns out to be impossible before anything was done."""
     try:
         yield
-    except (PlacementError, ConfigError):
-        if fresh:
-            for name in ("constellation.json", ".lock"):
-                (run / name).unlink(missing_ok=True)
-            with contextlib.suppress(OSError):
-                run.rmdir()
+    except (PlacementError, ConfigError, DataError):
+        if fresh and {file.name for file in run.iterdir()} <= {"constellation.json", ".lock"}:
+            shutil.rmtree(run)
         raise

@@ -26,7 +26,7 @@ from ray.util.placement_group import (
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from constellation.config import Config
-from constellation.errors import PlacementError
+from constellation.errors import ConfigError, PlacementError
 
 Resources = dict[str, float]
 KINDS = ("CPU", "GPU")
@@ -62,6 +62,8 @@ class Placement:
 def share(config: Config) -> Resources:
     """What one kernel needs."""
     wanted = {"CPU": config.cluster.cpus_per_kernel, "GPU": config.cluster.gpus_per_kernel}
+    if wanted["GPU"] > 1 and wanted["GPU"] != int(wanted["GPU"]):
+        raise ConfigError(f"cluster.gpus_per_kernel={wanted['GPU']}: a part of one GPU, or whole GPUs")
     return {kind: amount for kind, amount in wanted.items() if amount}
 
 

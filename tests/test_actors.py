@@ -26,7 +26,7 @@ from actors.launch import summary, train
 from actors.placement import Placement, check, halves, pack
 from actors.status import folder_status, root_name
 from constellation.config import OCEAN, ROLES, Config, override
-from constellation.errors import ConfigError, PlacementError, RunError
+from constellation.errors import ConfigError, DataError, PlacementError, RunError
 
 THREE = ROLES[:3]
 amounts = st.integers(0, 40).map(lambda n: n / 8)
@@ -188,6 +188,13 @@ def test_a_machine_too_small_is_told_at_once_and_nothing_is_written(
     assert time.monotonic() - began < 3 and not (tmp_path / "run").exists()
 
 
+def test_a_request_that_cannot_be_met_leaves_no_folder(micro: Config, micro_corpus: Path, tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(DataError):
+        list(train(tmp_path / "run", tmp_path / "empty", micro, say=silent))
+    assert not (tmp_path / "run").exists()
+
+
 def test_only_a_trained_run_is_served_and_only_the_cluster_part_may_change(micro_run: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     shutil.copytree(micro_run, run)
@@ -211,6 +218,8 @@ def test_a_cluster_too_small_and_a_busy_one_are_told(
 
     with pytest.raises(PlacementError, match=r"needs 8 x .*the cluster has CPU 4, GPU 0; lower"):
         list(train(tmp_path / "run", micro_corpus, override(micro, {"cluster.cpus_per_kernel": 1})))
+    with pytest.raises(ConfigError, match="connected to the Ray at"):
+        list(train(tmp_path / "run", micro_corpus, micro, address="127.0.0.1:1"))
     assert not (tmp_path / "run").exists()
 
     hog = placement_group([{"CPU": 3.5}])

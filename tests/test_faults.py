@@ -22,7 +22,7 @@ import pytest
 from actors import supervisor
 from actors.launch import train
 from actors.status import VIEW, done, folder_status
-from constellation.config import OCEAN, ROLES, Config
+from constellation.config import OCEAN, ROLES, Config, override
 from constellation.errors import ConfigError
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(600)]
@@ -170,17 +170,21 @@ def test_ctrl_c_stops_cleanly_and_resume_goes_on(
 
 
 def test_a_lost_node_is_survived(micro_run: Path, micro_corpus: Path, micro: Config, tmp_path: Path) -> None:
+    """On nodes that claim a GPU each, of which every kernel gets a quarter; the device still comes from torch."""
     from ray.cluster_utils import Cluster
 
     fast = {
         "health_check_initial_delay_ms": 0, "health_check_period_ms": 500, "health_check_timeout_ms": 500,
         "health_check_failure_threshold": 3,
     }  # fmt: skip
-    run, small = tmp_path / "run", {"num_cpus": 1, "object_store_memory": 80 * 2**20}
-    cluster = Cluster(initialize_head=True, head_node_args={**small, "num_cpus": 0, "_system_config": fast})
+    run, small = tmp_path / "run", {"num_cpus": 1, "num_gpus": 1, "object_store_memory": 80 * 2**20}
+    cluster = Cluster(
+        initialize_head=True, head_node_args={**small, "num_cpus": 0, "num_gpus": 0, "_system_config": fast}
+    )
     try:
         nodes = {node.node_id: node for node in (cluster.add_node(**small), cluster.add_node(**small))}
-        with driver(run, micro_corpus, micro, cluster.address) as process:
+        quarters = override(micro, {"cluster.gpus_per_kernel": 0.25})
+        with driver(run, micro_corpus, quarters, cluster.address) as process:
             read_until(process, THREE[0], random.randint(1, 40))
             wait_for("a kernel's node", lambda: view(run).get(THREE[0], {}).get("node"))
             lost = next(n for i, n in nodes.items() if i.startswith(view(run)[THREE[0]]["node"].split()[1]))
