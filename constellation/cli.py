@@ -69,6 +69,8 @@ def run(args: list[str] | None = None) -> int:
         cli.main(args=args, prog_name="constellation", standalone_mode=False)
         return 0
     except click.exceptions.NoArgsIsHelpError as error:
+        if error.ctx is not None and error.ctx.parent is not None:
+            return _fail(f"{error.ctx.command_path}: a command is missing; see {error.ctx.command_path} --help", 2)
         click.echo(error.ctx.get_help() if error.ctx else error.format_message())
         return 0
     except click.ClickException as error:

@@ -44,7 +44,7 @@ class Optim:
     """The optimizer (constellation/optim)."""
 
     name: str = "kronecker_ng"  # kronecker_ng | diagonal_ng | adamw
-    lr: float = 8e-3  # peak learning rate
+    lr: float = 4e-3  # peak learning rate
     momentum: float = 0.9  # EMA of gradients, diagonal steps
     kronecker_momentum: float = 0.95  # the same of the Kronecker steps
     fisher_decay: float = 0.95  # EMA of the squared gradient, the diagonal Fisher

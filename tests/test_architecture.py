@@ -20,6 +20,7 @@ ROWS = [
     {"constellation.experiments"},
     {"constellation.commands"},
     {"constellation.cli"},
+    {"constellation.__main__"},
 ]
 WITHIN_FIRST_ROW = {  # the ground floor may lean on errors
     "constellation.config": {"constellation.errors"},

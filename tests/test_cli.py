@@ -3,7 +3,6 @@
 import os
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -15,19 +14,19 @@ def snapshot(folder: Path) -> dict[str, bytes]:
     return {str(p.relative_to(folder)): p.read_bytes() if p.is_file() else b"" for p in sorted(folder.rglob("*"))}
 
 
+HEAVY = ("torch", "ray", "numpy", "scipy", "rich", "tokenizers", "msgpack")
+
+
 @pytest.mark.parametrize("command", ["", *COMMANDS])
-def test_help_everywhere_in_under_half_a_second(command: str) -> None:
-    argv = [sys.executable, "-m", "constellation", *([command] if command else []), "--help"]
-    durations = []
-    for _ in range(3):
-        began = time.perf_counter()
-        out = subprocess.run(argv, capture_output=True, text=True, check=True)
-        durations.append(time.perf_counter() - began)
-        assert out.stdout.startswith("Usage: constellation") and not out.stderr
-        if min(durations) < 0.5:
-            return
-    # not a benchmark: an import of torch would cost several times this even on an idle machine
-    raise AssertionError(f"{command} --help took {min(durations):.2f} s three times: something heavy is imported")
+def test_help_everywhere_imports_nothing_heavy(command: str) -> None:
+    """What keeps --help under half a second: an import of torch alone takes longer."""
+    words = [command, "--help"] if command else ["--help"]
+    code = (
+        f"import sys; from constellation.cli import run; run({words}); print([m for m in {HEAVY} if m in sys.modules])"
+    )
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert out.stdout.startswith("Usage: constellation") and not out.stderr
+    assert out.stdout.splitlines()[-1] == "[]"
 
 
 WRONG = [

@@ -134,9 +134,10 @@ def test_a_finished_run_yields_nothing(corpus: tuple[Path, Path, Path], alone: P
 
 def test_accumulation_changes_rounding_only(corpus: tuple[Path, Path, Path], alone: Path, tmp_path: Path) -> None:
     list(fit(job(corpus, tmp_path / "ocean", train__accumulation=4)))
-    a, b = (checkpoint.load_model(f) for f in (tmp_path / "ocean", alone))
-    x = torch.arange(16, 48)[None]
-    assert torch.allclose(a(x), b(x), atol=2e-3)
+    a, b = (read_trace(f) for f in (tmp_path / "ocean", alone))
+    assert a["loss_nats"][0] == pytest.approx(b["loss_nats"][0], abs=1e-5)
+    assert a["grad_norm"][0] == pytest.approx(b["grad_norm"][0], rel=1e-4)
+    assert np.allclose(a["loss_nats"], b["loss_nats"], atol=0.02)  # bf16 products of the optimizer in between
 
 
 @pytest.mark.parametrize("chunk", [16, 100])
@@ -145,7 +146,7 @@ def test_the_loss_chunk_changes_rounding_only(
 ) -> None:
     list(fit(job(corpus, tmp_path / "ocean", train__loss_chunk=chunk)))
     a, b = (read_trace(f)["loss_nats"] for f in (tmp_path / "ocean", alone))
-    assert np.allclose(a, b, atol=2e-3)
+    assert np.allclose(a, b, atol=0.02) and abs(a[0] - b[0]) < 1e-5
 
 
 def test_a_branch_starts_from_the_weights_and_the_optimizer_it_names(
@@ -178,7 +179,11 @@ def test_a_diverged_run_fails_with_its_reason_and_keeps_its_checkpoints(
 def test_the_run_folder_holds_what_is_promised(alone: Path) -> None:
     meta, summary = (json.loads((alone / f).read_text()) for f in ("meta.json", "summary.json"))
     trace = read_trace(alone)
-    assert meta["schema"] == 1 and meta["role"] == "ocean" and meta["layout"][0]["shape"] == [512, 32]
+    assert (
+        meta["schema"] == 1
+        and meta["role"] == "ocean"
+        and {"name": "embedding.weight", "shape": [512, 32], "dtype": "torch.float32"} in meta["layout"]
+    )
     assert {len(v) for v in trace.values()} == {STEPS + 1} and list(trace["step"]) == list(range(STEPS + 1))
     assert summary["status"] == "done" and summary["tokens"] == STEPS * 8 * 64
     assert summary["best_loss_nats"] == trace["loss_nats"].min()
