@@ -83,6 +83,8 @@ def connect(
     import ray
 
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+    # Ray writes of deaths on standard output, even with log_to_driver=False; the supervisor tells them elsewhere
+    ray._private.worker.print_to_stdstream = lambda data, ignore_prefix=False: None
     common: dict[str, Any] = {"namespace": namespace, "log_to_driver": False, "logging_level": "ERROR"}
     if address is None:
         _authenticate(os.environ.get("RAY_AUTH_MODE", "token"))

@@ -45,6 +45,8 @@ def open_kernels(
         with record.connected():
             yield RayKernels(lambda role: ray.get_actor(role, namespace=namespace_of(record.name)), say)
         return
+    if record is not None:
+        say(f"{run} was up, but {record.unreachable()}; starting actors of our own")
     config = open_plan(run).config
     with contextlib.ExitStack() as stack:
         stack.enter_context(connected(where(address), num_cpus=num_cpus))
