@@ -29,8 +29,8 @@ from constellation.errors import ArtifactError, ConfigError, ConstellationError
 from constellation.presets import small
 from constellation.train import checkpoint
 from constellation.train.loop import Job, resolve_precision, steps_for
-from router.assign import assign, segments
 from router.fit import fit
+from router.partition import assign, segments
 from router.policy import Policy
 from router.route import Router
 

@@ -23,7 +23,6 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from router.assign import look_in_force
 from router.policy import ABSTAINED, Policy, Trajectory, decide
 
 LN2 = math.log(2)
@@ -44,6 +43,23 @@ class Scores:
     def bits_D(self, nats_N: NDArray[np.floating]) -> NDArray[np.float64]:
         """Bits of each document."""
         return np.bincount(self.document_N, nats_N, minlength=len(self.byte_length_D)) / LN2
+
+
+def look_in_force(
+    byte_N: NDArray[np.int64], document_N: NDArray[np.int64], trajectories: Sequence[Trajectory]
+) -> NDArray[np.int64]:
+    """(N,) index of the last look at or before each token's first byte, among all looks in a row; -1 before the first.
+
+    `byte_N` counts the bytes of the token's document before it; tokens come in the order of their documents.
+    """
+    looks = np.concatenate([[0], np.cumsum([len(t) for t in trajectories])])
+    out = np.empty(len(byte_N), np.int64)
+    edges = np.searchsorted(document_N, np.arange(len(trajectories) + 1))
+    for d, trajectory in enumerate(trajectories):
+        tokens = slice(edges[d], edges[d + 1])
+        last = np.searchsorted(trajectory.at_bytes, byte_N[tokens], side="right") - 1
+        out[tokens] = np.where(last < 0, -1, looks[d] + last)
+    return out
 
 
 def choose(scores: Scores, kernel_N: NDArray[np.int64]) -> NDArray[np.float32]:

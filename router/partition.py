@@ -34,6 +34,34 @@ def partition(policy: Policy, texts: Sequence[bytes], every: int, hysteresis: fl
     return [_ranges(t, len(text), hysteresis) for t, text in zip(policy.trajectories(texts, every), texts)]
 
 
+def assign(
+    policy: Policy,
+    texts: Sequence[bytes],
+    byte_N: NDArray[np.int64],
+    document_N: NDArray[np.int64],
+    every: int,
+    hysteresis: float,
+) -> NDArray[np.int64]:
+    """(N,) the kernel that reads each token of `texts`, 0..K-1: the one whose range holds its first byte.
+
+    `byte_N` counts the bytes of the token's document before it; tokens come in the order of their documents.
+    """
+    kernel_N = np.zeros(len(byte_N), np.int64)
+    edges = np.searchsorted(document_N, np.arange(len(texts) + 1))
+    for d, rows in enumerate(partition(policy, texts, every, hysteresis)):
+        tokens = slice(edges[d], edges[d + 1])
+        if len(rows):  # an empty text has no ranges
+            kernel_N[tokens] = rows[np.searchsorted(rows[:, 0], byte_N[tokens], side="right") - 1, 2]
+    return kernel_N
+
+
+def segments(kernel_N: NDArray[np.int64], kernel: int) -> NDArray[np.int64]:
+    """(S, 2) token ranges [start, end) that `kernel` reads: the runs of its number in `kernel_N`."""
+    mine = np.concatenate([[0], (kernel_N == kernel).astype(np.int8), [0]])
+    edges = np.flatnonzero(np.diff(mine)).astype(np.int64)
+    return edges.reshape(-1, 2)
+
+
 def loads(ranges: Sequence[NDArray[np.int64]], num_kernels: int) -> NDArray[np.int64]:
     """Bytes each kernel reads, (K,)."""
     rows = np.concatenate([np.zeros((0, 3), np.int64), *ranges])

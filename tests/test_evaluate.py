@@ -5,8 +5,8 @@ import math
 import numpy as np
 import pytest
 
-from router.assign import assign, look_in_force, segments
-from router.evaluate import Scores, answers, mix, report, top_k_log_weights
+from router.evaluate import Scores, answers, look_in_force, mix, report, top_k_log_weights
+from router.partition import assign, segments
 from router.policy import ABSTAINED, Trajectory
 
 EVERY = 8
