@@ -5,8 +5,8 @@ Pre-norm decoder: tokens -> embedding + s * embedding of the token before ->
 Shapes: B batch, T position, D width, H heads, K head size, V vocabulary.
 
 The look-back s (D,) is learned per channel from 0. With it the first layer sees pairs of tokens, so that
-copying from context (induction, which needs the token before in the key) is learned in fewer steps: at
-2.5 M tokens a small kernel ends 0.055 bits per byte lower. `look_back = 0` leaves it out.
+copying from context (induction, which needs the token before in the key) is learned in fewer steps.
+`look_back = 0` leaves it out.
 
 Attention reads q and k of a head as unit amplitude vectors, that is pure states; the Fubini-Study
 angle between them is theta = arccos <q, k>.
@@ -16,7 +16,7 @@ angle between them is theta = arccos <q, k>.
 
 Either way the factor of row i is put into q_i, so that a plain q.k attention serves both: the fused
 `scaled_dot_product_attention` on a GPU and for long contexts, two batched products around a softmax
-for short ones on a CPU, where that trains 2.5 to 3 times faster (see `attend`).
+for short ones on a CPU, where that trains faster (see `attend`).
 c_h > 0 is learned per head; the factor of a row with L = i + 1 visible keys is the running coupling
 
     c_h(L) = c_h max(1 + beta ln(L / L_ref), 0.05)                (`inverse_temperature`)

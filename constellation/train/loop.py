@@ -73,8 +73,7 @@ def device_of(config: Config) -> torch.device:
 def resolve_precision(config: Config) -> Config:
     """`train.precision=auto` decided by what the hardware multiplies fast, as a config that says so.
 
-    bf16 on CUDA devices that have it and on CPUs with AMX or AVX512-BF16 instructions (4.6 times the
-    fp32 rate of products, measured), else fp32.
+    bf16 on CUDA devices that have it and on CPUs with AMX or AVX512-BF16 instructions, else fp32.
     """
     if config.train.precision != "auto":
         return config
