@@ -124,21 +124,27 @@ class Engine:
 
     def _load(self, run: Path, threads: int) -> None:
         """The very class that answers without Ray, with one model, so that both give the same tokens."""
-        import torch
+        try:
+            import torch
 
-        from constellation.coordizer.tokenizer import Tokenizer
-        from constellation.train import checkpoint
-        from router.local import LocalKernels
+            from constellation.coordizer.tokenizer import Tokenizer
+            from constellation.train import checkpoint
+            from router.local import LocalKernels
 
-        torch.set_num_threads(threads)
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-        model = checkpoint.load_model(run / self.role, device)
-        self._kernels = LocalKernels({self.role: model}, Tokenizer.load(run / "tokenizer.json"))
-        self._step = checkpoint.steps_on_disk(run / self.role)[-1]
-        self.checkpoint = checkpoint.folder_of(run / self.role, self._step).name
-        self.state = "serving"
+            torch.set_num_threads(threads)
+            device = "cuda" if torch.cuda.is_available() else "cpu"
+            model = checkpoint.load_model(run / self.role, device)
+            self._kernels = LocalKernels({self.role: model}, Tokenizer.load(run / "tokenizer.json"))
+            self._step = checkpoint.steps_on_disk(run / self.role)[-1]
+            self.checkpoint = checkpoint.folder_of(run / self.role, self._step).name
+            self.state = "serving"
+        except BaseException as error:
+            self._fail(error)
+            raise
 
     def _must_serve(self) -> None:
+        if self.state == "failed":
+            self._loaded.result()  # raises why
         if self.state != "serving":
             raise ConfigError(f"{self.role} is {self.state}, it answers when it serves: constellation up")
 

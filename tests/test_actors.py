@@ -26,7 +26,7 @@ from actors.launch import summary, train
 from actors.placement import Placement, check, halves, pack
 from actors.status import folder_status, root_name
 from constellation.config import OCEAN, ROLES, Config, override
-from constellation.errors import ConfigError, DataError, PlacementError, RunError
+from constellation.errors import ArtifactError, ConfigError, DataError, PlacementError, RunError
 
 THREE = ROLES[:3]
 amounts = st.integers(0, 40).map(lambda n: n / 8)
@@ -340,6 +340,20 @@ def test_local_and_ray_answers_are_equal_even_if_an_actor_is_killed_on_the_way(
                 os.kill(ray.get(kernels._actors[victims.pop()].report.remote(0)).pid, signal.SIGKILL)
 
         assert answers(kernels, micro_run, between=kill_one) == local
+
+
+@pytest.mark.ray
+def test_a_damaged_model_is_told_and_not_waited_for(ray_session: None, micro_run: Path, tmp_path: Path) -> None:
+    from actors.remote import open_kernels
+
+    run = tmp_path / "run"
+    shutil.copytree(micro_run, run)
+    for file in (run / OCEAN).rglob("model.safetensors"):
+        file.write_bytes(b"\0" + file.read_bytes()[1:])
+    began = time.monotonic()
+    with pytest.raises(ArtifactError, match="checksum"), open_kernels(run, say=silent) as kernels:
+        kernels.turns({OCEAN: []}, 64)
+    assert time.monotonic() - began < 60
 
 
 @pytest.mark.ray
