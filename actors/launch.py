@@ -19,7 +19,7 @@ from actors.exclusive import exclusive
 from actors.hire import trainers
 from actors.placement import check, check_cluster, reserve, share
 from actors.plan import fit_router, kernel_job, ocean_job, open_request, prepare, request
-from actors.status import done, finished, roots, summary, write_view
+from actors.status import VIEW, done, finished, roots, summary, write_view
 from actors.supervisor import Supervisor
 from constellation.atomic import read_json
 from constellation.config import ROLES, Config
@@ -28,7 +28,7 @@ from constellation.telemetry.step import Step
 
 __all__ = ["summary", "train"]
 
-VIEW_EVERY_S = 2.0
+VIEW_EVERY_S = 1.0
 
 
 def train(
@@ -58,6 +58,7 @@ def train(
     with exclusive(run), contextlib.ExitStack() as stack:
         config = open_request(run)[1]
         bundles = [share(config)] * len(roles)
+        (run / VIEW).unlink(missing_ok=True)  # of an earlier sitting
         with _withdrawn(run, fresh):  # too small a cluster is told before any work is done
             if address is None and not inside():
                 check(bundles, [machine(num_cpus)], "this machine")
@@ -70,26 +71,29 @@ def train(
         stack.enter_context(connected(address, num_cpus=num_cpus))
         placement = reserve(bundles, config.cluster.placement_timeout_s, say)
         stack.callback(placement.release)
-        supervisor = Supervisor(config, placement, say)
+        supervisor = Supervisor(config, placement, say, after_beat=_view_of(run))
         stack.callback(supervisor.dismiss)  # runs first: actors die before their room goes
 
         jobs = [job for job in [ocean_job(plan)] if not done(job.folder)]
-        yield from _viewed(run, supervisor, supervisor.train(trainers(placement, jobs)))
+        yield from supervisor.train(trainers(placement, jobs))
         say("fitting the router")
         fit_router(plan)
         supervisor.roots = roots(run)
         jobs = [job for role in roles if not done((job := kernel_job(plan, role)).folder)]
-        yield from _viewed(run, supervisor, supervisor.train(trainers(placement, jobs)))
+        yield from supervisor.train(trainers(placement, jobs))
 
 
-def _viewed(run: Path, supervisor: Supervisor, steps: Iterator[Step]) -> Iterator[Step]:
-    """`steps`, leaving the supervisor's view in the run folder for `constellation status`."""
+def _view_of(run: Path) -> Callable[[Supervisor], None]:
+    """Leaves the supervisor's view in the run folder now and then, for `constellation status`."""
     written = 0.0
-    for step in steps:
+
+    def write(supervisor: Supervisor) -> None:
+        nonlocal written
         if time.monotonic() - written > VIEW_EVERY_S:
             write_view(run, supervisor.status())
             written = time.monotonic()
-        yield step
+
+    return write
 
 
 @contextlib.contextmanager

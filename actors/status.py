@@ -1,6 +1,6 @@
 """What a run folder says about its constellation; no Ray and no torch here.
 
-A driver at work leaves its newest view in RUN/status.json every two seconds; everything else is read
+A driver at work leaves its newest view in RUN/status.json every second; everything else is read
 from the folders of the models.
 """
 
@@ -20,7 +20,7 @@ from constellation.config import OCEAN, ROLES
 from constellation.errors import ArtifactError
 
 VIEW = "status.json"
-OLD_S = 30.0  # a driver that has not written its view for so long is stuck or on a machine that is gone
+OLD_S = 30.0  # a driver writes no view while it reads the corpus or fits the router; older news is told with its age
 
 
 def done(folder: Path) -> bool:
@@ -36,17 +36,15 @@ def finished(run: Path) -> bool:
 
 def folder_status(run: Path) -> ClusterStatus:
     """The constellation in `run` by what lies there: training (then live), finished, stopped, failed or new."""
-    kernels = [_kernel(run, role) for role in (OCEAN, *ROLES)]
-    training = is_held(run)
-    if training:
+    addresses = roots(run)
+    kernels = [_kernel(run, role, addresses.get(role)) for role in (OCEAN, *ROLES)]
+    if is_held(run):
         view = _json(run / VIEW)
-        age = time.time() - view.get("time", 0.0)
+        age = time.time() - view.get("time", time.time())
         live = {row["role"]: KernelStatus(**row) for row in view.get("kernels", ())}
-        kernels = [live.get(k.role, k) for k in kernels]
-        state, detail = (
-            "training",
-            "a driver is training it" if age < OLD_S else f"its driver is silent for {age:.0f} s",
-        )
+        kernels = [k if k.state == "done" else live.get(k.role, k) for k in kernels]
+        state = "training"
+        detail = "a driver is at work" + ("" if age < OLD_S else f", its last news is {age:.0f} s old")
     elif finished(run):
         state, detail = "finished", f"not running; ask it: constellation generate --run {run}"
     elif failed := [k for k in kernels if k.state == "failed"]:
@@ -101,7 +99,7 @@ def root_name(vector: Sequence[float]) -> str:
     return " ".join(words).removeprefix("+ ").replace("- e", "-e", 1 if words[0][0] == "-" else 0)
 
 
-def _kernel(run: Path, role: str) -> KernelStatus:
+def _kernel(run: Path, role: str, root: str | None) -> KernelStatus:
     folder = run / role
     last, page = _last_step(folder / "diag_steps.jsonl"), _json(folder / "summary.json")
     planned = _json(folder / "meta.json").get("steps")
@@ -110,7 +108,7 @@ def _kernel(run: Path, role: str) -> KernelStatus:
     else:
         state = "failed" if page.get("status") == "failed" else "stopped" if last else "waiting"
     return KernelStatus(
-        role=role, root=roots(run).get(role), state=state,
+        role=role, root=root, state=state,
         health=page["failure"] if state == "failed" else "ok", step=last.get("step", 0),
         steps=planned, loss_nats=last.get("loss_nats"),
     )  # fmt: skip

@@ -103,6 +103,7 @@ class Supervisor:
     placement: Placement
     say: Callable[[str], None] = print
     roots: dict[str, str] = field(default_factory=dict)  # E8 addresses, for status()
+    after_beat: Callable[[Supervisor], None] = lambda supervisor: None
     members: dict[str, Member] = field(default_factory=dict)
     said_at: float = 0.0
 
@@ -144,6 +145,7 @@ class Supervisor:
             elif (report := self._hear(member)) is not None:
                 news.append((member, report))
         self._say_who_starts()
+        self.after_beat(self)
         return news
 
     def status(self) -> tuple[KernelStatus, ...]:

@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from actors import supervisor
+from actors import launch, supervisor
 from actors.launch import train
 from actors.status import VIEW, done, folder_status
 from constellation.config import OCEAN, ROLES, Config, override
@@ -31,15 +31,14 @@ THREE = ROLES[:3]
 DRIVER = """
 import json, sys
 from pathlib import Path
-from actors import supervisor
-from actors.launch import train
+from actors import launch, supervisor
 from constellation.config import from_json
 
-supervisor.BEAT_S = 0.1  # instead of 1 s: this run is short
+supervisor.BEAT_S = launch.VIEW_EVERY_S = 0.1  # instead of 1 s: this run is short
 run, corpus, config, address, roles = json.loads(sys.argv[1])
 try:
-    for step in train(Path(run), Path(corpus), from_json(config), address=address, num_cpus=2, roles=roles,
-                      say=lambda text: print("say", text, flush=True)):
+    for step in launch.train(Path(run), Path(corpus), from_json(config), address=address, num_cpus=2, roles=roles,
+                             say=lambda text: print("say", text, flush=True)):
         print("step", step.role, step.step, flush=True)
 except KeyboardInterrupt:
     print("interrupted", flush=True)
@@ -127,6 +126,7 @@ def test_a_killed_kernel_and_a_hanging_one_are_replaced(
 ) -> None:
     monkeypatch.setattr(supervisor, "SILENCE_S", 8.0)  # instead of 15 s
     monkeypatch.setattr(supervisor, "BEAT_S", 0.1)  # instead of 1 s
+    monkeypatch.setattr(launch, "VIEW_EVERY_S", 0.1)
     run, said, hit = tmp_path / "run", [], set()
     for step in train(run, micro_corpus, micro, roles=THREE, say=said.append):
         if step.role in THREE[:2] and step.role not in hit and view(run).get(step.role, {}).get("pid"):
