@@ -6,6 +6,7 @@ Exit status: 0 done, 1 failed, 2 wrong request, 130 interrupted. An error is one
 from __future__ import annotations
 
 import importlib
+import os
 import sys
 
 import click
@@ -65,6 +66,8 @@ def main(args: list[str] | None = None) -> None:
 
 
 def run(args: list[str] | None = None) -> int:
+    # Parallelism is across models and batches; OpenMP threads on busy cores wait for each other.
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
     try:
         cli.main(args=args, prog_name="constellation", standalone_mode=False)
         return 0

@@ -71,7 +71,7 @@ class Train:
     clip: float = 1.0  # largest gradient norm
     precision: str = "auto"  # fp32 | bf16 | auto: measured once, then written into the run
     threads: int = 1  # CPU threads of one kernel
-    ocean_threads: int = 2  # CPU threads of OCEAN, which trains alone
+    ocean_threads: int = 1  # CPU threads of OCEAN, which trains alone; more pay only on idle cores
     loss_chunk: int = 2048  # rows of logits that exist at once
     eval_every: int = 0  # steps between evaluations on dev text; 0: at the end only
     eval_bytes: int = 65_536  # dev text scored by an evaluation

@@ -18,7 +18,7 @@ def tiny() -> Config:
     return override(small(), {
         "preset": "tiny", "kernel.vocab_size": 512, "kernel.width": 32, "kernel.layers": 2, "kernel.heads": 2,
         "kernel.hidden": 88, "kernel.context": 64, "train.tokens": 200_000, "train.batch": 8, "train.kernel_batch": 8,
-        "train.checkpoint_every": 20, "train.eval_bytes": 8192, "train.sample_bytes": 80, "train.ocean_threads": 1,
+        "train.checkpoint_every": 20, "train.eval_bytes": 8192, "train.sample_bytes": 80,
     })  # fmt: skip
 
 

@@ -73,6 +73,10 @@ class RunFolder:
             "seed": config.train.seed, "config": plain, "layout": layout, **extra,
         })  # fmt: skip
 
+    def is_done(self) -> bool:
+        file = self.path / "summary.json"
+        return file.exists() and read_json(file).get("status") == "done"
+
     def truncate(self, step: int) -> None:
         """Forget the logged steps after `step`: a resumed run writes them again."""
         if self._steps.exists():

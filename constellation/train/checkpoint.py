@@ -89,6 +89,8 @@ def save(
         (folder / "state.json").write_text(json.dumps(state, indent=1))
 
     path = folder_of(run, step)
+    for leftover in path.parent.glob(".*"):  # of a writer that was killed
+        shutil.rmtree(leftover, ignore_errors=True)
     write_folder(path, fill)
     _prune(run, keep_last, keep_best)
     return path
@@ -176,5 +178,7 @@ def _prune(run: Path, keep_last: int, keep_best: int) -> None:
             if bits is not None:
                 scored.append((bits, step))
         keep |= {step for _, step in sorted(scored)[:keep_best]}
-    for step in set(steps) - keep:
-        shutil.rmtree(folder_of(run, step))
+    for step in set(steps) - keep:  # out of sight first: a kill in between leaves no half checkpoint
+        condemned = folder_of(run, step).with_name(f".gone-{step:08d}")
+        folder_of(run, step).rename(condemned)
+        shutil.rmtree(condemned)

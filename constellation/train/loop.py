@@ -73,11 +73,14 @@ def device_of(config: Config) -> torch.device:
 def resolve_precision(config: Config) -> Config:
     """`train.precision=auto` decided by what the hardware multiplies fast, as a config that says so.
 
-    bf16 on CUDA devices that have it and on CPUs with AMX or AVX512-BF16 instructions, else fp32.
+    bf16 where kernels get GPUs of their own, on CUDA devices that have it and on CPUs with AMX or
+    AVX512-BF16 instructions; else fp32.
     """
     if config.train.precision != "auto":
         return config
-    if torch.cuda.is_available():
+    if config.cluster.gpus_per_kernel > 0:  # the driver's machine may have no GPU; those with Ray's kernels do
+        fast = True
+    elif torch.cuda.is_available():
         fast = torch.cuda.is_bf16_supported()
     else:
         probes = (getattr(torch.cpu, name, None) for name in ("_is_amx_tile_supported", "_is_avx512_bf16_supported"))
@@ -123,8 +126,6 @@ def fit(job: Job, source: Source | None = None) -> Iterator[Step]:
     elif job.branch is not None:
         checkpoint.open_checkpoint(job.branch).restore(model, optimizer if t.inherit_optimizer else None)
     folder.truncate(start)
-    if start >= job.steps:
-        return
     autocast: AbstractContextManager[Any] = (
         torch.autocast(device.type, torch.bfloat16) if t.precision == "bf16" else nullcontext()
     )
@@ -156,6 +157,9 @@ def fit(job: Job, source: Source | None = None) -> Iterator[Step]:
             converged=_converged(losses),
         )  # fmt: skip
 
+    if start >= job.steps and not folder.is_done():  # killed between the last checkpoint and the summary
+        folder.write_trace(trace.arrays())
+        summarise("done")
     for step in range(start, job.steps):
         tick = time.perf_counter()
         lr = learning_rate(step, job.steps, peak, warmup, decay)
@@ -167,7 +171,7 @@ def fit(job: Job, source: Source | None = None) -> Iterator[Step]:
         if not (math.isfinite(loss) and math.isfinite(norm)):
             reason = f"{job.role}: loss {loss} and gradient norm {norm} at step {step}"
             summarise("failed", reason)
-            raise RunError(f"{reason}; lower optim.lr={job.config.optim.lr} and resume from the last checkpoint")
+            raise RunError(f"{reason}; train anew with optim.lr below {job.config.optim.lr}")
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         trace.append(before, step=step, tokens=step * tokens_per_step, loss_nats=loss, grad_norm=norm, lr=lr)
