@@ -36,14 +36,18 @@ def show(result: dict[str, Any]) -> None:
     from constellation.commands.display import table_of
 
     arms = result["answers"]
-    domains = list(arms["routed"]["domains"])
-    title = f"causal bits per byte, {result['documents']} documents, {result['bytes']:,} bytes"
-    table = table_of(title, ("answer", "all", "- ocean", *domains), ("all", "- ocean", *domains))
     base = arms["ocean"]["bits_per_byte"]
+    title = f"causal bits per byte, {result['documents']} documents, {result['bytes']:,} bytes"
+    columns = ("bits/byte", "- ocean", "after byte 64")
+    table = table_of(title, ("answer", *columns), columns)
     for name, row in arms.items():
-        values = [row["bits_per_byte"], row["bits_per_byte"] - base, *row["domains"].values()]
-        table.add_row(name, *(f"{v:+.3f}" if i == 1 else f"{v:.3f}" for i, v in enumerate(values)))
+        late = "-" if row["after_64_bytes"] is None else f"{row['after_64_bytes']:.3f}"
+        table.add_row(name, f"{row['bits_per_byte']:.3f}", f"{row['bits_per_byte'] - base:+.3f}", late)
+    shown = [n for n in arms if not n.startswith("alone:")]
+    by_domain = table_of("\nby domain", ("domain", *shown), tuple(shown))
+    for domain in arms["routed"]["domains"]:
+        by_domain.add_row(domain, *(f"{arms[n]['domains'][domain]:.3f}" for n in shown))
     console = Console()
-    console.print(table)
+    console.print(table, by_domain)
     if result["excluded_documents"]:
         console.print(f"{result['excluded_documents']} documents were part of the training text and left out")
