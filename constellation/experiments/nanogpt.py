@@ -49,4 +49,4 @@ class NanoGPT(nn.Module):
         for block in self.blocks:
             h = block(h)
         logits = F.linear(self.ln_f(h), self.wte.weight)
-        return F.cross_entropy(logits.view(-1, logits.shape[-1]), y.view(-1))
+        return F.cross_entropy(logits.flatten(0, 1), y.flatten())
