@@ -25,7 +25,7 @@ def _disk(path: Path) -> Iterator[None]:
         ) from error
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -47,7 +47,7 @@ def write_bytes(path: Path, data: bytes) -> None:
         except BaseException:
             Path(name).unlink(missing_ok=True)
             raise
-        _sync(path.parent)
+        sync(path.parent)
 
 
 def write_json(path: Path, data: Any) -> None:
@@ -71,15 +71,15 @@ def write_folder(path: Path, fill: Callable[[Path], None]) -> None:
         try:
             fill(temporary)
             for file in temporary.iterdir():
-                _sync(file)
-            _sync(temporary)
+                sync(file)
+            sync(temporary)
             if path.exists():
                 shutil.rmtree(path)
             temporary.rename(path)
         except BaseException:
             shutil.rmtree(temporary, ignore_errors=True)
             raise
-        _sync(path.parent)
+        sync(path.parent)
 
 
 def sha256(path: Path) -> str:

@@ -25,6 +25,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from constellation.atomic import sha256, sync
 from constellation.data.document import Document
 from constellation.errors import ArtifactError, ConfigError, DataError, RunError
 
@@ -111,7 +112,7 @@ def build_cache(documents: Sequence[Document], tokenizer: Encoder, root: Path) -
             if not path.exists():  # otherwise somebody else was faster, with the same content
                 raise
         else:
-            _sync(root)
+            sync(root)
     except OSError as error:
         raise RunError(
             f"{path}: the token cache cannot be written: {error.strerror or error}; free space or change --run"
@@ -131,7 +132,7 @@ def open_cache(path: Path, verify: bool = True) -> TokenCache:
         for name in _FILES:
             if (path / name).stat().st_size != meta["bytes"][name]:
                 raise ValueError(f"{name} has another length than when it was written")
-            if verify and _sha256(path / name) != meta["sha256"][name]:
+            if verify and sha256(path / name) != meta["sha256"][name]:
                 raise ValueError(f"{name} has another content than when it was written")
         return TokenCache(path, meta)
     except (OSError, ValueError, KeyError, TypeError) as error:
@@ -167,12 +168,12 @@ def _write(folder: Path, key: str, documents: Sequence[Document], tokenizer: Enc
         "documents": len(documents),
         "tokens": int(counts.sum()),
         "bytes": {name: (folder / name).stat().st_size for name in _FILES},
-        "sha256": {name: _sha256(folder / name) for name in _FILES},
+        "sha256": {name: sha256(folder / name) for name in _FILES},
     }
     (folder / "meta.json").write_text(json.dumps(meta, indent=1), encoding="utf-8")
     for name in (*_FILES, "meta.json"):
-        _sync(folder / name)
-    _sync(folder)
+        sync(folder / name)
+    sync(folder)
 
 
 def _batches(documents: Sequence[Document]) -> Iterator[list[Document]]:
@@ -186,19 +187,6 @@ def _batches(documents: Sequence[Document]) -> Iterator[list[Document]]:
             batch, size = [], 0
     if batch:
         yield batch
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _remove_leftovers(root: Path) -> None:
