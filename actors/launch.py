@@ -10,9 +10,12 @@ from __future__ import annotations
 
 import contextlib
 import shutil
+import signal
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from types import FrameType
 
 from actors.cluster import connected, inside, machine, where
 from actors.exclusive import exclusive
@@ -71,7 +74,8 @@ def train(
         stack.enter_context(connected(address, num_cpus=num_cpus))
         placement = reserve(bundles, config.cluster.placement_timeout_s, say)
         stack.callback(placement.release)
-        supervisor = Supervisor(config, placement, say, after_beat=_view_of(run))
+        interrupted = stack.enter_context(_ctrl_c())
+        supervisor = Supervisor(config, placement, say, after_beat=_view_of(run, interrupted))
         stack.callback(supervisor.dismiss)  # runs first: actors die before their room goes
 
         jobs = [job for job in [ocean_job(plan)] if not done(job.folder)]
@@ -83,17 +87,38 @@ def train(
         yield from supervisor.train(trainers(placement, jobs))
 
 
-def _view_of(run: Path) -> Callable[[Supervisor], None]:
-    """Leaves the supervisor's view in the run folder now and then, for `constellation status`."""
+def _view_of(run: Path, interrupted: threading.Event) -> Callable[[Supervisor], None]:
+    """Leaves the supervisor's view in the run folder now and then, for `constellation status`; hears of Ctrl-C."""
     written = 0.0
 
     def write(supervisor: Supervisor) -> None:
         nonlocal written
+        if interrupted.is_set():
+            raise KeyboardInterrupt
         if time.monotonic() - written > VIEW_EVERY_S:
             write_view(run, supervisor.status())
             written = time.monotonic()
 
     return write
+
+
+@contextlib.contextmanager
+def _ctrl_c() -> Iterator[threading.Event]:
+    """Set once Ctrl-C was pressed: Python drops the exception when it comes inside a destructor or Ray's callbacks."""
+    pressed, before = threading.Event(), signal.getsignal(signal.SIGINT)
+    if threading.current_thread() is not threading.main_thread() or not callable(before):
+        yield pressed
+        return
+
+    def note(number: int, frame: FrameType | None) -> None:
+        pressed.set()
+        before(number, frame)
+
+    signal.signal(signal.SIGINT, note)
+    try:
+        yield pressed
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 @contextlib.contextmanager
