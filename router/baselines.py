@@ -30,7 +30,7 @@ from constellation.errors import ArtifactError, ConfigError
 from router import saved
 from router.cluster import SAMPLE_BYTES, sample, spherical
 from router.partition import balanced
-from router.policy import Choice, Trajectory, looks
+from router.policy import Choice, Trajectory, even, look_often_at_first
 
 KIND = "tfidf"
 TERMS = 20_000  # words of highest document frequency
@@ -95,13 +95,16 @@ class TfidfRouter:
         return [
             _choice(self.names, t.posterior[-1], bool(t.abstain[-1]), "too short", max(len(text) - 2, 0), "tfidf")
             for text in texts
-            for t in self.trajectories([text], max(len(text), 1))
+            for t in self._evenly([text], max(len(text), 1))
         ]
 
     def trajectories(self, texts: Sequence[bytes], every: int) -> list[Trajectory]:
+        return look_often_at_first(self._evenly, texts, every)
+
+    def _evenly(self, texts: Sequence[bytes], every: int) -> list[Trajectory]:
         found = []
         for text in texts:
-            at = looks(len(text), every)
+            at = even(len(text), every)
             rows, columns = [], []
             for word in _WORD.finditer(text.decode("latin-1").lower()):
                 term = self._index.get(word.group())
@@ -141,7 +144,10 @@ class TfidfRouter:
 
 @dataclass(frozen=True)
 class RandomRouter:
-    """Texts sent by chance: the kernel is a hash of the seed and a text's first 64 bytes (all, if shorter)."""
+    """Texts sent by chance: the kernel is a hash of the seed and a text's first 64 bytes (all, if shorter).
+
+    It looks at even steps alone: of fewer bytes many texts share the same ones.
+    """
 
     names: tuple[str, ...] = ROLES
     seed: int = 0
@@ -154,7 +160,7 @@ class RandomRouter:
     def trajectories(self, texts: Sequence[bytes], every: int) -> list[Trajectory]:
         found = []
         for text in texts:
-            at = looks(len(text), every)
+            at = even(len(text), every)
             rows = np.stack([self._posterior(text[:b]) for b in np.minimum(at, 64).tolist()])
             found.append(Trajectory(at, rows, np.full(len(at), np.nan, np.float32), np.zeros(len(at), bool)))
         return found

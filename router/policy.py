@@ -1,14 +1,14 @@
 """What every router answers with, and the one rule that turns posteriors into decisions.
 
 A policy sees UTF-8 bytes and nothing else. It answers in two ways: `route` looks at whole texts
-(one `Choice` each), `trajectories` looks again after every W bytes on all bytes so far (one
-`Trajectory` each). Both are causal: what is said at byte t depends on bytes before t alone.
+(one `Choice` each), `trajectories` looks again after every W bytes on all bytes so far, and oftener
+before the first W (one `Trajectory` each). Both are causal: what is said at byte t depends on bytes before t alone.
 Training text is assigned and queries are answered by the same `decide(trajectory, hysteresis)`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
@@ -18,14 +18,15 @@ from numpy.typing import NDArray
 from constellation.config import OCEAN
 
 ABSTAINED = -1  # index of OCEAN among the decisions
+FIRST = 16  # bytes before the first look, and between looks until W: a text's beginning is the generalist's no longer
 
 
 @dataclass(frozen=True, eq=False)
 class Trajectory:
-    """The router's view of one text after every W bytes; P decisions, K kernels.
+    """The router's view of one text as it grows; P decisions, K kernels.
 
-    `at_bytes[i]` bytes were seen, no more: W, 2W, ... up to the text's length, and for a text shorter
-    than W one look at its end. An empty text has one look at 0 bytes, which abstains.
+    `at_bytes[i]` bytes were seen, no more: 16, 32, ... below W, then W, 2W, ... up to the text's length;
+    a text shorter than 16 has one look at its end. An empty text has one look at 0 bytes, which abstains.
     """
 
     at_bytes: NDArray[np.int64]  # (P,) increasing
@@ -87,7 +88,7 @@ class Policy(Protocol):
         ...
 
     def trajectories(self, texts: Sequence[bytes], every: int) -> list[Trajectory]:
-        """One look per `every` bytes at every text."""
+        """The looks at every text, where `looks(len(text), every)` says."""
         ...
 
     def route(self, texts: Sequence[bytes]) -> list[Choice]:
@@ -116,9 +117,32 @@ def decide(trajectory: Trajectory, hysteresis: float, current: int = ABSTAINED) 
     return np.asarray(decided, dtype=np.int64)
 
 
-def looks(length: int, every: int) -> NDArray[np.int64]:
-    """Where a text of `length` bytes is looked at: `every`, 2 `every`, ...; at its end when shorter."""
+def even(length: int, every: int) -> NDArray[np.int64]:
+    """`every`, 2 `every`, ... up to `length`; `length` itself when it is shorter."""
     return np.arange(every, length + 1, every, dtype=np.int64) if length >= every else np.array([length], np.int64)
+
+
+def looks(length: int, every: int) -> NDArray[np.int64]:
+    """Where a text of `length` bytes is looked at: FIRST, 2 FIRST, ... below `every`, then `every`, 2 `every`, ..."""
+    if every <= FIRST or length < FIRST:
+        return even(length, every)
+    return np.append(np.arange(FIRST, min(every, length + 1), FIRST), np.arange(every, length + 1, every))
+
+
+def look_often_at_first(
+    evenly: Callable[[Sequence[bytes], int], list[Trajectory]], texts: Sequence[bytes], every: int
+) -> list[Trajectory]:
+    """The trajectories at `looks`, by a function that gives those at `even` steps."""
+    later = evenly(texts, every)
+    if every <= FIRST:
+        return later
+    early = evenly([text[: every - 1] for text in texts], FIRST)
+    return [a if len(text) < every else _join(a, b) for text, a, b in zip(texts, early, later)]
+
+
+def _join(a: Trajectory, b: Trajectory) -> Trajectory:
+    names = ("at_bytes", "posterior", "distance_rad", "abstain")
+    return Trajectory(*(np.concatenate([getattr(a, name), getattr(b, name)]) for name in names))
 
 
 def kernel_name(names: Sequence[str], index: int) -> str:

@@ -35,7 +35,7 @@ from numpy.typing import ArrayLike, NDArray
 from constellation import config
 from constellation.errors import ArtifactError
 from router import counts, saved
-from router.policy import ABSTAINED, Choice, Trajectory, kernel_name, looks
+from router.policy import ABSTAINED, Choice, Trajectory, even, kernel_name, look_often_at_first
 
 if TYPE_CHECKING:
     from router.stream import Stream
@@ -113,8 +113,8 @@ class Router:
         return [choice for some in _pieces(texts) for choice in self.choices(self.judge(*self.sums(some)))]
 
     def trajectories(self, texts: Sequence[bytes], every: int) -> list[Trajectory]:
-        """One look per `every` bytes at each text, all bytes so far counted."""
-        return [found for some in _pieces(texts) for found in self._trajectories(some, every)]
+        """The looks at each text, all bytes so far counted."""
+        return [found for some in _pieces(texts) for found in look_often_at_first(self._evenly, some, every)]
 
     def stream(self) -> Stream:
         """A text that is still being written: `update(bytes)`, then `choice()`."""
@@ -195,7 +195,7 @@ class Router:
         moved.data = self.root_count(h.data, h.indices) - self.root_count(np.zeros(1), h.indices)
         return np.asarray(h.sum(axis=1)).ravel(), moved @ self.frame + self.origin, h @ self.log_ratio
 
-    def _trajectories(self, texts: Sequence[bytes], every: int) -> list[Trajectory]:
+    def _evenly(self, texts: Sequence[bytes], every: int) -> list[Trajectory]:
         cut = counts.windows(texts, every, self.config.bins)
         before = np.concatenate([counts.ranks(part) for part in _per_text(cut)] or [np.zeros(0, np.int64)])
         moved = self.root_count(before + 1.0, cut.bins) - self.root_count(before, cut.bins)
@@ -206,7 +206,7 @@ class Router:
         seen = self.judge(n_W, frame_WF + self.origin, log_WK)
         found = []
         for i, text in enumerate(texts):
-            at = looks(len(text), every)
+            at = even(len(text), every)
             view, rows = (seen, slice(cut.first[i], cut.first[i] + len(at))) if len(text) else (blind, slice(0, 1))
             nearest = view.distances_rad[rows].min(axis=1).astype(np.float32)
             found.append(Trajectory(at, view.posterior[rows], nearest, view.abstain[rows]))

@@ -17,7 +17,7 @@ from constellation.config import OCEAN
 from constellation.errors import ArtifactError
 from constellation.geometry import e8, sphere
 from router.counts import count
-from router.policy import ABSTAINED, Policy, Trajectory, decide
+from router.policy import ABSTAINED, Policy, Trajectory, decide, looks
 from router.route import Calibration, Router, corpus_mean
 
 K, BINS, DIMS = 5, 512, 12
@@ -128,11 +128,21 @@ def test_a_batch_says_bit_for_bit_what_single_questions_say(some, random):
         assert (alone.posterior == choice.posterior).all() and (alone.z == choice.z).all()
 
 
+def looks_by_hand(length, every):
+    """16, 32, ... below `every`, then its multiples; at the end of a text too short for any."""
+    return [at for at in range(1, length + 1) if at % every == 0 or (at < every and at % 16 == 0)] or [length]
+
+
+@given(st.integers(0, 300), st.integers(1, 100))
+def test_a_text_is_looked_at_oftener_before_the_first_w(length, every):
+    assert looks(length, every).tolist() == looks_by_hand(length, every)
+
+
 @settings(deadline=None)
 @given(texts, st.integers(1, 60))
 def test_a_trajectory_is_the_route_of_every_prefix_bit_for_bit(some, every):
     for text, trajectory in zip(some, BLEND.trajectories(some, every)):
-        wanted = list(range(every, len(text) + 1, every)) or [len(text)]
+        wanted = looks_by_hand(len(text), every)
         assert trajectory.at_bytes.tolist() == wanted
         for i, choice in enumerate(BLEND.route([text[:at] for at in wanted])):
             assert (trajectory.posterior[i] == choice.posterior).all()
@@ -143,7 +153,7 @@ def test_a_trajectory_is_the_route_of_every_prefix_bit_for_bit(some, every):
 @settings(deadline=None)
 @given(st.binary(min_size=1, max_size=150), st.binary(max_size=150), st.binary(max_size=150), st.integers(1, 40))
 def test_later_bytes_change_nothing(past, future, other, every):
-    looks = len(past) // every
+    looks = sum(at % every == 0 or (at < every and at % 16 == 0) for at in range(1, len(past) + 1))
     a, b = ROUTER.trajectories([past + future, past + other], every)
     seen = [Trajectory(*(getattr(t, f.name)[:looks] for f in dataclasses.fields(t))) for t in (a, b)]
     assert same(*seen)

@@ -67,10 +67,11 @@ def test_a_long_stream_of_single_bytes_does_not_drift(router):
 
 def test_its_looks_are_the_trajectory(router):
     text = np.random.default_rng(2).bytes(500)
-    stream, current, decided = router.stream(), -1, []
+    stream, current, decided, before = router.stream(), -1, [], 0
     whole = router.trajectories([text], 32)[0]
     for i, at in enumerate(whole.at_bytes.tolist()):
-        stream.update(text[at - 32 : at])
+        stream.update(text[before:at])
+        before = at
         look = stream.trajectory()
         assert (look.posterior[0] == whole.posterior[i]).all() and look.distance_rad[0] == whole.distance_rad[i]
         current = int(decide(look, 0.5, current)[0])
