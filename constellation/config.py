@@ -17,6 +17,10 @@ from typing import Any
 
 from constellation.errors import ConfigError
 
+OPTIMIZERS = (
+    "kronecker_ng", "diagonal_ng", "qig_diagonal_ng", "basin_ng", "mixed_qig", "adaptive_mixed_qig", "simple_fisher",
+    "curvature_sgd", "adamw",
+)  # fmt: skip
 ROLES = ("heart", "perception", "memory", "action", "prediction", "ethics", "meta", "integration")
 OCEAN = "ocean"
 
@@ -40,10 +44,56 @@ class Kernel:
 
 
 @dataclass(frozen=True)
+class AdaptiveConfig:
+    """When AdaptiveMixedQIG takes a natural step (optim/gate.py): any trigger opens, the budget closes.
+
+    The first eight are the columns of the phase table, the rest what the optimizer measures itself.
+    """
+
+    min_kappa_for_ng: float = 40.0  # kappa_eff above it opens; 64: as curved as the run's own reference
+    min_basin_distance: float = 0.6  # radians to the reference model; above it opens
+    force_ng_every_n_steps: int = 50  # steps; opens at its multiples; 0: never
+    exploration_triggers_ng: bool = True  # curiosity regime EXPLORATION opens
+    geometric_triggers_ng: bool = True  # regime geometric, phi > 0.7 and kappa > 30 open
+    stuck_triggers_ng: bool = True  # curiosity regime STUCK opens
+    use_curiosity: bool = True  # curiosity above the next opens where kappa > 25 or the distance > 0.4
+    min_curiosity: float = 0.05  # nats of held-out loss per evaluation
+    max_overhead: float = 1.3  # seconds of the run over those of cheap steps alone, never exceeded; 0: no budget
+    max_staleness: float = 0.0  # radians the mean gradient may turn since the last natural step; 0: not measured
+    min_reduction_ratio: float = 0.0  # actual / predicted reduction below it closes, forced steps aside; 0: any
+    must_pay: bool = False  # closes, forced steps aside, when a nat costs more natural than cheap seconds
+    kappa_every: int = 10  # steps between own measurements of kappa_eff, a product each; 0: from telemetry alone
+
+    def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            if not value >= 0:
+                raise ConfigError(f"AdaptiveConfig: {name}={value} must be at least 0")
+        if 0 < self.max_overhead < 1:
+            raise ConfigError(f"AdaptiveConfig: max_overhead={self.max_overhead} must be above 1, or 0 for no budget")
+
+
+# optim.phase stands for its row of the first eight fields; late and fine_tune refine, so they ask less often
+PHASES: dict[str, tuple[float | bool, ...]] = {
+    "early": (30.0, 0.4, 20, True, True, True, True, 0.03),
+    "middle": (40.0, 0.6, 50, True, True, True, True, 0.05),
+    "late": (50.0, 0.8, 100, True, False, True, True, 0.08),
+    "fine_tune": (60.0, 1.0, 200, False, False, True, False, 0.10),
+}
+
+
+def phase_settings(phase: str) -> dict[str, Any]:
+    """The row of `phase` as AdaptiveConfig's fields."""
+    if phase not in PHASES:
+        raise ConfigError(f"optim.phase={phase!r}: choose one of {', '.join(PHASES)}")
+    fields = [f.name for f in dataclasses.fields(AdaptiveConfig)]
+    return dict(zip(fields, PHASES[phase], strict=False))
+
+
+@dataclass(frozen=True)
 class Optim:
     """The optimizer (constellation/optim)."""
 
-    name: str = "kronecker_ng"  # kronecker_ng | diagonal_ng | adamw
+    name: str = "kronecker_ng"  # see OPTIMIZERS
     lr: float = 4e-3  # peak learning rate
     momentum: float = 0.9  # EMA of gradients, diagonal steps
     kronecker_momentum: float = 0.95  # the same of the Kronecker steps
@@ -51,6 +101,19 @@ class Optim:
     power: float = 0.5  # step = m / (F^power + damping); 0.5 seed default, 1.0 natural gradient
     damping: float = 1e-8  # lambda, same unit as F^power
     weight_decay: float = 0.1  # decoupled, matrices only
+    variant: str = "muon"  # of kronecker_ng: muon | soap | kl_shampoo | soap_muon
+    basin: str = "*basin*,*embed*"  # parameter names of the basin block, comma-separated patterns; mixed_qig, adaptive
+    use_exact_ng: bool = False  # the basin block by exact Fisher products; else by the Fisher diagonal
+    lr_ng: float = 1e-2  # peak learning rate of the basin block's natural steps
+    rest_optimizer: str = "adamw"  # of all other parameters: adamw | diagonal_ng | kron
+    cg_iters: int = 8  # conjugate-gradient steps of an exact natural step
+    cg_damping: float = 1e-3  # lambda of the exact block, unit of the Fisher matrix
+    curvature: str = "ema_grad2"  # of curvature_sgd: ema_grad2 | hutchinson_hessian | empirical_fisher | gauss_newton
+    exponent: float = 0.5  # q: rate of a parameter = clip(lr (c + eps)^-q); 0.5 seed default, 1.0 Newton
+    probes: int = 8  # random probes of a curvature diagonal, >= 2
+    refresh: int = 20  # steps between curvature diagonals
+    phase: str = "middle"  # sets the first eight fields of gate: early | middle | late | fine_tune
+    gate: AdaptiveConfig = field(default_factory=AdaptiveConfig)  # of adaptive_mixed_qig
 
 
 @dataclass(frozen=True)
@@ -140,7 +203,11 @@ class Config:
 _CHOICES = {
     "kernel.metric": ("fidelity", "dot"),
     "kernel.coupling": ("fixed", "off", "learned"),
-    "optim.name": ("kronecker_ng", "diagonal_ng", "adamw"),
+    "optim.name": OPTIMIZERS,
+    "optim.variant": ("muon", "soap", "kl_shampoo", "soap_muon"),
+    "optim.rest_optimizer": ("adamw", "diagonal_ng", "kron"),
+    "optim.curvature": ("ema_grad2", "hutchinson_hessian", "empirical_fisher", "gauss_newton"),
+    "optim.phase": tuple(PHASES),
     "train.precision": ("auto", "fp32", "bf16"),
 }
 _SIGNED = {"kernel.coupling_beta"}  # may be negative
@@ -149,7 +216,8 @@ _MAY_BE_ZERO = {
     "optim.momentum", "optim.kronecker_momentum", "optim.weight_decay", "optim.damping", "train.warmup",
     "train.kernel_warmup", "train.decay", "train.ocean_decay", "train.inherit_optimizer", "train.eval_every",
     "train.keep_best", "train.sample_bytes", "train.seed", "router.hysteresis", "router.abstain_below",
-    "cluster.cpus_per_kernel", "cluster.gpus_per_kernel",
+    "cluster.cpus_per_kernel", "cluster.gpus_per_kernel", "optim.exponent", "optim.cg_damping",
+    *(f"optim.gate.{f.name}" for f in dataclasses.fields(AdaptiveConfig)),
 }  # fmt: skip
 _AT_MOST_ONE = {
     "kernel.look_back",
@@ -182,7 +250,7 @@ def override(config: Config, changes: Mapping[str, Any]) -> Config:
     """
     flat = dict(_flatten(config.to_json()))
     roles = {r: dict(v) for r, v in flat.pop("roles").items()}
-    for name, value in changes.items():
+    for name, value in _spread_phases(changes).items():
         head, _, rest = name.partition(".")
         if head in ROLES:
             _check_name(rest, prefix=head + ".")
@@ -197,6 +265,16 @@ def override(config: Config, changes: Mapping[str, Any]) -> Config:
             raise ConfigError(f"{role}.{bad[0]}: a role may change optim.* and train.* only; kernels share the rest")
         _build({**flat, **own})
     return changed
+
+
+def _spread_phases(changes: Mapping[str, Any]) -> dict[str, Any]:
+    """`changes` with each phase followed by its row of the gate; what is named beside a phase wins."""
+    spread: dict[str, Any] = {}
+    for name, value in changes.items():
+        if name == "optim.phase" or name.endswith(".optim.phase"):
+            row = phase_settings(value)
+            spread |= {f"{name.removesuffix('phase')}gate.{key}": own for key, own in row.items()}
+    return spread | dict(changes)
 
 
 def difference(old: Config, new: Config) -> dict[str, tuple[Any, Any]]:
@@ -243,6 +321,8 @@ def _check_name(name: str, prefix: str = "") -> None:
 def _parse(name: str, value: Any) -> Any:
     kind = _types()[name]
     try:
+        if kind is bool:
+            return {"true": True, "1": True, "false": False, "0": False}[str(value).lower()]
         if isinstance(value, bool) or (kind is str and not isinstance(value, str)):
             raise ValueError
         if kind is int:
@@ -251,8 +331,8 @@ def _parse(name: str, value: Any) -> Any:
                 raise ValueError
             return int(number)
         return kind(value)
-    except (ValueError, TypeError, OverflowError):
-        wanted = {"int": "a whole number", "float": "a number", "str": "text"}[kind.__name__]
+    except (ValueError, TypeError, OverflowError, KeyError):
+        wanted = {"int": "a whole number", "float": "a number", "str": "text", "bool": "true or false"}[kind.__name__]
         raise ConfigError(f"{name}={value!r}: {wanted} is wanted, such as {name}={_default(name)}") from None
 
 
@@ -260,27 +340,32 @@ def _default(name: str) -> Any:
     return dict(_flatten(Config().to_json()))[name]
 
 
+def _construct(kind: type, flat: Mapping[str, Any]) -> Any:
+    """The record `kind` from dotted names of its fields and of its records' fields."""
+    own: dict[str, Any] = {}
+    parts: dict[str, dict[str, Any]] = {}
+    for name, value in flat.items():
+        head, dot, rest = name.partition(".")
+        if dot:
+            parts.setdefault(head, {})[rest] = value
+        else:
+            own[head] = value
+    hints = typing.get_type_hints(kind)
+    return kind(**own, **{head: _construct(hints[head], values) for head, values in parts.items()})
+
+
 def _build(flat: Mapping[str, Any]) -> Config:
     for name, value in flat.items():
         if name in _CHOICES and value not in _CHOICES[name]:
             raise ConfigError(f"{name}={value!r}: choose one of {', '.join(_CHOICES[name])}")
-        if isinstance(value, (int, float)) and name not in _SIGNED:
+        if isinstance(value, (int, float)) and not isinstance(value, bool) and name not in _SIGNED:
             low_ok = value >= 0 if name in _MAY_BE_ZERO else value > 0
             if not low_ok or value != value or value == float("inf"):
                 bound = "at least 0" if name in _MAY_BE_ZERO else "above 0"
                 raise ConfigError(f"{name}={value}: must be finite and {bound}")
             if name in _AT_MOST_ONE and value > 1:
                 raise ConfigError(f"{name}={value}: must be at most 1")
-    parts: dict[str, dict[str, Any]] = {}
-    top: dict[str, Any] = {}
-    for name, value in flat.items():
-        head, dot, rest = name.partition(".")
-        if dot:
-            parts.setdefault(head, {})[rest] = value
-        else:
-            top[head] = value
-    hints = typing.get_type_hints(Config)
-    config = Config(**top, **{head: hints[head](**values) for head, values in parts.items()})
+    config: Config = _construct(Config, flat)
     k, t = config.kernel, config.train
     if k.width % k.heads or (k.width // k.heads) % 2:
         raise ConfigError(f"kernel.width={k.width} / kernel.heads={k.heads}: must be an even whole number")
@@ -291,6 +376,8 @@ def _build(flat: Mapping[str, Any]) -> Config:
     for name, size in (("batch", t.batch), ("kernel_batch", t.kernel_batch)):
         if size % t.accumulation:
             raise ConfigError(f"train.{name}={size}: must be a multiple of train.accumulation={t.accumulation}")
+    if config.optim.probes < 2:
+        raise ConfigError(f"optim.probes={config.optim.probes}: must be at least 2, or no standard error exists")
     if config.data.dev_fraction > 0.5:
         raise ConfigError(f"data.dev_fraction={config.data.dev_fraction}: must be at most 0.5")
     if config.router.min_prefix > config.router.max_prefix:

@@ -1,8 +1,19 @@
 """One way to override; everything impossible is one line that names the value and the way out."""
 
+import operator
+
 import pytest
 
-from constellation.config import ROLES, difference, from_json, names, override, parse_assignments
+from constellation.config import (
+    PHASES,
+    ROLES,
+    AdaptiveConfig,
+    difference,
+    from_json,
+    names,
+    override,
+    parse_assignments,
+)
 from constellation.errors import ConfigError
 from constellation.kernel.model import KernelLM, parameter_count
 from constellation.presets import PRESETS, preset, small
@@ -15,8 +26,7 @@ def test_json_round_trip_is_the_same_config() -> None:
 
 @pytest.mark.parametrize("name", names())
 def test_every_name_can_be_overridden_with_its_own_value(name: str) -> None:
-    section, _, key = name.partition(".")
-    value = getattr(getattr(small(), section), key) if key else small().preset
+    value = operator.attrgetter(name)(small())
     assert override(small(), {name: str(value)}) == small()
 
 
@@ -36,6 +46,14 @@ def test_every_name_can_be_overridden_with_its_own_value(name: str) -> None:
         ({"train.accumulation": "3"}, "multiple"),
         ({"data.dev_fraction": "0.9"}, "0.5"),
         ({"router.min_prefix": "9999"}, "max_prefix"),
+        ({"optim.name": "lion"}, "adaptive_mixed_qig"),
+        ({"optim.variant": "sophia"}, "kl_shampoo"),
+        ({"optim.phase": "dawn"}, "early, middle, late, fine_tune"),
+        ({"optim.gate.min_kapa": "3"}, "optim.gate.min_kappa_for_ng"),
+        ({"optim.gate.must_pay": "perhaps"}, "true or false"),
+        ({"optim.gate.max_overhead": "0.5"}, "above 1"),
+        ({"optim.gate.min_kappa_for_ng": "-1"}, "at least 0"),
+        ({"optim.probes": "1"}, "standard error"),
         ({"heart.kernel.width": "64"}, "optim.* and train.* only"),
         ({"heart.optm.lr": "1"}, "heart.optim.lr"),
         ({"hart.optim.lr": "1"}, "unknown setting"),
@@ -67,6 +85,17 @@ def test_difference_lists_what_changed() -> None:
 def test_assignments_need_key_and_value(word: str) -> None:
     with pytest.raises(ConfigError, match="key=value"):
         parse_assignments([word])
+
+
+@pytest.mark.parametrize("phase", PHASES)
+def test_a_phase_sets_its_row_and_what_is_named_beside_it_wins(phase: str) -> None:
+    gate = override(small(), {"optim.phase": phase}).optim.gate
+    assert tuple(vars(gate).values())[:8] == PHASES[phase]
+    both = override(small(), {"optim.gate.min_kappa_for_ng": "33", "optim.phase": phase}).optim.gate
+    assert both == AdaptiveConfig(**{**vars(gate), "min_kappa_for_ng": 33.0})
+    heart = override(small(), {"heart.optim.phase": phase, "heart.optim.gate.must_pay": "true"})
+    assert heart.for_role("heart").optim.gate == AdaptiveConfig(**{**vars(gate), "must_pay": True})
+    assert heart.for_role("meta").optim.gate == small().optim.gate
 
 
 def test_a_key_given_twice_is_refused() -> None:

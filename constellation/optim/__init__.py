@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from typing import TYPE_CHECKING, Any
 
 from constellation.errors import ConfigError
@@ -10,6 +11,25 @@ if TYPE_CHECKING:
     import torch
 
     from constellation.config import Optim
+
+
+_HOME = {  # public name -> file
+    "AdaptiveConfig": "gate",
+    "DiagonalNG": "diagonal",
+    "KroneckerNG": "kronecker",
+    "get_recommended_config_for_phase": "gate",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Public names are loaded when asked for: the package itself imports no torch."""
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_HOME[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*_HOME, "build"])
 
 
 def build(config: Optim, model: torch.nn.Module) -> torch.optim.Optimizer:
