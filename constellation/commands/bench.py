@@ -64,7 +64,7 @@ def dense(
     overrides: tuple[str, ...],
 ) -> None:
     """Routed kernels against dense kernels at equal tokens and FLOPs, over seeds, with intervals and kill rules."""
-    from constellation.experiments import bench_dense
+    from constellation.experiments import bench_dense, dense_report
 
     config = override(make_preset(preset), parse_assignments(overrides))
     chosen = tuple(arms.split(",")) if arms else ("dense", "dense_token", *bench_dense.ROUTED)
@@ -75,7 +75,7 @@ def dense(
         corpus, work, config, seeds=range(seeds), dense=parse_assignments(dense_words), arms=chosen, workers=workers,
         say=click.echo,
     )  # fmt: skip
-    click.echo(bench_dense.markdown(result))
+    click.echo(dense_report.markdown(result))
     if out:
-        bench_dense.save(result, out)
+        dense_report.save(result, out)
         click.echo(f"raw result: {out}")

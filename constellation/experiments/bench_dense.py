@@ -11,13 +11,12 @@ Arms (all kernels have N parameters and see the same number of training tokens i
 
 The four routed arms of a seed branch from one OCEAN; its tokens are charged to each. A seed changes
 initialisation, data order and clustering. Arms are paired by seed; see statistics.py for the
-intervals. The kill rules were written before the numbers; see `verdicts`.
+intervals. Intervals, verdicts and kill rules: dense_report.py.
 Everything a task did lies in the work folder, so a second call goes on where the first was stopped.
 """
 
 from __future__ import annotations
 
-import json
 import multiprocessing
 import os
 import platform
@@ -32,13 +31,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from actors.plan import Plan, document_bytes, fit_policy, ocean_job, prepare, request, write_assignment
-from constellation.atomic import write_json
 from constellation.config import OCEAN, ROLES, Config, override
 from constellation.coordizer.tokenizer import Tokenizer
 from constellation.data.batches import Batches
 from constellation.data.cache import TokenCache, open_cache
 from constellation.errors import ConfigError
-from constellation.experiments.statistics import difference, holm
+from constellation.experiments.dense_report import analyse
 from constellation.train.checkpoint import folder_of, load_model, newest
 from constellation.train.loop import Job, fit, steps_for
 from constellation.train.score import score
@@ -49,13 +47,6 @@ from router.policy import Policy, Trajectory
 
 ROUTED = ("fisher_rao", "tfidf", "random", "true_domains")
 MIXTURE = 3  # kernels of the top-k mixture
-RULES = (  # the routed constellation against: other answer, the rule, what follows when it fails
-    ("dense", "claim A: it beats one dense kernel at equal tokens and FLOPs", "the claim does not hold here"),
-    ("dense_token", "kill rule: it beats a dense kernel that is told the domain", "geometry is not the cause"),
-    ("fisher_rao/permuted", "kill rule: it beats itself with permuted names", "geometry is not the cause"),
-    ("random", "kill rule: it beats random shards", "there is no specialisation"),
-    ("tfidf", "kill rule: it beats the tf-idf router", "Fisher-Rao adds nothing here"),
-)
 
 
 class LabelledBatches:
@@ -158,62 +149,6 @@ def run(
         "bits": {name: np.round(values, 2).tolist() for name, values in bits.items()},
         **analyse(bits, dev.byte_length, dev.domains),
     }
-
-
-def analyse(
-    bits: Mapping[str, NDArray[np.floating]], bytes_D: NDArray[np.integer], domains: Sequence[str | None]
-) -> dict[str, Any]:
-    """Bits per byte of every answer, differences from dense, kill rules: all from bits (S, D) per document."""
-    total = bytes_D.sum()
-    table = {
-        name: {
-            "bits_per_byte": float(values.sum() / len(values) / total),
-            "per_seed": (values.sum(1) / total).tolist(),
-            "domains": {
-                str(d): float(values[:, m].sum() / len(values) / bytes_D[m].sum())
-                for d in sorted({str(x) for x in domains})
-                for m in [np.array([str(x) == d for x in domains])]
-            },
-        }
-        for name, values in bits.items()
-    }
-    against = {name: difference(values, bits["dense"], bytes_D) for name, values in bits.items() if name != "dense"}
-    return {
-        "table": table,
-        "difference_from_dense": {name: d.to_json() for name, d in against.items()},
-        "verdicts": verdicts(bits, bytes_D),
-    }
-
-
-def verdicts(bits: Mapping[str, NDArray[np.floating]], bytes_D: NDArray[np.integer]) -> list[dict[str, Any]]:
-    """The claim and the kill rules, with Holm's correction over all of them."""
-    ours = "fisher_rao"
-    present = [rule for rule in RULES if ours in bits and rule[0] in bits]
-    gaps = [difference(bits[ours], bits[other], bytes_D) for other, _, _ in present]
-    adjusted = holm([gap.p_value for gap in gaps])
-    return [
-        {
-            **gap.to_json(),
-            "rule": rule,
-            "p_holm": p,
-            "verdict": "passed" if gap.verdict == "better" else f"failed: {otherwise}",
-        }
-        for (_, rule, otherwise), gap, p in zip(present, gaps, adjusted, strict=True)
-    ]
-
-
-def markdown(result: Mapping[str, Any]) -> str:
-    """The result as the tables of README.md and experiments/README.md."""
-    lines = ["| answer | bits per byte | against dense, 95 % interval |", "|---|---|---|"]
-    for name, row in result["table"].items():
-        gap = result["difference_from_dense"].get(name)
-        shown = "" if gap is None else f"{gap['mean']:+.4f} [{gap['low']:+.4f}, {gap['high']:+.4f}]"
-        lines.append(f"| {name} | {row['bits_per_byte']:.4f} | {shown} |")
-    lines += ["", "| rule | difference | Holm p | verdict |", "|---|---|---|---|"]
-    for v in result["verdicts"]:
-        p = "-" if v["p_holm"] != v["p_holm"] else f"{v['p_holm']:.4f}"
-        lines.append(f"| {v['rule']} | {v['mean']:+.4f} [{v['low']:+.4f}, {v['high']:+.4f}] | {p} | {v['verdict']} |")
-    return "\n".join(lines)
 
 
 def _prepare(folder: Path, corpus: Path, config: Config, dense: Mapping[str, Any]) -> Seed:
@@ -347,9 +282,3 @@ def _bits(runs: Sequence[Seed], arms: Sequence[str]) -> dict[str, NDArray[np.flo
                     if key != "ocean" or arm == next(a for a in arms if a in ROUTED):
                         rows.setdefault(key, []).append(table.bits_D(values))
     return {name: np.stack(values) for name, values in rows.items()}
-
-
-def save(result: Mapping[str, Any], path: Path) -> None:
-    """The raw result as JSON and the tables beside it as Markdown."""
-    write_json(path, json.loads(json.dumps(result, default=str)))
-    path.with_suffix(".md").write_text(markdown(result) + "\n")
