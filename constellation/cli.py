@@ -24,6 +24,7 @@ COMMANDS = {
     "up": "keep a trained constellation alive on Ray",
     "status": "kernels, roles, roots, nodes, steps, loss, health",
     "down": "stop what `up` started",
+    "keys": "make, list and remove API keys of the service",
     "bench": "measure: dense | route | train",
     "doctor": "check Python, torch, Ray, GPUs, disk, and run a self-test",
 }

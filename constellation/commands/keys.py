@@ -1,0 +1,65 @@
+"""constellation keys"""
+
+from __future__ import annotations
+
+import datetime
+from pathlib import Path
+
+import click
+
+from constellation.commands import options
+
+file = click.option(
+    "--file", type=click.Path(path_type=Path, dir_okay=False), required=True, metavar="FILE", help="the key file"
+)
+name = click.option("--name", required=True, metavar="NAME", help="whose key it is")
+
+
+@click.group()
+def command() -> None:
+    """API keys of `constellation serve --api-key-file FILE`; the file holds hashes, never keys."""
+
+
+@command.command()
+@file
+@name
+@click.option("--requests-per-minute", default=None, type=click.IntRange(1), metavar="N", help="default: no limit")
+@click.option("--tokens-per-minute", default=None, type=click.IntRange(1), metavar="N", help="of prompts and answers")
+@click.option("--concurrent", default=None, type=click.IntRange(1), metavar="N", help="answers under way at once")
+def add(
+    file: Path, name: str, requests_per_minute: int | None, tokens_per_minute: int | None, concurrent: int | None
+) -> None:
+    """Make a key and print it: this once. The file is made when it is not there, with mode 0600."""
+    from router import keys
+
+    click.echo(keys.add(file, name, keys.Limits(requests_per_minute, tokens_per_minute, concurrent)))
+    click.echo(f"the key of {name}: write it down, it cannot be shown again", err=True)
+
+
+@command.command(name="list")
+@file
+@options.as_json
+def list_(file: Path, as_json: bool) -> None:
+    """Names, dates and limits."""
+    from router import keys
+
+    found = keys.read(file)
+    if as_json:
+        options.print_json([{k: v for k, v in key.to_json().items() if k != "sha256"} for key in found])
+        return
+    for key in found:
+        limits = {k: v for k, v in vars(key.limits).items() if v is not None}
+        said = ", ".join(f"{k.replace('_', ' ')} {v}" for k, v in limits.items()) or "no limits"
+        day = datetime.datetime.fromtimestamp(key.created, datetime.UTC).date()
+        click.echo(f"{key.name:<24} {day}  {said}")
+
+
+@command.command()
+@file
+@name
+def remove(file: Path, name: str) -> None:
+    """Remove a key; a service that runs refuses it from then on."""
+    from router import keys
+
+    keys.remove(file, name)
+    click.echo(f"removed the key of {name}", err=True)

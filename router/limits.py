@@ -1,0 +1,201 @@
+"""Who is let in now, and who is told to come back: rates per key, a cap on the whole front, sizes.
+
+    level(t) = min(burst, level(s) + (t - s) rate);    an ask of n is let in iff n <= level, which it lowers by n
+
+hence in any span of t seconds at most burst + rate t is let in, and who waits as told is let in if nobody else took it.
+Both hold exactly: time is in whole nanoseconds and levels are whole, in units of 1 / (60 x 10^9).
+Rates are per minute and a minute's worth is the burst, so that a key which was silent may send its minute at once.
+
+Tokens are not known beforehand: an ask reserves its prompt and the most it may be answered with, and what was not used
+goes back when it ends. So the bound holds for the tokens really used, whatever the answers' lengths, over every span
+that begins with nothing of the key under way.
+
+Refusals are data, not exceptions. Time is an argument. Everything here belongs to one front; F fronts let in F times as
+much together, which is said where fronts are started.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterable
+from dataclasses import dataclass, field
+
+from router.keys import Key
+
+_MINUTE_NS = 60 * 10**9
+_PAST = 9  # weight of the past in the mean time an answer takes, beside 1 of the latest
+
+
+@dataclass(frozen=True)
+class Front:
+    """Limits of one front, whoever asks."""
+
+    answers: int = 256  # under way or waiting at once, >= 1; prompts x n of a request
+    body_bytes: int = 4 * 1024 * 1024  # of a request, >= 1
+
+
+@dataclass(frozen=True)
+class Refused:
+    """A request that is not let in: the parts of its error object and headers."""
+
+    status: int  # 400 never possible | 413 too large | 429 not now
+    code: str  # "rate_limit_exceeded" | "queue_full" | "request_too_large"
+    message: str
+    retry_after_s: int | None = None  # whole seconds, >= 1; None: never
+
+    @property
+    def headers(self) -> dict[str, str]:
+        return {} if self.retry_after_s is None else {"Retry-After": str(self.retry_after_s)}
+
+
+@dataclass
+class Bucket:
+    """A token bucket that starts full; `per_minute` is both its rate and its burst."""
+
+    per_minute: int
+    level: int = field(init=False)  # units of 1 / _MINUTE_NS: what flows in within a nanosecond is `per_minute` units
+    at_ns: int | None = field(init=False, default=None)
+
+    def __post_init__(self) -> None:
+        self.level = self.per_minute * _MINUTE_NS
+
+    def wait_ns(self, amount: int, now_ns: int) -> int | None:
+        """Nanoseconds until `amount` can be taken; 0: now, None: never, it is more than the burst."""
+        if amount > self.per_minute:
+            return None
+        self._fill(now_ns)
+        return max(0, -((self.level - amount * _MINUTE_NS) // self.per_minute))
+
+    def move(self, amount: int, now_ns: int) -> None:
+        """Takes `amount` out, or puts it back when negative."""
+        self._fill(now_ns)
+        self.level = min(self.per_minute * _MINUTE_NS, self.level - amount * _MINUTE_NS)
+
+    def _fill(self, now_ns: int) -> None:
+        """What flowed in since the last time; a clock that steps back earns nothing."""
+        if self.at_ns is not None and now_ns > self.at_ns:
+            self.level = min(self.per_minute * _MINUTE_NS, self.level + (now_ns - self.at_ns) * self.per_minute)
+        self.at_ns = now_ns if self.at_ns is None else max(now_ns, self.at_ns)
+
+
+@dataclass
+class _Account:
+    """What one key has taken."""
+
+    key: Key | None = None
+    requests: Bucket | None = None
+    tokens: Bucket | None = None
+    under_way: int = 0
+
+
+@dataclass
+class Ticket:
+    """A request that was let in; `leave` it exactly once, whatever became of it."""
+
+    admission: Admission
+    account: _Account
+    answers: int
+    reserved_tokens: int
+    at_ns: int
+    left: bool = False
+
+    def leave(self, used_tokens: int, now_ns: int) -> None:
+        """The request ended, having used so many tokens of prompt and answers. A second call changes nothing."""
+        if not self.left:
+            self.left = True
+            self.admission._leave(self, used_tokens, now_ns)
+
+
+class Admission:
+    """The door of one front."""
+
+    def __init__(self, front: Front | None = None):
+        self.front = front or Front()
+        self.under_way = 0  # answers that were let in and have not left
+        self._accounts: dict[str, _Account] = {}
+        self._mean_ns = 10**9  # time an answer stays, forgetting the past
+
+    def admit(self, key: Key, now_ns: int, answers: int = 1, tokens: int = 0) -> Ticket | Refused:
+        """Let a request in that makes `answers` (prompts x n) and may use `tokens` in all, or say why not.
+
+        A refused request takes nothing from anybody.
+        """
+        account = self._account(key)
+        limits = key.limits
+        if answers > self.front.answers:
+            return Refused(
+                400, "request_too_large",
+                f"{answers} answers in one request; this service makes {self.front.answers} at once: send fewer",
+            )  # fmt: skip
+        most = limits.concurrent
+        if most is not None and answers > most:
+            return _never(key, f"{answers} answers", f"{most} at once", "send fewer prompts or a smaller n")
+        if most is not None and account.under_way + answers > most:
+            return self._later(
+                "rate_limit_exceeded", f"key {key.name!r} has {account.under_way} of {most} answers under way",
+                self._mean_ns / most,
+            )  # fmt: skip
+        for bucket, amount, what, advice in (
+            (account.requests, answers, "requests", "send fewer prompts or a smaller n"),
+            (account.tokens, tokens, "tokens", "shorten the prompt or lower max_tokens"),
+        ):
+            wait_ns = bucket.wait_ns(amount, now_ns) if bucket else 0
+            if bucket and wait_ns is None:
+                return _never(key, f"{amount} {what}", f"{bucket.per_minute} a minute", advice)
+            if bucket and wait_ns:
+                rate = f"key {key.name!r} may use {bucket.per_minute} {what} a minute"
+                return self._later("rate_limit_exceeded", f"{rate}, this request needs {amount}", wait_ns)
+        if self.under_way + answers > self.front.answers:
+            full = f"{self.under_way} answers are under way, {self.front.answers} is the most"
+            return self._later("queue_full", full, self._mean_ns / self.front.answers)  # one leaves so often
+        if account.requests:
+            account.requests.move(answers, now_ns)
+        if account.tokens:
+            account.tokens.move(tokens, now_ns)
+        account.under_way += answers
+        self.under_way += answers
+        return Ticket(self, account, answers, tokens, now_ns)
+
+    def too_long(self, body_bytes: int) -> Refused | None:
+        """Whether a body of that size is refused."""
+        if body_bytes <= self.front.body_bytes:
+            return None
+        return Refused(413, "request_too_large", f"the body is larger than {self.front.body_bytes} bytes: send less")
+
+    async def body(self, chunks: AsyncIterable[bytes], declared_bytes: int | None = None) -> bytes | Refused:
+        """A request's body, read no further than is allowed; `declared_bytes` is its Content-Length, if it has one."""
+        if declared_bytes is not None and (refused := self.too_long(declared_bytes)):
+            return refused
+        read = bytearray()
+        async for chunk in chunks:
+            read += chunk
+            if refused := self.too_long(len(read)):
+                return refused
+        return bytes(read)
+
+    def _leave(self, ticket: Ticket, used_tokens: int, now_ns: int) -> None:
+        account = ticket.account
+        account.under_way -= ticket.answers
+        self.under_way -= ticket.answers
+        if account.tokens:
+            account.tokens.move(used_tokens - ticket.reserved_tokens, now_ns)
+        self._mean_ns = (_PAST * self._mean_ns + max(0, now_ns - ticket.at_ns)) // (_PAST + 1)
+
+    def _account(self, key: Key) -> _Account:
+        """The account of a key; one whose limits were changed has full buckets again."""
+        account = self._accounts.setdefault(key.name, _Account())
+        if account.key != key:
+            requests, tokens = key.limits.requests_per_minute, key.limits.tokens_per_minute
+            account.key = key
+            account.requests, account.tokens = (
+                Bucket(requests) if requests else None,
+                Bucket(tokens) if tokens else None,
+            )
+        return account
+
+    def _later(self, code: str, why: str, wait_ns: float) -> Refused:
+        seconds = max(1, -int(-wait_ns // 10**9))
+        return Refused(429, code, f"{why}; try again in {seconds} s", seconds)
+
+
+def _never(key: Key, asked: str, most: str, advice: str) -> Refused:
+    return Refused(400, "request_too_large", f"key {key.name!r} may have {most}, this asks for {asked}: {advice}")
