@@ -1,0 +1,256 @@
+"""The life of a query, told once, whoever carries it: it says what it needs of the kernels and goes on with the answer.
+
+    look -> turn of W bytes -> text -> look at all bytes so far -> the same kernels, or a hand-off -> ...
+
+`live` is a generator without any transport in it. It yields lists of calls (`Turn`, `Bits`), is sent their
+results, and yields a `Piece` for every stretch of new text; it returns the `Answer`. Two drivers carry it:
+session.py for a batch in one thread, service.py for many requests at once. So both give the same tokens.
+
+All state of a request travels in its packet, a turn has none: kernels may die or move between turns.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Generator, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
+
+from constellation.config import OCEAN, Config
+from constellation.coordizer.tokenizer import Tokenizer
+from constellation.errors import ConfigError
+from constellation.kernel.sample import Sampling
+from router.mixture import Weights
+from router.packet import Packet
+from router.policy import FIRST, Policy
+from router.text import ShownText
+from router.view import Look, View
+
+ROUTE = "route"
+
+
+@dataclass(frozen=True)
+class Ask:
+    """A question: a text, or the tokens of one, and how it is to be continued."""
+
+    prompt: str | tuple[int, ...]
+    sampling: Sampling = field(default_factory=Sampling)
+    mode: str = ROUTE  # "route", or the name of the one kernel that answers
+    top_k: int = 3  # kernels that answer together, in the modes that mix
+    request: str = ""  # id, unique among the requests that are under way
+    measure: bool = False  # complete HandOff.bits_lost: two more readings a hand-off
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Some more of an answer; `text` may lag behind the tokens while a stop text or a character may be half there."""
+
+    text: str
+    token_ids: tuple[int, ...]
+    kernel: str  # who wrote it; the heaviest of those that wrote it together
+    logprobs: Any = None  # as the packet carries them, one record a token; None when not asked for
+
+
+@dataclass(frozen=True)
+class HandOff:
+    """The answer went from one kernel to another at byte `at_bytes` of prompt and answer."""
+
+    at_bytes: int
+    source: str
+    target: str
+    bits_lost: float | None = None  # bits of the next turn's tokens under `target` minus under `source`, if measured
+
+
+@dataclass(frozen=True)
+class Answer:
+    """The answer to a request; `text` is that of all its pieces."""
+
+    request: int | str
+    text: str
+    token_ids: tuple[int, ...]  # all that were sampled, an end of text or a stop text's among them
+    finish_reason: str  # "stop" | "eos" | "length"
+    prompt_tokens: int
+    completion_tokens: int
+    mode: str
+    kernels: tuple[str, ...]  # those that answered, in order of their first turn
+    looks: tuple[Look, ...]
+    hand_offs: tuple[HandOff, ...]
+    seconds: float  # of the turns this request took part in
+    seconds_per_token: float
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class Turn:
+    """Wanted: the packet after one turn of `kernel` (turn.py)."""
+
+    kernel: str
+    packet: bytes
+    budget_bytes: int
+
+
+@dataclass(frozen=True)
+class Bits:
+    """Wanted: bits `kernel` needs for the last `count` tokens of the packet's window."""
+
+    kernel: str
+    packet: bytes
+    count: int
+
+
+Call = Turn | Bits
+Steps = Generator[list[Call] | Piece, Sequence[Any], Answer]
+
+
+def check(ask: Ask, policy: Policy | None, names: Sequence[str]) -> None:
+    """ConfigError unless kernels called `names` can answer."""
+    if ask.mode != ROUTE and ask.mode not in names:
+        raise ConfigError(f"mode={ask.mode!r}: choose one of {ROUTE}, {', '.join(names)}")
+    if ask.mode == ROUTE:
+        if policy is None:
+            raise ConfigError(f"mode='{ROUTE}' needs a fitted router; name one of {', '.join(names)} instead")
+        absent = [name for name in (*policy.names, OCEAN) if name not in names]
+        if absent:
+            raise ConfigError(f"the router may choose {absent[0]!r}, which is not there; there is {tuple(names)}")
+
+
+class Life:
+    """One request from its first look to its answer. `policy` may be None when one kernel is named."""
+
+    def __init__(self, number: int | str, ask: Ask, policy: Policy | None, tokenizer: Tokenizer, config: Config):
+        self.number, self.ask, self.tokenizer, self.config = number, ask, tokenizer, config
+        prompt, tokens = read_prompt(ask.prompt, tokenizer)
+        self.prompt_tokens = len(tokens)
+        self.view = View(policy) if policy and ask.mode == ROUTE else None
+        self.shown, self.written = ShownText(ask.sampling.stop), ""
+        self.num_bytes = 0  # of prompt and answer
+        self.fresh_bytes = 0  # since the last look
+        self.token_ids: list[int] = []
+        self.kernels: list[str] = []
+        self.looks: list[Look] = []
+        self.hand_offs: list[HandOff] = []
+        self.seconds = 0.0
+        window = opened(tokens, tokenizer)[-config.kernel.context :]
+        self.packet = Packet(ask.request or str(number), ask.mode, tuple(window), ask.sampling)
+        self._read(prompt)
+        self._look()
+
+    def live(self) -> Steps:
+        """Yields calls, is sent their results; yields pieces, is sent nothing; returns the answer.
+
+        The first turn is a short one, so that the first text comes soon.
+        """
+        unmeasured: list[Call] = []
+        while not self.packet.finish:
+            budget = self.every - self.fresh_bytes if self.token_ids else min(FIRST, self.every)
+            begin = time.perf_counter()
+            data, *bits = yield [Turn(self.packet.kernel, self.packet.encode(), budget), *unmeasured]
+            self.seconds += time.perf_counter() - begin
+            self._measured(bits)
+            unmeasured = self._unmeasured(data)
+            yield self._absorb(data)
+            if self.fresh_bytes >= self.every and not self.packet.finish:
+                self._look()
+        if unmeasured:
+            self._measured((yield unmeasured))
+        return self._answer()
+
+    @property
+    def panel(self) -> Weights:
+        """Who answers next: kernels and their weights, which sum to 1."""
+        return ((self.packet.kernel, 1.0),)
+
+    def _read(self, new: bytes) -> None:
+        self.num_bytes += len(new)
+        self.fresh_bytes += len(new)
+        if self.view:
+            self.view.update(new)
+
+    def _look(self) -> None:
+        """Decide who goes on."""
+        self.fresh_bytes, every = 0, self.config.router.every
+        self.every = min(FIRST, every) if self.num_bytes < every else every  # as training text is looked at
+        if not self.view:
+            return
+        before = self.packet.kernel
+        look = self.view.decide(self.num_bytes, self.config.router.hysteresis)
+        self.looks.append(look)
+        if self.kernels and look.kernel != before:
+            self.hand_offs.append(HandOff(self.num_bytes, before, look.kernel))
+        self.packet = replace(self.packet, kernel=look.kernel, **self.view.carried())
+
+    def _absorb(self, data: bytes) -> Piece:
+        """Take a turn's outcome; the text that may be shown now."""
+        packet = Packet.decode(data)
+        new = packet.tokens[len(packet.tokens) - (packet.position - self.packet.position) :]
+        if packet.kernel not in self.kernels:
+            self.kernels.append(packet.kernel)
+        self.packet = packet
+        self.token_ids += new
+        written = self.tokenizer.decode(new)
+        self._read(written)
+        text = self.shown.feed(written, last=bool(packet.finish))
+        self.written += text
+        return Piece(text, new, packet.kernel, getattr(packet, "logprobs", None))
+
+    def _unmeasured(self, data: bytes) -> list[Call]:
+        """What has to be read to complete the last hand-off, if this was the turn after it."""
+        if not self.ask.measure or not self.hand_offs or self.hand_offs[-1].at_bytes != self.num_bytes:
+            return []
+        last, count = self.hand_offs[-1], Packet.decode(data).position - self.packet.position
+        return [Bits(last.target, data, count), Bits(last.source, data, count)]
+
+    def _measured(self, bits: Sequence[float]) -> None:
+        if bits:
+            at = next(i for i, hand_off in enumerate(self.hand_offs) if hand_off.bits_lost is None)
+            self.hand_offs[at] = replace(self.hand_offs[at], bits_lost=bits[0] - bits[1])
+
+    def _answer(self) -> Answer:
+        return Answer(
+            request=self.number,
+            text=self.written,
+            token_ids=tuple(self.token_ids),
+            finish_reason=self.packet.finish,
+            prompt_tokens=self.prompt_tokens,
+            completion_tokens=len(self.token_ids),
+            mode=self.ask.mode,
+            kernels=tuple(self.kernels),
+            looks=tuple(self.looks),
+            hand_offs=tuple(self.hand_offs),
+            seconds=self.seconds,
+            seconds_per_token=self.seconds / max(1, len(self.token_ids)),
+        )
+
+
+def read_prompt(prompt: str | Sequence[int], tokenizer: Tokenizer) -> tuple[bytes, list[int]]:
+    """(bytes, tokens) of a prompt; ConfigError for a token that is none."""
+    if isinstance(prompt, str):
+        data = prompt.encode("utf-8", "surrogatepass")
+        return data, tokenizer.encode(data)
+    wrong = [t for t in prompt if isinstance(t, bool) or not isinstance(t, int) or not 0 <= t < tokenizer.vocab_size]
+    if wrong:
+        raise ConfigError(f"prompt: {wrong[0]!r} is no token; there are 0 to {tokenizer.vocab_size - 1}")
+    return tokenizer.decode(prompt), list(prompt)
+
+
+def opened(tokens: Sequence[int], tokenizer: Tokenizer) -> list[int]:
+    """`tokens` after the end of another document, which is what the kernels have read before every first byte."""
+    return list(tokens) if tokens and tokens[0] == tokenizer.eos else [tokenizer.eos, *tokens]
+
+
+def numbered(ask: Ask, index: int) -> Ask:
+    """The `index`-th of several answers to one question: the first has the seed itself, others one of their own.
+
+    Seeds are 64 bits mixed from (seed, index) by splitmix64 (Steele et al. 2014).
+    """
+    if not index:
+        return ask
+    mask = 2**64 - 1
+    x = (ask.sampling.seed + index * 0x9E3779B97F4A7C15) & mask
+    x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) & mask
+    x = ((x ^ (x >> 27)) * 0x94D049BB133111EB) & mask
+    request = f"{ask.request}/{index}" if ask.request else ""
+    return replace(ask, sampling=dataclasses.replace(ask.sampling, seed=x ^ (x >> 31)), request=request)

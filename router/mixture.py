@@ -1,0 +1,52 @@
+"""Several kernels answer together: their next-token distributions p_k, weighted by the posterior w_k, become one.
+
+    mixture       log p = logsumexp_k(log p_k + log w_k)                    probabilities are averaged, never logits
+    barycenter    log p = 2 logsumexp_k(log p_k / 2 + log w_k) + const      p = (sum_k w_k sqrt p_k)^2, normalised
+
+The barycenter is the mean in the square-root chart, where Fisher-Rao geodesics are great circles: the weighted
+mean of the points sqrt(p_k) taken back to the sphere. Of two distributions of equal weight it is their Frechet
+mean; of more it is the one that iteration for that mean starts from (geometry/sphere.py), without the iteration.
+Between p_k that share no token the mixture keeps all of them, and so does the barycenter, nearer to uniform weights.
+
+Values: one kernel gives that kernel; equal p_k give p_k; a token impossible for all stays impossible.
+Sums run over kernels in the order of their names, so no order of kernels changes a bit.
+Reference: Rao (1945) for the geometry; c-BTM, Gururangan et al. (2023), for mixtures by posterior.
+
+Shapes: K kernels, T positions, V tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+MIXTURE, BARYCENTER = "mixture", "barycenter"
+MIXED = (MIXTURE, BARYCENTER)
+Weights = tuple[tuple[str, float], ...]
+
+
+def weights(names: Sequence[str], posterior_K: NDArray[np.floating], k: int) -> Weights:
+    """The `k` likeliest kernels and their posterior renormalised, by name: w > 0, sum w = 1.
+
+    Of equal posteriors the first names are taken. All of them when there are no more than `k`.
+    """
+    p_K = np.maximum(posterior_K.astype(np.float64), 1e-300)
+    best = sorted(sorted(range(len(names)), key=lambda i: (-p_K[i], names[i]))[:k], key=lambda i: names[i])
+    total = sum(p_K[i] for i in best)
+    return tuple((names[i], float(p_K[i] / total)) for i in best)
+
+
+def combine(mode: str, log_p_KTV: NDArray[np.floating], weight_K: ArrayLike) -> NDArray[np.float64]:
+    """Log-probabilities of `mode`, "mixture" or "barycenter", (T, V); every row's probabilities sum to 1."""
+    power = 1.0 if mode == MIXTURE else 2.0
+    log_w_K = np.log(np.asarray(weight_K, np.float64))
+    terms_KTV = log_p_KTV / power + log_w_K[:, None, None]
+    top_TV = terms_KTV.max(axis=0)
+    sure_TV = np.where(np.isfinite(top_TV), top_TV, 0.0)  # -inf - -inf would be NaN
+    with np.errstate(divide="ignore"):
+        log_p_TV = power * (sure_TV + np.log(np.exp(terms_KTV - sure_TV).sum(axis=0)))
+    top_T1 = log_p_TV.max(axis=1, keepdims=True)
+    found: NDArray[np.float64] = log_p_TV - top_T1 - np.log(np.exp(log_p_TV - top_T1).sum(axis=1, keepdims=True))
+    return found

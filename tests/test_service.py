@@ -1,0 +1,181 @@
+"""The service without HTTP: the answers of session.py, many at once, and what it frees when it is left."""
+
+import asyncio
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+
+from constellation.config import OCEAN, Config, Kernel
+from constellation.config import Router as RouterConfig
+from constellation.coordizer.tokenizer import Tokenizer
+from constellation.errors import ConfigError
+from constellation.kernel.model import KernelLM
+from constellation.kernel.sample import Sampling
+from router.fit import fit
+from router.kernels import LocalAsyncKernels
+from router.local import LocalKernels
+from router.service import Answer, Ask, Piece, Service, numbered
+from router.session import generate
+
+NAMES = ("heart", "memory", "action")
+TEXTS = [f"the quick brown fox {i} jumps over the lazy dog, naïve café {i}: x = {i} + 1\n" for i in range(40)]
+TOKENIZER = Tokenizer.train(TEXTS, 320)
+KERNEL = Kernel(vocab_size=336, width=24, layers=2, heads=3, hidden=40, context=64, coupling_ref=8)
+CONFIG = Config(kernel=KERNEL, router=RouterConfig(bins=512, dims=8, every=32, max_prefix=256, hysteresis=0.05))
+GROUPS = [[f"{a} number {i} {a}\n" * 8 for i in range(12)] for a in ("the quick brown fox", "def f(x):", "GENESIS 1:1")]
+POLICY = fit(
+    [t.encode() for g in GROUPS for t in g], CONFIG.router, seed=0, names=NAMES,
+    validation=[t.encode() for g in GROUPS for t in g],
+)  # fmt: skip
+
+
+def model(seed: int) -> KernelLM:
+    made = KernelLM(KERNEL, seed=seed)
+    with torch.no_grad():
+        for weight in made.parameters():
+            weight.mul_(1.6 if weight.dim() == 2 else 1.0)
+    return made
+
+
+MODELS = {name: model(i) for i, name in enumerate((OCEAN, *NAMES), 1)}
+
+
+def service() -> Service:
+    return Service(CONFIG, POLICY, TOKENIZER, LocalAsyncKernels(LocalKernels(MODELS, TOKENIZER)))
+
+
+async def whole(made: Service, ask: Ask) -> tuple[list[Piece], Answer]:
+    *pieces, answer = [step async for step in made.stream(ask)]
+    assert isinstance(answer, Answer)
+    return pieces, answer
+
+
+def untimed(answer: Answer) -> Answer:
+    return dataclasses.replace(answer, request=0, seconds=0.0, seconds_per_token=0.0)
+
+
+ASKS = [
+    Ask("the quick brown fox number", Sampling(seed=1, max_new_tokens=60)),
+    Ask("def f(x):", Sampling(seed=2, max_new_tokens=90, top_p=0.9), measure=True),
+    Ask("GENESIS", Sampling(temperature=0, max_new_tokens=70)),
+    Ask("x", Sampling(seed=3, max_new_tokens=40), mode="memory"),
+    Ask("", Sampling(seed=4, max_new_tokens=40), mode=OCEAN),
+]
+
+
+def test_many_at_once_get_the_answers_of_a_batch_in_one_thread() -> None:
+    expected = [
+        untimed(a)
+        for ask in ASKS
+        for a in generate(POLICY, LocalKernels(MODELS, TOKENIZER), TOKENIZER, [ask], CONFIG)
+        if isinstance(a, Answer)
+    ]
+
+    async def ask_all() -> list[tuple[list[Piece], Answer]]:
+        made = service()
+        return list(await asyncio.gather(*(whole(made, ask) for ask in ASKS)))
+
+    found = asyncio.run(ask_all())
+    assert [untimed(answer) for _, answer in found] == expected
+    assert any(a.hand_offs for a in expected) and all(h.bits_lost is not None for h in expected[1].hand_offs)
+    for pieces, answer in found:
+        assert "".join(p.text for p in pieces) == answer.text
+        assert tuple(t for p in pieces for t in p.token_ids) == answer.token_ids
+
+
+def test_tokens_of_a_text_are_asked_like_the_text() -> None:
+    text = ASKS[0].prompt
+    assert isinstance(text, str)
+    tokens = tuple(TOKENIZER.encode(text))
+    answers = [
+        asyncio.run(whole(service(), dataclasses.replace(ASKS[0], prompt=p)))[1] for p in (text, tokens, (0, *tokens))
+    ]
+    assert untimed(answers[0]) == untimed(answers[1])
+    assert answers[2].token_ids == answers[0].token_ids and answers[2].prompt_tokens == len(tokens) + 1
+
+
+def test_several_answers_to_one_question_differ_and_can_be_repeated() -> None:
+    asks = [numbered(ASKS[0], i) for i in range(4)]
+    assert asks[0] == ASKS[0] and len({ask.sampling.seed for ask in asks}) == 4
+    texts = [asyncio.run(whole(service(), ask))[1].text for ask in asks]
+    assert len(set(texts)) == 4
+    assert asyncio.run(whole(service(), numbered(ASKS[0], 2)))[1].text == texts[2]
+
+
+@pytest.mark.parametrize("mode", ["route", OCEAN, "heart"])
+def test_a_text_is_scored_token_by_token_as_whole_forward_passes_do(mode: str) -> None:
+    tokens = TOKENIZER.encode("the quick brown fox jumps over GENESIS 1:1 number")[:40]
+    scored = asyncio.run(service().score(tokens, mode, top=3))
+    assert len(scored) == len(tokens)
+    bias = torch.zeros(336)
+    bias[[i for i in range(1, 336) if i < 16 or i >= TOKENIZER.vocab_size]] = float("-inf")
+    trajectory = POLICY.trajectories([TOKENIZER.decode(tokens)], 32)[0]
+    before = np.cumsum([0, *(len(TOKENIZER.token_bytes[t]) for t in tokens)])
+    for i, one in enumerate(scored):
+        assert one is not None
+        name = mode
+        if mode == "route":
+            seen = int((trajectory.at_bytes <= before[i]).sum())
+            from router.policy import decide, kernel_name
+
+            name = kernel_name(NAMES, int(decide(trajectory, 0.05)[seen - 1])) if seen else OCEAN
+        with torch.no_grad():
+            log_p = torch.log_softmax(MODELS[name](torch.tensor([[0, *tokens[:i]]]))[0, -1] + bias, -1)
+        assert one.log_prob == pytest.approx(float(log_p[tokens[i]]), abs=1e-4)
+        assert [t for t, _ in one.top] == log_p.topk(3).indices.tolist()
+        assert (one.log_prob == max(p for _, p in one.top)) == (tokens[i] == int(log_p.argmax()))
+
+
+def test_the_first_token_is_not_scored_when_it_is_the_end_of_another_text() -> None:
+    with_end = asyncio.run(service().score([0, 40, 41], "heart"))
+    assert with_end[0] is None and with_end[1:] == asyncio.run(service().score([40, 41], "heart"))
+    assert asyncio.run(service().score([0], "heart")) == [None] and asyncio.run(service().score([], "heart")) == []
+
+
+def test_a_long_text_is_scored_in_windows_that_see_half_a_context_at_least() -> None:
+    tokens = TOKENIZER.encode("the quick brown fox jumps over the lazy dog " * 30)[:200]
+    scored = asyncio.run(service().score(tokens, "heart"))
+    assert len(scored) == 200
+    cache = [0, *tokens]
+    for i in (0, 63, 64, 95, 96, 150, 199):
+        first = 0 if i < 64 else (i - 64) // 32 * 32 + 32
+        assert i - first >= 32 or first == 0
+        with torch.no_grad():
+            logits = MODELS["heart"](torch.tensor([cache[first : i + 1]]))[0, -1]
+        logits[[j for j in range(1, 336) if j < 16 or j >= TOKENIZER.vocab_size]] = float("-inf")
+        assert scored[i].log_prob == pytest.approx(float(torch.log_softmax(logits, -1)[tokens[i]]), abs=1e-4)  # type: ignore[union-attr]
+
+
+def test_a_decision_is_the_normalised_probability_of_each_answer() -> None:
+    made, prompt, answers = service(), "the quick brown", [" fox", " dog, naïve", "="]
+    found = asyncio.run(made.decide(prompt, answers, "heart"))
+    tokens = [TOKENIZER.encode(a) for a in answers]
+    assert len({len(t) for t in tokens}) > 1
+    sums = [
+        sum(s.log_prob for s in asyncio.run(made.score([*TOKENIZER.encode(prompt), *t], "heart"))[-len(t) :])  # type: ignore[union-attr]
+        for t in tokens
+    ]
+    expected = np.exp(sums) / np.exp(sums).sum()
+    assert sum(found) == pytest.approx(1) and found == pytest.approx(list(expected), rel=1e-4)
+    for wrong in ([], ["a", "a"], ["a", ""]):
+        with pytest.raises(ConfigError, match="answers="):
+            asyncio.run(made.decide(prompt, wrong))
+
+
+def test_a_question_that_cannot_be_answered_is_refused_before_anything_is_decoded() -> None:
+    for ask, wanted in (
+        (Ask("x", mode="hart"), "'hart'"),
+        (Ask((1, 9999)), "9999 is no token"),
+        (Ask("x", Sampling(stop=("long" * 200,))), "stop texts are too long"),
+    ):
+        with pytest.raises(ConfigError, match=wanted):
+            service().check(ask)
+
+
+def test_the_service_lists_its_models_and_explains_a_route() -> None:
+    made = service()
+    assert made.models() == ["constellation", *(f"constellation/{n}" for n in (OCEAN, *NAMES))]
+    found = made.explain("def f(x): number")
+    assert found["kernel"] == POLICY.route([b"def f(x): number"])[0].kernel and found["router_hash"] == POLICY.hash
