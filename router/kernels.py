@@ -13,10 +13,9 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Protocol
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
-from router.local import LocalKernels
+from router.local import LocalKernels, log_probs
 from router.turn import Answerer
 
 
@@ -88,14 +87,3 @@ class LocalAsyncKernels:
         if kernel not in self._threads:
             self._threads[kernel] = ThreadPoolExecutor(1, thread_name_prefix=kernel)
         return await asyncio.wrap_future(self._threads[kernel].submit(work))
-
-
-@torch.inference_mode()
-def log_probs(answerer: Answerer, windows: Sequence[Sequence[int]], tail: int) -> NDArray[np.float32]:
-    """`AsyncKernels.log_probs` by whole forward passes, one a window."""
-    found = np.full((len(windows), tail, len(answerer.bias_V)), -np.inf, np.float32)
-    for row, window in zip(found, windows, strict=True):
-        read = torch.tensor([list(window)[-answerer.decoder.context :]], device=answerer.decoder.device)
-        last = torch.log_softmax(answerer.decoder.model(read)[0, -tail:] + answerer.bias_V, -1)
-        row[-len(last) :] = last.cpu().numpy()
-    return found

@@ -2,11 +2,17 @@
 
     look -> turn of W bytes -> text -> look at all bytes so far -> the same kernels, or a hand-off -> ...
 
-`live` is a generator without any transport in it. It yields lists of calls (`Turn`, `Bits`), is sent their
-results, and yields a `Piece` for every stretch of new text; it returns the `Answer`. Two drivers carry it:
-session.py for a batch in one thread, service.py for many requests at once. So both give the same tokens.
+`live` is a generator without any transport in it. It yields lists of calls (`Turn`, `Reading`, `Bits`), is sent
+their results, and yields a `Piece` for every stretch of new text; it returns the `Answer`. Two drivers carry
+it: session.py for a batch in one thread, service.py for many requests at once. So both give the same tokens.
 
 All state of a request travels in its packet, a turn has none: kernels may die or move between turns.
+
+**Kernels that answer together** would have to be asked for every token. Instead the heaviest of them drafts a
+stretch, all read it at once, and the token of their mixture is drawn at each place with the number u(seed, position)
+that belongs to it, up to and including the first that differs from the draft. What was drawn is what would have been
+drawn one by one, whatever the draft was: the draft decides how often kernels are asked, not what is written.
+(Speculative decoding, Leviathan et al. 2023, with common random numbers instead of rejection.)
 """
 
 from __future__ import annotations
@@ -17,12 +23,15 @@ from collections.abc import Generator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
+import numpy as np
+
 from constellation.config import OCEAN, Config
 from constellation.coordizer.tokenizer import Tokenizer
 from constellation.errors import ConfigError
 from constellation.kernel.sample import Sampling
-from router.mixture import Weights
+from router.mixture import MIXED, Weights, combine, weights
 from router.packet import Packet
+from router.pen import Pen, draw
 from router.policy import FIRST, Policy
 from router.text import ShownText
 from router.view import Look, View
@@ -36,9 +45,10 @@ class Ask:
 
     prompt: str | tuple[int, ...]
     sampling: Sampling = field(default_factory=Sampling)
-    mode: str = ROUTE  # "route", or the name of the one kernel that answers
-    top_k: int = 3  # kernels that answer together, in the modes that mix
+    mode: str = ROUTE  # "route" | "mixture" | "barycenter", or the name of the one kernel that answers
+    top_k: int = 3  # kernels that answer together, in the two modes that mix
     request: str = ""  # id, unique among the requests that are under way
+    draft: bool = True  # False: kernels that mix are asked for every token; the oracle of the drafts
     measure: bool = False  # complete HandOff.bits_lost: two more readings a hand-off
 
 
@@ -101,20 +111,31 @@ class Bits:
     count: int
 
 
-Call = Turn | Bits
+@dataclass(frozen=True)
+class Reading:
+    """Wanted: `kernel`'s log-probabilities of the next token after each of the last `tail` of `window`, (tail, V)."""
+
+    kernel: str
+    window: tuple[int, ...]
+    tail: int
+
+
+Call = Turn | Bits | Reading
 Steps = Generator[list[Call] | Piece, Sequence[Any], Answer]
 
 
 def check(ask: Ask, policy: Policy | None, names: Sequence[str]) -> None:
     """ConfigError unless kernels called `names` can answer."""
-    if ask.mode != ROUTE and ask.mode not in names:
-        raise ConfigError(f"mode={ask.mode!r}: choose one of {ROUTE}, {', '.join(names)}")
-    if ask.mode == ROUTE:
-        if policy is None:
-            raise ConfigError(f"mode='{ROUTE}' needs a fitted router; name one of {', '.join(names)} instead")
-        absent = [name for name in (*policy.names, OCEAN) if name not in names]
-        if absent:
-            raise ConfigError(f"the router may choose {absent[0]!r}, which is not there; there is {tuple(names)}")
+    routed = ask.mode in (ROUTE, *MIXED)
+    if not routed and ask.mode not in names:
+        raise ConfigError(f"mode={ask.mode!r}: choose one of {', '.join((ROUTE, *MIXED, *names))}")
+    if routed and policy is None:
+        raise ConfigError(f"mode={ask.mode!r} needs a fitted router; name one of {', '.join(names)} instead")
+    absent = [name for name in (*policy.names, OCEAN) if name not in names] if routed and policy else []
+    if absent:
+        raise ConfigError(f"the router may choose {absent[0]!r}, which is not there; there is {tuple(names)}")
+    if isinstance(ask.top_k, bool) or not isinstance(ask.top_k, int) or ask.top_k < 1:
+        raise ConfigError(f"top_k={ask.top_k!r}: must be a whole number of kernels, at least 1")
 
 
 class Life:
@@ -124,13 +145,15 @@ class Life:
         self.number, self.ask, self.tokenizer, self.config = number, ask, tokenizer, config
         prompt, tokens = read_prompt(ask.prompt, tokenizer)
         self.prompt_tokens = len(tokens)
-        self.view = View(policy) if policy and ask.mode == ROUTE else None
+        self.view = View(policy) if policy and ask.mode in (ROUTE, *MIXED) else None
+        self.panel: Weights = ((ask.mode, 1.0),)  # who answers next, and their weights, which sum to 1
         self.shown, self.written = ShownText(ask.sampling.stop), ""
         self.num_bytes = 0  # of prompt and answer
         self.fresh_bytes = 0  # since the last look
         self.token_ids: list[int] = []
         self.kernels: list[str] = []
         self.looks: list[Look] = []
+        self.draft_bytes = FIRST  # a draft's length, which follows how far the last ones were good
         self.hand_offs: list[HandOff] = []
         self.seconds = 0.0
         window = opened(tokens, tokenizer)[-config.kernel.context :]
@@ -139,29 +162,51 @@ class Life:
         self._look()
 
     def live(self) -> Steps:
-        """Yields calls, is sent their results; yields pieces, is sent nothing; returns the answer.
-
-        The first turn is a short one, so that the first text comes soon.
-        """
+        """Yields calls, is sent their results; yields pieces, is sent nothing; returns the answer."""
         unmeasured: list[Call] = []
         while not self.packet.finish:
-            budget = self.every - self.fresh_bytes if self.token_ids else min(FIRST, self.every)
             begin = time.perf_counter()
-            data, *bits = yield [Turn(self.packet.kernel, self.packet.encode(), budget), *unmeasured]
+            if len(self.panel) == 1:
+                data, *bits = yield [Turn(self.packet.kernel, self.packet.encode(), self._budget()), *unmeasured]
+                packet = Packet.decode(data)
+                self._measured(bits)
+                unmeasured = self._unmeasured(packet)
+            else:
+                packet = yield from self._together()
             self.seconds += time.perf_counter() - begin
-            self._measured(bits)
-            unmeasured = self._unmeasured(data)
-            yield self._absorb(data)
+            yield self._absorb(packet)
             if self.fresh_bytes >= self.every and not self.packet.finish:
                 self._look()
         if unmeasured:
             self._measured((yield unmeasured))
         return self._answer()
 
-    @property
-    def panel(self) -> Weights:
-        """Who answers next: kernels and their weights, which sum to 1."""
-        return ((self.packet.kernel, 1.0),)
+    def _together(self) -> Generator[list[Call], Sequence[Any], Packet]:
+        """The packet after a stretch that all of the panel wrote: draft, read, draw."""
+        pen = Pen(self.packet, self.tokenizer, self.config.kernel.context)
+        window, draft = pen.window, tuple[int, ...]()
+        room, budget = self.config.kernel.context - len(window), min(self._budget(), self.draft_bytes)
+        if self.ask.draft and room:
+            (data,) = yield [Turn(self.packet.kernel, replace(self.packet, tokens=window).encode(), budget)]
+            draft = Packet.decode(data).tokens
+            draft = draft[len(draft) - (Packet.decode(data).position - self.packet.position) :][:room]
+        tail = len(draft) + 1
+        rows = yield [Reading(name, (*window, *draft), tail) for name, _ in self.panel]
+        log_p_TV = combine(self.ask.mode, np.stack(rows), [w for _, w in self.panel])
+        drawn = draw(log_p_TV, pen, draft)
+        left = self._budget()
+        for at, token in enumerate(drawn):
+            pen.write(token)
+            left -= len(self.tokenizer.token_bytes[token])
+            if pen.finish or left <= 0 or at == len(draft) or token != draft[at]:
+                break
+        good = at >= len(draft) or token == draft[at]
+        self.draft_bytes = min(self.every, 2 * budget) if good else max(4, budget // 2)
+        return pen.packet()
+
+    def _budget(self) -> int:
+        """Bytes until the next look; the first turn is a short one, so that the first text comes soon."""
+        return self.every - self.fresh_bytes if self.token_ids else min(FIRST, self.every)
 
     def _read(self, new: bytes) -> None:
         self.num_bytes += len(new)
@@ -177,17 +222,20 @@ class Life:
             return
         before = self.packet.kernel
         look = self.view.decide(self.num_bytes, self.config.router.hysteresis)
-        self.looks.append(look)
-        if self.kernels and look.kernel != before:
+        self.panel = ((look.kernel, 1.0),)
+        if self.ask.mode in MIXED and not look.abstained:
+            assert self.view.choice is not None
+            self.panel = weights(self.view.names, self.view.choice.posterior, self.ask.top_k)
+            look = replace(look, kernel=max(self.panel, key=lambda one: one[1])[0])
+        self.looks.append(replace(look, weights=self.panel))
+        if self.kernels and look.kernel != before and self.ask.mode == ROUTE:
             self.hand_offs.append(HandOff(self.num_bytes, before, look.kernel))
         self.packet = replace(self.packet, kernel=look.kernel, **self.view.carried())
 
-    def _absorb(self, data: bytes) -> Piece:
+    def _absorb(self, packet: Packet) -> Piece:
         """Take a turn's outcome; the text that may be shown now."""
-        packet = Packet.decode(data)
         new = packet.tokens[len(packet.tokens) - (packet.position - self.packet.position) :]
-        if packet.kernel not in self.kernels:
-            self.kernels.append(packet.kernel)
+        self.kernels += [name for name, _ in self.panel if name not in self.kernels]
         self.packet = packet
         self.token_ids += new
         written = self.tokenizer.decode(new)
@@ -196,11 +244,12 @@ class Life:
         self.written += text
         return Piece(text, new, packet.kernel, getattr(packet, "logprobs", None))
 
-    def _unmeasured(self, data: bytes) -> list[Call]:
+    def _unmeasured(self, packet: Packet) -> list[Call]:
         """What has to be read to complete the last hand-off, if this was the turn after it."""
         if not self.ask.measure or not self.hand_offs or self.hand_offs[-1].at_bytes != self.num_bytes:
             return []
-        last, count = self.hand_offs[-1], Packet.decode(data).position - self.packet.position
+        last, count = self.hand_offs[-1], packet.position - self.packet.position
+        data = packet.encode()
         return [Bits(last.target, data, count), Bits(last.source, data, count)]
 
     def _measured(self, bits: Sequence[float]) -> None:

@@ -5,6 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
 from constellation.config import OCEAN, ROLES
 from constellation.coordizer.tokenizer import Tokenizer
 from constellation.errors import ConfigError
@@ -44,6 +48,9 @@ class LocalKernels:
     def bits(self, kernel: str, packet: bytes, count: int) -> float:
         return self._answerer(kernel).bits(packet, count)
 
+    def log_probs(self, kernel: str, windows: Sequence[Sequence[int]], tail: int) -> NDArray[np.float32]:
+        return log_probs(self._answerer(kernel), windows, tail)
+
     def _answerer(self, name: str) -> Answerer:
         if name not in self._answerers:
             if name not in self._models:
@@ -52,3 +59,14 @@ class LocalKernels:
             model = model if isinstance(model, KernelLM) else model()
             self._answerers[name] = Answerer(model, self._tokenizer)
         return self._answerers[name]
+
+
+@torch.inference_mode()
+def log_probs(answerer: Answerer, windows: Sequence[Sequence[int]], tail: int) -> NDArray[np.float32]:
+    """`Kernels.log_probs` by whole forward passes, one a window."""
+    found = np.full((len(windows), tail, len(answerer.bias_V)), -np.inf, np.float32)
+    for row, window in zip(found, windows, strict=True):
+        read = torch.tensor([list(window)[-answerer.decoder.context :]], device=answerer.decoder.device)
+        last = torch.log_softmax(answerer.decoder.model(read)[0, -tail:] + answerer.bias_V, -1)
+        row[-len(last) :] = last.cpu().numpy()
+    return found

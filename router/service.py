@@ -22,7 +22,7 @@ from constellation.coordizer.tokenizer import Tokenizer
 from constellation.errors import ConfigError
 from router import reading
 from router.kernels import AsyncKernels
-from router.life import ROUTE, Answer, Ask, Call, Life, Piece, Turn, check, numbered, opened, read_prompt
+from router.life import ROUTE, Answer, Ask, Bits, Call, Life, Piece, Turn, check, numbered, opened, read_prompt
 from router.policy import Policy
 from router.reading import Scored, joint, panels
 from router.route import Router
@@ -151,7 +151,9 @@ class Service:
     async def _call(self, call: Call) -> Any:
         if isinstance(call, Turn):
             return await self.kernels.turn(call.kernel, call.packet, call.budget_bytes)
-        return await self.kernels.bits(call.kernel, call.packet, call.count)
+        if isinstance(call, Bits):
+            return await self.kernels.bits(call.kernel, call.packet, call.count)
+        return (await self.kernels.log_probs(call.kernel, [call.window], call.tail))[0]
 
     async def _cancel(self, kernels: frozenset[str], request: str) -> None:
         with contextlib.suppress(TimeoutError):

@@ -10,6 +10,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
+import numpy as np
+from numpy.typing import NDArray
+
 from constellation.config import Config
 from constellation.coordizer.tokenizer import Tokenizer
 from router.life import ROUTE, Answer, Ask, Bits, Call, HandOff, Life, Piece, Turn, check
@@ -34,6 +37,13 @@ class Kernels(Protocol):
 
     def bits(self, kernel: str, packet: bytes, count: int) -> float:
         """Bits `kernel` needs for the last `count` tokens of the packet's window."""
+        ...
+
+    def log_probs(self, kernel: str, windows: Sequence[Sequence[int]], tail: int) -> NDArray[np.float32]:
+        """Log-probability of the next token after each of the last `tail` tokens of each window, (B, tail, V).
+
+        Asked of kernels that answer together.
+        """
         ...
 
 
@@ -95,6 +105,8 @@ def _fetch(wanted: Mapping[int, Sequence[Call]], kernels: Kernels) -> dict[int, 
                 turns.setdefault(call.budget_bytes, {}).setdefault(call.kernel, []).append((i, at, call.packet))
             elif isinstance(call, Bits):
                 found[i][at] = kernels.bits(call.kernel, call.packet, call.count)
+            else:
+                found[i][at] = kernels.log_probs(call.kernel, [call.window], call.tail)[0]
     for budget, work in turns.items():
         done = kernels.turns({name: [packet for *_, packet in group] for name, group in work.items()}, budget)
         for name, group in work.items():

@@ -24,6 +24,7 @@ class Look:
     distance_rad: float | None  # Fisher-Rao distance to the nearest centre, [0, pi]; None for a policy without centres
     abstained: bool
     reason: str  # why it abstained
+    weights: tuple[tuple[str, float], ...] = ()  # who answers from here on, with weights that sum to 1
 
 
 class View:
