@@ -1,97 +1,162 @@
 """DiagonalNG: natural gradient with the diagonal of the Fisher information.
 
-    F_i <- a F_i + (1 - a) g_i^2          EMA of the batch gradient's square, bias-corrected
+    F_i <- a F_i + (1 - a) f_i            f from the source, below; bias-corrected
     m_i <- b m_i + (1 - b) g_i            EMA of the gradient, bias-corrected
     theta_i <- (1 - lr wd) theta_i - lr m_i / (F_i^power + damping)
 
-power = 1 divides by the Fisher diagonal, the natural gradient of Amari (1998) restricted to a
-diagonal metric; power = 1/2 is the seed's QIGDiagonalNG, which coincides with Adam (Kingma & Ba
-2015) and, at b = 0 and without bias correction, with RMSprop. At 1/2 the step is invariant to the
-scale of the loss and torch's fused AdamW kernel computes it; other powers run a foreach path.
-Where we leave the theory: g is the gradient of the batch mean, so F is the empirical Fisher scaled
-by 1 / batch (a constant that lr absorbs at power 1 and that cancels at power 1/2).
+power = 1 divides by the Fisher diagonal, the natural gradient of Amari (1998) restricted to a diagonal
+metric. The step is then inversely proportional to the scale of the loss: unscale first (GradScaler's scale
+is taken out here). power = 1/2 is the seeds' QIGDiagonalNG: RMSprop when b = 0 and nothing is corrected,
+Adam (Kingma & Ba 2015) otherwise. It does not see the scale of the loss and runs in torch's fused kernel.
+
+    source    f_i
+    batch     B g_i^2, g the gradient of the batch mean and B `batch_size`: at B = 1 what Adam averages
+    sampled   N h_i^2, h the gradient of the mean loss against N labels drawn from the model; its mean is the
+              Fisher diagonal (Liu et al. 2024). Needs step(logits=...), looks every `refresh` steps
+    exact     the Fisher diagonal itself, from step(logits=...), every `refresh` steps
+    given     whatever step(curvature=[...]) hands over, one tensor a parameter; None leaves F as it is
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.optim.adamw import adamw
 
 from constellation.errors import ConfigError
+from constellation.optim.elementwise import adamw_step, diagonal_step
+from constellation.optim.natural import NaturalOptimizer, check_range
+
+__all__ = ["DiagonalNG", "QIGDiagonalNG", "adamw_step", "diagonal_step", "exact_diagonal", "sampled_diagonal"]
+
+SOURCES = ("batch", "sampled", "exact", "given")
 
 
-def check_range(who: str, **settings: tuple[float, float]) -> None:
-    """Each setting (value, highest) must be finite and within [0, highest]."""
-    for name, (value, high) in settings.items():
-        if not 0 <= value <= high or value == math.inf:
-            raise ConfigError(f"{who}: {name}={value} must be finite and lie in [0, {high}]")
+class DiagonalNG(NaturalOptimizer):
+    """Diagonal natural gradient. State per parameter: `step`, `fisher`, and `momentum` where b > 0.
 
-
-class DiagonalNG(torch.optim.Optimizer):
-    """Diagonal natural gradient. State per parameter: `step`, `momentum`, `fisher`, all float32."""
+    foreach=None takes the fastest way, False the formula parameter by parameter; compile=True compiles the
+    list path (seconds, once). capturable keeps every number on the device and checks nothing.
+    """
 
     def __init__(
         self,
-        params: Iterable[Any],
-        lr: float = 1e-3,
-        alpha: float = 0.95,  # decay of the Fisher average
-        eps: float = 1e-8,  # damping lambda
-        momentum: float = 0.9,
-        power: float = 0.5,
+        params: Any,
+        lr: float | Tensor = 1e-3,
+        alpha: float = 0.95,  # a
+        eps: float = 1e-4,  # damping, the unit of F^power
+        momentum: float = 0.9,  # b
+        power: float = 1.0,
         weight_decay: float = 0.0,
+        *,
+        bias_correction: bool = True,
+        source: str = "batch",
+        batch_size: float = 1.0,  # B
+        refresh: int = 1,  # steps between looks at the likelihood
+        seed: int = 0,  # of the drawn labels
+        foreach: bool | None = None,
+        compile: bool = False,
+        maximize: bool = False,
+        capturable: bool = False,
+        differentiable: bool = False,
+        check_finite: bool = True,
     ):
-        check_range("DiagonalNG", lr=(lr, math.inf), alpha=(alpha, 1), eps=(eps, math.inf))
-        check_range("DiagonalNG", momentum=(momentum, 1), power=(power, 1), weight_decay=(weight_decay, math.inf))
-        settings = {"lr": lr, "alpha": alpha, "eps": eps, "momentum": momentum, "power": power}
-        super().__init__(params, {**settings, "weight_decay": weight_decay})
+        who = type(self).__name__
+        check_range(who, lr=(lr, math.inf), alpha=(alpha, 1), eps=(eps, math.inf), momentum=(momentum, 1))
+        check_range(who, power=(power, 1), weight_decay=(weight_decay, math.inf), batch_size=(batch_size, math.inf))
+        if source not in SOURCES or refresh < 1:
+            raise ConfigError(f"{who}: source={source!r}, refresh={refresh}; choose {', '.join(SOURCES)}, at least 1")
+        if differentiable and (foreach or compile):
+            raise ConfigError(f"{who}: differentiable=True has no list path; leave foreach and compile unset")
+        defaults = {
+            "lr": lr, "alpha": alpha, "eps": eps, "momentum": momentum, "power": power, "weight_decay": weight_decay,
+            "bias_correction": bias_correction, "source": source, "batch_size": batch_size, "refresh": refresh,
+            "seed": seed, "foreach": foreach, "compile": compile, "maximize": maximize, "capturable": capturable,
+            "differentiable": differentiable, "check_finite": check_finite,
+        }  # fmt: skip
+        super().__init__(params, defaults)
 
-    @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        for group in self.param_groups:
-            diagonal_step([p for p in group["params"] if p.grad is not None], self.state, group)
-        return loss
+    def _advance(
+        self,
+        logits: Tensor | Callable[[], Tensor] | None,
+        targets: Tensor | None,
+        curvature: Sequence[Tensor | None] | None,
+    ) -> None:
+        looks: list[dict[Tensor, Tensor] | None]
+        if curvature is not None:
+            params = [p for group in self.param_groups for p in group["params"]]
+            if len(curvature) != len(params):
+                raise ConfigError(
+                    f"curvature: {len(curvature)} tensors for {len(params)} parameters; None where unknown"
+                )
+            given = {p: f for p, f in zip(params, curvature, strict=True) if f is not None}
+            looks = [given for _ in self.param_groups]
+        else:  # all looks before any step: the graph needs the parameters as they were
+            looks = [None if g["source"] == "batch" else self._look(g, logits) for g in self.param_groups]
+        for group, looked in zip(self.param_groups, looks, strict=True):
+            diagonal_step(group["params"], self.state, group, looked)
+
+    def _look(self, group: dict[str, Any], logits: Tensor | Callable[[], Tensor] | None) -> dict[Tensor, Tensor]:
+        """Curvature of the group's parameters from the likelihood; nothing between two looks."""
+        params = [p for p in group["params"] if p.grad is not None]
+        step = int(self.state[params[0]].get("step", 0)) if params else 1
+        if step % group["refresh"] or group["source"] == "given":
+            return {}
+        if logits is None:
+            raise ConfigError(f"source={group['source']!r} needs step(logits=...) at step {step}; or source='batch'")
+        with torch.enable_grad():
+            rows_NV = logits() if callable(logits) else logits
+            if group["source"] == "exact":
+                from constellation.geometry.fisher import FisherBlock
+
+                return dict(zip(params, exact_diagonal(FisherBlock, rows_NV, params), strict=True))
+            generator = torch.Generator(rows_NV.device).manual_seed(1_000_003 * group["seed"] + step)
+            return dict(zip(params, sampled_diagonal(rows_NV, params, generator), strict=True))
 
 
-def diagonal_step(params: list[Tensor], state: Any, group: dict[str, Any]) -> None:
-    """One step of the formula above on `params`, whose state is made when they are seen first."""
-    if not params:
-        return
-    for p in params:
-        if not state[p]:
-            state[p] = {
-                "step": torch.zeros((), dtype=torch.float32, device=p.device),
-                "momentum": torch.zeros_like(p, dtype=torch.float32),
-                "fisher": torch.zeros_like(p, dtype=torch.float32),
-            }
-    grads = [p.grad for p in params if p.grad is not None]
-    steps, momenta, fishers = ([state[p][name] for p in params] for name in ("step", "momentum", "fisher"))
-    lr, alpha, momentum, power = group["lr"], group["alpha"], group["momentum"], group["power"]
-    if power == 0.5 and all(p.dtype == torch.float32 for p in params):
-        adamw(
-            params, grads, momenta, fishers, [], steps, fused=True, amsgrad=False, beta1=momentum, beta2=alpha,
-            lr=lr, weight_decay=group["weight_decay"], eps=group["eps"], maximize=False,
+class QIGDiagonalNG(DiagonalNG):
+    """The seeds' diagonal optimizer, g / (sqrt F + eps): torch.optim.RMSprop, bit for bit at weight_decay = 0.
+
+    Not a natural gradient, which divides by F: that is DiagonalNG. Weight decay is decoupled, RMSprop's is not.
+    """
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float | Tensor = 1e-3,
+        alpha: float = 0.99,
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        *,
+        momentum: float = 0.0,  # of the gradient, before the division; RMSprop's is after it
+        foreach: bool | None = None,
+        compile: bool = False,
+        maximize: bool = False,
+        capturable: bool = False,
+        differentiable: bool = False,
+        check_finite: bool = True,
+    ):
+        super().__init__(
+            params, lr, alpha, eps, momentum, 0.5, weight_decay, bias_correction=False, foreach=foreach,
+            compile=compile, maximize=maximize, capturable=capturable, differentiable=differentiable,
+            check_finite=check_finite,
         )  # fmt: skip
-        return
-    grads = [g.float() for g in grads]
-    torch._foreach_add_(steps, 1)
-    torch._foreach_lerp_(momenta, grads, 1 - momentum)
-    torch._foreach_mul_(fishers, alpha)
-    torch._foreach_addcmul_(fishers, grads, grads, 1 - alpha)
-    t = float(steps[0])
-    scale = torch._foreach_div(fishers, 1 - alpha**t)
-    torch._foreach_pow_(scale, power)
-    torch._foreach_add_(scale, group["eps"])
-    delta = torch._foreach_div(momenta, scale)
-    torch._foreach_mul_(delta, -lr / (1 - momentum**t))
-    if group["weight_decay"]:
-        torch._foreach_mul_(params, 1 - lr * group["weight_decay"])
-    torch._foreach_add_(params, delta)
+
+
+def sampled_diagonal(logits: Tensor, params: Sequence[Tensor], generator: torch.Generator) -> list[Tensor]:
+    """N h^2 for each parameter, h the gradient of the mean loss against labels drawn from softmax(logits (..., V))."""
+    rows_NV = logits.flatten(0, -2)
+    drawn_N = torch.multinomial(rows_NV.detach().float().softmax(-1), 1, generator=generator)[:, 0]
+    loss = torch.nn.functional.cross_entropy(rows_NV, drawn_N)
+    grads = torch.autograd.grad(loss, params, retain_graph=True, allow_unused=True)
+    n = rows_NV.shape[0]
+    return [torch.zeros_like(p) if g is None else n * g.square() for p, g in zip(params, grads, strict=True)]
+
+
+def exact_diagonal(block: Any, logits: Tensor, params: Sequence[Tensor]) -> list[Tensor]:
+    """The diagonal of the mean Fisher of softmax(logits), shaped like the parameters."""
+    flat, _ = block(logits.flatten(0, -2), params, kind="exact").diagonal()
+    return [part.view_as(p) for part, p in zip(flat.split([p.numel() for p in params]), params, strict=True)]

@@ -28,7 +28,8 @@ import torch
 from torch import Tensor
 
 from constellation.errors import ConfigError
-from constellation.optim.diagonal import check_range, diagonal_step
+from constellation.optim.diagonal import diagonal_step
+from constellation.optim.natural import check_range
 
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # a, b, c: steepest at 0 among those that keep [0.7, 1.2] (Jordan 2024)
 NEWTON_SCHULZ_STEPS = 5

@@ -1,0 +1,214 @@
+"""The diagonal step of diagonal.py on lists of parameters: one formula, three ways to compute it.
+
+    plain   parameter by parameter, every intermediate a tensor: differentiable, capturable, the oracle
+    listed  torch._foreach operations, on a CPU in blocks that stay in the cache; optionally compiled
+    fused   power 1/2 with bias correction: torch's own AdamW kernel, to the bit
+
+`diagonal_step(params, state, group)` is what mixed optimizers call on their groups. `group` holds lr, alpha,
+eps, momentum, power and weight_decay, and may hold DiagonalNG's other options.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim.adamw import adamw
+
+from constellation.optim.natural import state_like
+
+BLOCK = 2**17  # elements that a CPU's cache holds of parameter, gradient, averages and denominator
+FUSED_ON = ("cpu", "cuda", "xpu", "mps")
+TINY = 1e-30  # least denominator when damping is 0: 0 / 0 is no step
+
+
+def adamw_step(params: Sequence[Tensor], state: Any, group: dict[str, Any]) -> None:
+    """torch's AdamW on `params` with lr, betas, eps and weight_decay of `group`; fused where torch can."""
+    b, a = group.get("betas", (0.9, 0.999))
+    diagonal_step(params, state, {**group, "momentum": b, "alpha": a, "power": 0.5})
+
+
+def diagonal_step(
+    params: Sequence[Tensor], state: Any, group: dict[str, Any], curvature: dict[Tensor, Tensor] | None = None
+) -> None:
+    """The formula of this file on those of `params` that have a gradient; their state is made when first seen.
+
+    `curvature` maps parameters to f_i; those it lacks keep their F. None: f = B g^2.
+    """
+    params = [p for p in params if p.grad is not None]
+    if not params:
+        return
+    plain = group.get("foreach") is False or group.get("differentiable", False)
+    adam = group["power"] == 0.5 and group.get("bias_correction", True) and group.get("batch_size", 1) == 1
+    on_device = group.get("capturable", False)
+    fused = adam and not plain and not group.get("foreach") and curvature is None and params[0].device.type in FUSED_ON
+    for p in params:
+        s, device = state[p], p.device if fused or on_device else "cpu"
+        if "fisher" not in s:
+            s["step"] = torch.zeros((), dtype=torch.float32, device=device)
+            s["fisher"] = state_like(p)
+        if "momentum" not in s and (fused or group["momentum"]):
+            s["momentum"] = state_like(p)
+        if curvature is not None and "looks" not in s:
+            s["looks"] = torch.zeros((), dtype=torch.float32)
+        if s["step"].device != torch.device(device):
+            s["step"] = s["step"].to(device)
+    if fused:
+        _fused(params, state, group)
+    elif plain or on_device:
+        for p in params:
+            _plain(p, state[p], group, curvature)
+    else:
+        _listed(params, state, group, curvature)
+
+
+def _fused(params: list[Tensor], state: Any, group: dict[str, Any]) -> None:
+    """Power 1/2 in torch's kernel; half-precision parameters pass through float32."""
+    fishers, momenta, steps = ([state[p][name] for p in params] for name in ("fisher", "momentum", "step"))
+    wide = [p if p.dtype == f.dtype else p.to(f.dtype) for p, f in zip(params, fishers, strict=True)]
+    grads = [p.grad.to(f.dtype) for p, f in zip(params, fishers, strict=True) if p.grad is not None]
+    thetas, grads, momenta, fishers = (
+        [torch.view_as_real(t) if t.is_complex() else t for t in ts] for ts in (wide, grads, momenta, fishers)
+    )
+    adamw(
+        thetas, grads, momenta, fishers, [], steps, fused=True, amsgrad=False, beta1=group["momentum"],
+        beta2=group["alpha"], lr=group["lr"], weight_decay=group["weight_decay"], eps=group["eps"],
+        maximize=group.get("maximize", False),
+    )  # fmt: skip
+    for p, w in zip(params, wide, strict=True):
+        if w is not p:
+            p.copy_(w)
+
+
+def _plain(p: Tensor, s: dict[str, Any], group: dict[str, Any], curvature: dict[Tensor, Tensor] | None) -> None:
+    """The formula, one parameter, every number a tensor where it has to be: the oracle of the other paths."""
+    a, b, power, lr = group["alpha"], group["momentum"], group["power"], group["lr"]
+    keep = group.get("differentiable", False)
+
+    def store(name: str, value: Tensor) -> Tensor:
+        s[name] = value if keep else s[name].copy_(value)
+        return s[name]
+
+    grad = p.grad if p.grad is not None else torch.zeros_like(p)
+    g = (-grad if group.get("maximize") else grad).to(s["fisher"].dtype)
+    theta, fisher, m = p, s["fisher"], s.get("momentum")
+    if g.is_complex():
+        g, theta, fisher = torch.view_as_real(g), torch.view_as_real(p), torch.view_as_real(fisher)
+        m = None if m is None else torch.view_as_real(m)
+    step = store("step", s["step"] + 1)
+    number = step if keep or group.get("capturable") else float(step)
+    if curvature is None:
+        f, looks = group.get("batch_size", 1) * g * g, number
+    else:
+        looks = float(store("looks", s["looks"] + (1 if p in curvature else 0)))
+        f = curvature[p].to(fisher.dtype) if p in curvature else None
+    if f is not None:
+        fisher = a * fisher + (1 - a) * f
+        store("fisher", torch.view_as_complex(fisher) if p.is_complex() else fisher)
+    direction = g
+    if b:
+        assert m is not None
+        direction = b * m + (1 - b) * g
+        store("momentum", torch.view_as_complex(direction) if p.is_complex() else direction)
+    if group.get("bias_correction", True):
+        if b:
+            direction = direction / (1 - b**number)
+        fisher = fisher / (1 - a**looks) if looks is number or looks else fisher
+    scale = fisher.sqrt() if power == 0.5 else fisher if power == 1 else fisher**power
+    delta = direction / (scale + group["eps"] if group["eps"] else scale.clamp(min=TINY))
+    theta.mul_(1 - lr * group["weight_decay"]).add_(-lr * delta)
+
+
+def _listed(params: list[Tensor], state: Any, group: dict[str, Any], curvature: dict[Tensor, Tensor] | None) -> None:
+    """The formula on lists of tensors, block by block, so that on a CPU every block stays in the cache."""
+    b, a, lr, power = group["momentum"], group["alpha"], float(group["lr"]), group["power"]
+    torch._foreach_add_([state[p]["step"] for p in params], torch.tensor(1.0), alpha=1.0)
+    alike: dict[Any, list[Tensor]] = {}  # parameters that share every number
+    for p in params:
+        s, fresh = state[p], curvature is None or p in curvature
+        if curvature is not None and fresh:
+            s["looks"] += 1
+        key = (s["step"].item(), s.get("looks", s["step"]).item(), fresh, p.dtype, p.device)
+        alike.setdefault(key, []).append(p)
+    for (step, looks, fresh, dtype, device), some in alike.items():
+        c1 = c2 = 1.0
+        if group.get("bias_correction", True):
+            c1, c2 = 1 - b**step, (1 - a**looks) ** power or 1.0
+        numbers: tuple[Any, ...] = (1 - lr * group["weight_decay"], group["eps"] * c2, -lr * c2 / c1)
+        if group.get("compile"):  # as tensors, or every step would be compiled anew
+            numbers = tuple(torch.tensor(x) for x in numbers)
+        sources = [(p.grad if curvature is None else curvature.get(p, p.grad)) for p in some]
+        lists: list[list[Any]] = [some, [p.grad for p in some], [state[p].get("momentum") for p in some]]
+        lists += [[state[p]["fisher"] for p in some], sources]
+        if dtype.is_complex:
+            lists = [[t if t is None else torch.view_as_real(t) for t in ts] for ts in lists]
+        update = compiled_update() if group.get("compile") else list_update
+        whole = group.get("compile") or device.type != "cpu"
+        for thetas, gs, ms, fs, hs in [lists] if whole else blocks(lists):
+            if gs[0].dtype != fs[0].dtype:
+                gs, hs = ([x.to(f.dtype) for x, f in zip(xs, fs, strict=True)] for xs in (gs, hs))
+            if group.get("maximize"):
+                gs = list(torch._foreach_neg(gs))
+            gain = ((1 - a) * (group.get("batch_size", 1) if curvature is None else 1)) if fresh else None
+            update(thetas, gs, ms if b else gs, fs, hs, b, a, gain, curvature is None, power, *numbers)
+
+
+def list_update(
+    thetas: Any, gs: Any, ms: Any, fs: Any, hs: Any, b: float, a: float, gain: float | None, squared: bool,
+    power: float, keep: Any, damping: Any, length: Any,
+) -> None:  # fmt: skip
+    """theta <- keep theta + length m / (F^power + damping), averages first; lists of tensors alike in dtype."""
+    if b:
+        torch._foreach_lerp_(ms, gs, 1 - b)
+    if gain is not None:
+        torch._foreach_mul_(fs, a)
+        if squared:
+            torch._foreach_addcmul_(fs, hs, hs, gain)
+        else:
+            torch._foreach_add_(fs, hs, alpha=gain)
+    if power == 1:
+        scale = torch._foreach_add(fs, damping)
+    else:
+        scale = torch._foreach_sqrt(fs) if power == 0.5 else torch._foreach_pow(fs, power)
+        torch._foreach_add_(scale, damping)
+    tensors = isinstance(length, Tensor)
+    if tensors or damping == 0:
+        torch._foreach_clamp_min_(scale, TINY)  # 0 / 0 is no step
+    if tensors or keep != 1:
+        torch._foreach_mul_(thetas, keep)
+    if tensors:
+        torch._foreach_reciprocal_(scale)
+        torch._foreach_mul_(scale, ms)
+        torch._foreach_mul_(scale, length)
+        torch._foreach_add_(thetas, scale)
+    elif thetas[0].dtype == scale[0].dtype:
+        torch._foreach_addcdiv_(thetas, ms, scale, length)
+    else:
+        delta = torch._foreach_div(ms, scale)
+        torch._foreach_add_(thetas, delta, alpha=length)
+
+
+@cache
+def compiled_update() -> Callable[..., None]:
+    return torch.compile(list_update)
+
+
+def blocks(lists: list[list[Any]], size: int = BLOCK) -> Iterator[list[list[Any]]]:
+    """The lists cut into pieces of at most about `size` elements: small tensors together, large ones in slices."""
+    piece: list[list[Any]] = [[] for _ in lists]
+    held = 0
+    for row in zip(*lists, strict=True):
+        n = row[0].numel()
+        flat = n > size and type(row[0].data) is Tensor and all(t is None or t.is_contiguous() for t in row)
+        for at in range(0, n, size) if flat else (0,):
+            part = [t if t is None or not flat else t.detach().view(-1)[at : at + size] for t in row]
+            if held and held + part[0].numel() > size:
+                yield piece
+                piece, held = [[] for _ in lists], 0
+            for column, t in zip(piece, part, strict=True):
+                column.append(t)
+            held += part[0].numel()
+    yield piece

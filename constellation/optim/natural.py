@@ -1,0 +1,162 @@
+"""What every optimizer of the family does around its formula, so that the siblings hold formulas alone.
+
+Closures    evaluated with gradients on; they return the loss or (loss, logits)
+GradScaler  its scale is divided out of the gradients; `found_inf` skips the step
+Damage      one NaN or infinity in a gradient skips the whole step: parameters and state stay, the outcome is
+            `optimizer.outcome == "skipped"`, counted in `get_stats()`
+State       float32 under half-precision parameters, also after `load_state_dict`
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from itertools import chain
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from constellation.errors import ConfigError
+
+
+def check_range(who: str, **settings: tuple[Any, float]) -> None:
+    """Each setting (value, highest) must be finite and within [0, highest]; a tensor must hold one element."""
+    for name, (value, high) in settings.items():
+        if isinstance(value, Tensor) and value.numel() != 1:
+            raise ConfigError(f"{who}: Tensor {name} must be 1-element, this one has shape {tuple(value.shape)}")
+        if not 0 <= float(value) <= high or float(value) == math.inf:
+            raise ConfigError(f"{who}: {name}={value} must be finite and lie in [0, {high}]")
+
+
+def state_like(p: Tensor) -> Tensor:
+    """Zeros of the shape of `p`, float32 or wider."""
+    return torch.zeros_like(p, dtype=torch.promote_types(p.dtype, torch.float32))
+
+
+def finite(tensors: Sequence[Tensor]) -> bool:
+    """Whether every entry is finite: one read for the norm; only where that overflows, entry by entry."""
+    devices: dict[torch.device, list[Tensor]] = {}
+    for t in tensors:
+        devices.setdefault(t.device, []).append(t)
+    return all(
+        math.isfinite(_whole(torch.stack([n.float() for n in torch._foreach_norm(same)]).sum()))
+        or all(_whole(torch.isfinite(t).all()) for t in same)
+        for same in devices.values()
+    )
+
+
+def _whole(scalar: Tensor) -> float:
+    """The number, the same on every rank of a DTensor."""
+    return float(scalar.full_tensor() if hasattr(scalar, "full_tensor") else scalar)
+
+
+def curvature_stats(fishers: Iterable[Tensor], damping: float) -> dict[str, float]:
+    """Mean and standard deviation of the entries F_i, and condition number max(F + damping) / min(F + damping)."""
+    entries = [f.detach().flatten().double() for f in fishers if f.numel()]
+    if not entries:
+        return {}
+    f = torch.cat([e.cpu() for e in entries])
+    low, high = float(f.min()) + damping, float(f.max()) + damping
+    return {
+        "fisher_mean": float(f.mean()),
+        "fisher_std": float(f.std(correction=0)),
+        "condition_number": high / low if low > 0 else math.inf,
+    }
+
+
+class NaturalOptimizer(torch.optim.Optimizer):
+    """Abstract: a sibling gives `_advance`, the update of parameters whose gradients are in order."""
+
+    _step_supports_amp_scaling = True  # GradScaler hands over grad_scale and found_inf
+
+    def __init__(self, params: Any, defaults: dict[str, Any]):
+        check_range(type(self).__name__, lr=(defaults["lr"], math.inf))
+        self._natural_steps = self._skipped_steps = 0
+        self._outcome = "none"
+        super().__init__(params, defaults)
+
+    def step(
+        self,
+        closure: Callable[[], Any] | None = None,
+        *,
+        logits: Tensor | Callable[[], Tensor] | None = None,
+        targets: Tensor | None = None,
+        curvature: Sequence[Tensor | None] | None = None,
+    ) -> Any:
+        """One step; returns the closure's loss. The keywords are for optimizers that see the likelihood."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+            if isinstance(loss, tuple):
+                loss, logits = loss
+        with torch.set_grad_enabled(self.defaults.get("differentiable", False)):
+            if self._in_order():
+                self._advance(logits, targets, curvature)
+                self._outcome, self._natural_steps = "stepped", self._natural_steps + 1
+            else:
+                self._outcome, self._skipped_steps = "skipped", self._skipped_steps + 1
+        return loss
+
+    def _advance(
+        self,
+        logits: Tensor | Callable[[], Tensor] | None,
+        targets: Tensor | None,
+        curvature: Sequence[Tensor | None] | None,
+    ) -> None:
+        raise NotImplementedError
+
+    def _in_order(self) -> bool:
+        """Gradients unscaled; False when they must not be followed."""
+        grads = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
+        if any(g.layout is not torch.strided for g in grads):
+            raise ConfigError(f"{type(self).__name__}: sparse gradients are not supported; make the layer dense")
+        found_inf, scale = getattr(self, "found_inf", None), getattr(self, "grad_scale", None)
+        if found_inf is not None and float(found_inf) > 0:
+            return False
+        if scale is not None:
+            for g in grads:
+                g.div_(scale.to(g.device))
+        if not self.defaults.get("check_finite", True) or self.defaults.get("capturable", False):
+            return True  # a CUDA graph cannot decide
+        return not grads or finite(grads)
+
+    @property
+    def outcome(self) -> str:
+        """Of the last step: none, stepped or skipped."""
+        return self._outcome
+
+    def get_stats(self) -> dict[str, float]:
+        """Plain numbers, computed when asked: of the curvature held, and of the steps this process made."""
+        return {
+            **curvature_stats(self._fishers(), float(self.defaults.get("eps", 0.0))),
+            "natural_steps": float(self._natural_steps),
+            "ng_applications": float(self._natural_steps),
+            "skipped_steps": float(self._skipped_steps),
+        }
+
+    def _fishers(self) -> list[Tensor]:
+        return [s["fisher"] for s in self.state.values() if "fisher" in s]
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """torch's, but state keeps the dtype in which it was saved instead of taking its parameter's."""
+        super().load_state_dict(state_dict)
+        ids = chain.from_iterable(group["params"] for group in state_dict["param_groups"])
+        params = chain.from_iterable(group["params"] for group in self.param_groups)
+        for i, p in zip(ids, params, strict=True):
+            for key, saved in state_dict["state"].get(i, {}).items():
+                loaded = self.state[p][key]
+                if isinstance(saved, Tensor) and saved.dtype != loaded.dtype:
+                    self.state[p][key] = saved.to(loaded.device, copy=True)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        for name, value in {"_natural_steps": 0, "_skipped_steps": 0, "_outcome": "none"}.items():
+            self.__dict__.setdefault(name, value)
+        for group in self.param_groups:
+            for name, value in self.defaults.items():  # options younger than the state
+                group.setdefault(name, value)
+        for entry in self.state.values():
+            if "step" in entry and not isinstance(entry["step"], Tensor):
+                entry["step"] = torch.tensor(float(entry["step"]), dtype=torch.float32)
