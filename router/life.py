@@ -29,10 +29,12 @@ from constellation.config import OCEAN, Config
 from constellation.coordizer.tokenizer import Tokenizer
 from constellation.errors import ConfigError
 from constellation.kernel.sample import Sampling
+from router.certificate import Ledger
 from router.mixture import MIXED, Weights, combine, weights
 from router.packet import Packet
 from router.pen import Pen, draw
 from router.policy import FIRST, Policy
+from router.route import Router
 from router.text import ShownText
 from router.view import Look, View
 
@@ -88,6 +90,7 @@ class Answer:
     hand_offs: tuple[HandOff, ...]
     seconds: float  # of the turns this request took part in
     seconds_per_token: float
+    certificate: str = ""  # of the looks, for certificate.replay; "" without looks by a fitted router
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -153,6 +156,7 @@ class Life:
         self.token_ids: list[int] = []
         self.kernels: list[str] = []
         self.looks: list[Look] = []
+        self.ledger = Ledger(policy, ask.mode) if self.view and isinstance(policy, Router) else None
         self.draft_bytes = FIRST  # a draft's length, which follows how far the last ones were good
         self.hand_offs: list[HandOff] = []
         self.seconds = 0.0
@@ -223,6 +227,8 @@ class Life:
         before = self.packet.kernel
         look = self.view.decide(self.num_bytes, self.config.router.hysteresis)
         self.panel = ((look.kernel, 1.0),)
+        if self.ledger:
+            self.ledger.add(self.view)
         if self.ask.mode in MIXED and not look.abstained:
             assert self.view.choice is not None
             self.panel = weights(self.view.names, self.view.choice.posterior, self.ask.top_k)
@@ -271,6 +277,7 @@ class Life:
             hand_offs=tuple(self.hand_offs),
             seconds=self.seconds,
             seconds_per_token=self.seconds / max(1, len(self.token_ids)),
+            certificate=self.ledger.certificate() if self.ledger else "",
         )
 
 

@@ -21,11 +21,13 @@ from constellation.config import Config
 from constellation.coordizer.tokenizer import Tokenizer
 from constellation.errors import ConfigError
 from router import reading
+from router.certificate import Ledger
 from router.kernels import AsyncKernels
 from router.life import ROUTE, Answer, Ask, Bits, Call, Life, Piece, Turn, check, numbered, opened, read_prompt
 from router.policy import Policy
 from router.reading import Scored, joint, panels
 from router.route import Router
+from router.view import View
 
 __all__ = ["ROUTE", "Answer", "Ask", "Piece", "Service", "numbered"]
 
@@ -127,11 +129,20 @@ class Service:
         return [float(x) for x in p / p.sum()]
 
     def explain(self, text: str) -> dict[str, Any]:
-        """Who would answer `text` and why: `Choice.to_json` and the router's hash."""
-        assert self.policy is not None
-        choice = self.policy.route([text.encode("utf-8", "surrogatepass")])[0]
-        found = choice.to_json(self.policy.names)
-        return {**found, "router_hash": self.policy.hash} if isinstance(self.policy, Router) else found
+        """Who would answer `text` and why: `Choice.to_json`, the router's hash and a certificate of the decision."""
+        if self.policy is None:
+            raise ConfigError("there is no fitted router to explain")
+        data = text.encode("utf-8", "surrogatepass")
+        view = View(self.policy)
+        view.update(data)
+        view.decide(len(data), self.config.router.hysteresis)
+        assert view.choice is not None
+        found = view.choice.to_json(self.policy.names)
+        if isinstance(self.policy, Router):
+            ledger = Ledger(self.policy, ROUTE)
+            ledger.add(view)
+            found |= {"router_hash": self.policy.hash, "certificate": ledger.certificate()}
+        return found
 
     async def health(self) -> dict[str, Any]:
         """Load of the service and of its kernels."""

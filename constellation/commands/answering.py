@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from constellation.commands.options import Settings
-from constellation.config import OCEAN, ROLES
 from constellation.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -54,16 +53,13 @@ class Answering:
 
         return open_kernels(self.run, address=self.address, say=lambda text: click.echo(text, err=True))
 
-    def ask(self, prompt: str, settings: Settings, mode: str) -> Iterator[Chunk | Answer]:
+    def ask(self, prompt: str, settings: Settings, mode: str, top_k: int = 3) -> Iterator[Chunk | Answer]:
         """Chunks as they come, the Answer last."""
         from router.session import Request
 
-        return self.ask_all([Request(prompt, settings.sampling(), mode)])
+        return self.ask_all([Request(prompt, settings.sampling(), mode, top_k)])
 
     def ask_all(self, requests: list[Request]) -> Iterator[Chunk | Answer]:
         from router.session import generate
 
         return generate(self.router, self.kernels, self.tokenizer, requests, self.config)
-
-
-MODES = ("route", OCEAN, *ROLES)

@@ -14,6 +14,7 @@ from constellation.commands import options
 @click.option("--prompt", required=True, metavar="TEXT")
 @options.sampling
 @options.mode
+@options.top_k_kernels
 @options.local
 @options.address
 @options.as_json
@@ -29,6 +30,7 @@ def command(
     seed: int,
     stop: tuple[str, ...],
     mode: str,
+    top_k_kernels: int,
     local: bool,
     address: str | None,
     as_json: bool,
@@ -45,7 +47,7 @@ def command(
         from router.session import Answer
 
         answer: Answer | None = None
-        for piece in constellation.ask(prompt, settings, mode):
+        for piece in constellation.ask(prompt, settings, mode, top_k_kernels):
             if isinstance(piece, Answer):
                 answer = piece
             elif not as_json:

@@ -33,8 +33,12 @@ name = click.option(
 )
 local = click.option("--local", is_flag=True, help="answer in this process, without Ray; the tokens are the same")
 mode = click.option(
-    "--mode", type=click.Choice(["route", OCEAN, *ROLES]), default="route", show_default=True,
-    metavar="route|ocean|KERNEL", help="who answers",
+    "--mode", type=click.Choice(["route", "mixture", "barycenter", OCEAN, *ROLES]), default="route", show_default=True,
+    metavar="route|mixture|barycenter|ocean|KERNEL", help="who answers",
+)  # fmt: skip
+top_k_kernels = click.option(
+    "--top-k-kernels", default=3, show_default=True, type=click.IntRange(1), metavar="K",
+    help="kernels that answer together in the modes mixture and barycenter",
 )  # fmt: skip
 
 
