@@ -72,5 +72,5 @@ def _kronecker_groups(model: torch.nn.Module, weight_decay: float) -> list[dict[
     rest = [p for p in model.parameters() if id(p) not in taken]
     return [
         {"params": matrices, "weight_decay": weight_decay},
-        {"params": rest, "method": "diagonal", "weight_decay": 0.0},
+        {"params": rest, "method": "diag", "weight_decay": 0.0},
     ]

@@ -34,14 +34,17 @@ def state_like(p: Tensor) -> Tensor:
     return torch.zeros_like(p, dtype=torch.promote_types(p.dtype, torch.float32))
 
 
-def finite(tensors: Sequence[Tensor]) -> bool:
-    """Whether every entry is finite: one read for the norm; only where that overflows, entry by entry."""
+def finite(tensors: Sequence[Tensor], largest: float = math.inf) -> bool:
+    """Whether every entry is finite: one read for the norm; only where that overflows, entry by entry.
+
+    With `largest`, whether the norm is below it.
+    """
     devices: dict[torch.device, list[Tensor]] = {}
     for t in tensors:
         devices.setdefault(t.device, []).append(t)
     return all(
-        math.isfinite(_whole(torch.stack([n.float() for n in torch._foreach_norm(same)]).sum()))
-        or all(_whole(torch.isfinite(t).all()) for t in same)
+        _whole(torch.stack([n.float() for n in torch._foreach_norm(same)]).sum()) < largest
+        or (largest == math.inf and all(_whole(torch.isfinite(t).all()) for t in same))
         for same in devices.values()
     )
 
@@ -120,7 +123,11 @@ class NaturalOptimizer(torch.optim.Optimizer):
                 g.div_(scale.to(g.device))
         if not self.defaults.get("check_finite", True) or self.defaults.get("capturable", False):
             return True  # a CUDA graph cannot decide
-        return not grads or finite(grads)
+        return not grads or finite(grads, self._largest_norm())
+
+    def _largest_norm(self) -> float:
+        """Gradients of this norm or more cannot be followed."""
+        return math.inf
 
     @property
     def outcome(self) -> str:
