@@ -1,0 +1,122 @@
+"""The service over HTTP: its paths, and what fails. FastAPI here and nowhere else.
+
+    POST /v1/completions, /v1/chat/completions      text: openai.py -> asking.py -> telling.py
+    POST /v1/decisions                              a probability for each allowed answer
+    GET  /v1/models, /v1/models/{id}                who can be asked
+    POST /tokenize, /detokenize, GET /tokenizer_info
+    POST /route                                     who would answer, and why
+    GET  /health, /ready, /metrics                  for probes and scrapers, without a key
+    GET  /                                          the page
+
+A request passes the door (door.py), the desk answers it (desk.py); what fails is an OpenAI error object with the status
+of errors.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Coroutine, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from fastapi import FastAPI
+from fastapi.openapi.utils import get_openapi
+from starlette.middleware.cors import CORSMiddleware
+from starlette.responses import Response
+from starlette.types import ASGIApp
+
+from constellation import __version__
+from router import page, replies
+from router.asking import MODES
+from router.desk import Desk
+from router.door import Door
+from router.failures import HANDLED, handle
+from router.keys import Keys
+from router.limits import Admission, Front
+from router.metrics import Metrics
+from router.openai import (
+    ChatRequest,
+    CompletionRequest,
+    DecisionRequest,
+    DetokenizeRequest,
+    RouteRequest,
+    TokenizeRequest,
+)
+from router.openapi import components, operation
+from router.service import Service
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How a service is offered."""
+
+    keys: Keys = field(default_factory=lambda: Keys(None))  # without a file everyone may ask
+    front: Front = field(default_factory=Front)
+    cors: tuple[str, ...] = ()  # origins whose pages may ask; none
+
+
+def make_app(service: Service, settings: Settings | None = None) -> FastAPI:
+    """The application. `app.state.door` is what a server closes to drain (server.py)."""
+    settings = settings or Settings()
+    app = FastAPI(title="constellation", docs_url=None, redoc_url=None, openapi_url="/openapi.json")
+    desk = Desk(service, Admission(settings.front), Metrics())
+    pages = page.files(service.policy, (*MODES, *service.kernels.names))
+    for path, file in pages.items():
+        app.add_api_route(path, _page(file), methods=["GET"], include_in_schema=False)
+    for method, path, handler, extra in _paths(desk):
+        app.add_api_route(
+            path, handler, methods=[method], response_model=None, openapi_extra=extra, name=path,
+            operation_id=handler.__name__,
+        )  # fmt: skip
+    app.openapi = lambda: _document(app)  # type: ignore[method-assign]
+    for kind in HANDLED:
+        app.add_exception_handler(kind, handle)
+    known = frozenset({path for _, path, _, _ in _paths(desk)} | set(pages))
+    desk.door = app.state.door = Door(
+        app.build_middleware_stack(), settings.keys, desk.metrics, known, frozenset(pages)
+    )
+    app.middleware_stack = _allowing(desk.door, settings.cors) if settings.cors else desk.door
+    return app
+
+
+def _allowing(app: ASGIApp, origins: Sequence[str]) -> ASGIApp:
+    """Pages of these origins may ask: outside the door, so that they may read its refusals too."""
+    told = ["X-Request-Id", "X-Constellation-Ignored", "Retry-After"]
+    return CORSMiddleware(app, origins, allow_methods=["GET", "POST"], allow_headers=["*"], expose_headers=told)
+
+
+def _paths(desk: Desk) -> list[tuple[str, str, Callable[..., Any], dict[str, Any]]]:
+    r = replies
+    return [
+        ("POST", "/v1/completions", desk.completions,
+         operation("Continue texts", CompletionRequest, r.Completion, r.Completion)),
+        ("POST", "/v1/chat/completions", desk.chat,
+         operation("Reply to a conversation", ChatRequest, r.ChatCompletion, r.ChatChunk)),
+        ("POST", "/v1/decisions", desk.decisions,
+         operation("Decide between answers, without decoding", DecisionRequest, r.Decision)),
+        ("GET", "/v1/models", desk.models, operation("Who can be asked", None, r.Models)),
+        ("GET", "/v1/models/{model:path}", desk.model, operation("One of them", None, r.Model)),
+        ("POST", "/tokenize", desk.tokenize, operation("The tokens of a text", TokenizeRequest, r.Tokens)),
+        ("POST", "/detokenize", desk.detokenize, operation("The text of tokens", DetokenizeRequest, r.Prompt)),
+        ("GET", "/tokenizer_info", desk.tokenizer_info, operation("What the tokenizer is", None, None)),
+        ("POST", "/route", desk.route, operation("Who would answer a text, and why", RouteRequest, None)),
+        ("GET", "/health", desk.health, operation("Alive, and how busy", None, None)),
+        ("GET", "/ready", desk.ready, operation("Whether new requests are let in", None, None)),
+        ("GET", "/metrics", desk.scrape, operation("For Prometheus", None, None)),
+    ]  # fmt: skip
+
+
+def _page(file: page.File) -> Callable[[], Coroutine[Any, Any, Response]]:
+    async def answer() -> Response:
+        return Response(file.body, headers={**page.HEADERS, "content-type": file.media_type})
+
+    return answer
+
+
+def _document(app: FastAPI) -> dict[str, Any]:
+    if app.openapi_schema is None:
+        document = get_openapi(title=app.title, version=__version__, routes=app.routes)
+        document["components"] = {
+            "schemas": components(), "securitySchemes": {"key": {"type": "http", "scheme": "bearer"}},
+        }  # fmt: skip
+        app.openapi_schema = document
+    return app.openapi_schema

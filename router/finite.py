@@ -1,0 +1,71 @@
+"""All texts that a JSON schema admits, when they are few.
+
+A small kernel cannot be trusted to write JSON by itself. But a schema of enums, constants, booleans and null, in
+objects and fixed arrays of such, admits finitely many values; the answer is then a decision among their encodings.
+Objects have all their `properties`, in their order, as OpenAI's strict mode wants it.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from typing import Any
+
+import msgspec
+
+from router.openai import Refusal
+
+MOST = 256  # texts, as many as /v1/decisions takes answers
+_PARAM = "response_format"
+
+
+def texts_of(json_schema: dict[str, Any]) -> list[str]:
+    """The JSON texts that a `json_schema` admits; Refusal when they are more than `MOST`, or endless."""
+    schema = json_schema.get("schema")
+    if not isinstance(schema, dict):
+        raise Refusal("response_format.json_schema.schema: a JSON schema is needed", _PARAM)
+    values = list(itertools.islice(_values(schema, schema, "$"), MOST + 1))
+    if len(values) > MOST:
+        raise Refusal(f"response_format: the schema admits more than {MOST} values; narrow it", _PARAM)
+    return list(dict.fromkeys(msgspec.json.encode(value).decode() for value in values))
+
+
+def _values(schema: dict[str, Any], root: dict[str, Any], at: str) -> Iterator[Any]:
+    if "$ref" in schema:
+        yield from _values(_target(schema["$ref"], root, at), root, at)
+    elif "const" in schema:
+        yield schema["const"]
+    elif "enum" in schema:
+        yield from schema["enum"]
+    elif "anyOf" in schema:
+        for i, one in enumerate(schema["anyOf"]):
+            yield from _values(one, root, f"{at}.anyOf[{i}]")
+    elif schema.get("type") == "boolean":
+        yield from (True, False)
+    elif schema.get("type") == "null":
+        yield None
+    elif schema.get("type") == "object" and schema.get("properties"):
+        names = list(schema["properties"])
+        each = [list(_few(schema["properties"][name], root, f"{at}.{name}")) for name in names]
+        yield from (dict(zip(names, values)) for values in itertools.product(*each))
+    elif schema.get("type") == "array" and "prefixItems" in schema:
+        each = [list(_few(one, root, f"{at}[{i}]")) for i, one in enumerate(schema["prefixItems"])]
+        yield from (list(values) for values in itertools.product(*each))
+    else:
+        raise Refusal(
+            f"response_format: {at} admits endless values; enum, const, boolean, null and objects of them are offered",
+            _PARAM, "unsupported_parameter",
+        )  # fmt: skip
+
+
+def _few(schema: dict[str, Any], root: dict[str, Any], at: str) -> Iterator[Any]:
+    return itertools.islice(_values(schema, root, at), MOST + 1)
+
+
+def _target(ref: str, root: dict[str, Any], at: str) -> dict[str, Any]:
+    found: Any = root
+    for name in ref.removeprefix("#/").split("/"):
+        found = found.get(name) if isinstance(found, dict) else None
+    if not isinstance(found, dict) or not ref.startswith("#/"):
+        raise Refusal(f"response_format: {at} refers to {ref!r}, which is not in the schema", _PARAM)
+    return found

@@ -1,0 +1,45 @@
+"""uvicorn that lets everyone finish: SIGTERM or SIGINT closes the door, and the process ends when it is empty.
+
+first signal    new requests get 503 with Retry-After and /ready says no; answers under way go on to their end
+then            the process ends, at the latest after `drain_s` seconds; a second signal ends it at once
+"""
+
+from __future__ import annotations
+
+import time
+from types import FrameType
+from typing import Any
+
+import uvicorn
+from starlette.applications import Starlette
+
+LOOPBACK = "127.0.0.1"
+
+
+class Server(uvicorn.Server):
+    """`await Server(app).serve()`, or `.run()`; `close()` begins the end without a signal."""
+
+    def __init__(self, app: Starlette, host: str = LOOPBACK, port: int = 8000, drain_s: float = 60.0, **options: Any):
+        # log_config None: whoever starts the server has set up logging, or wants none
+        settings = {"log_config": None, "access_log": False, "server_header": False, **options}
+        super().__init__(uvicorn.Config(app, host, port, timeout_graceful_shutdown=1, **settings))
+        self.door, self.drain_s = app.state.door, drain_s
+        self._ends_s: float | None = None
+
+    def close(self) -> None:
+        """Let nobody in any more, and end when nobody is inside."""
+        self.door.close()
+        if self._ends_s is None:
+            self._ends_s = time.monotonic() + self.drain_s
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        if self._ends_s is None:
+            self._captured_signals.append(sig)
+            self.close()
+        else:
+            super().handle_exit(sig, frame)
+
+    async def on_tick(self, counter: int) -> bool:
+        if self._ends_s is not None and (not self.door.inside or time.monotonic() > self._ends_s):
+            self.should_exit = True
+        return await super().on_tick(counter)
