@@ -4,7 +4,7 @@
     constellation_inter_token_seconds           time between two pieces / tokens of the later one, once per token
     constellation_request_seconds               arrival to end, by mode
     constellation_requests_total                ended requests by endpoint and HTTP status; 499: the client left
-    constellation_in_flight                     requests that have arrived and not ended
+    constellation_in_flight                     requests that have arrived and not ended, by endpoint
     constellation_tokens_total                  tokens made, by kernel: their rate is tokens per second
     constellation_tokens_per_second             the same over the last 10 seconds, for who looks without a Prometheus
     constellation_prompt_tokens_total           tokens of prompts read
@@ -64,7 +64,7 @@ class Metrics:
         self._requests = Counter(
             "constellation_requests", "Requests that ended", ["endpoint", "status"], registry=registry
         )
-        self._in_flight = Gauge("constellation_in_flight", "Requests that have not ended", registry=registry)
+        self._in_flight = Gauge("constellation_in_flight", "Requests not ended", ["endpoint"], registry=registry)
         self._tokens = Counter("constellation_tokens", "Tokens made", ["kernel"], registry=registry)
         self._prompts = Counter("constellation_prompt_tokens", "Tokens of prompts", registry=registry)
         self._looks = Counter("constellation_looks", "Decisions of the router", ["kernel"], registry=registry)
@@ -116,14 +116,14 @@ class Metrics:
 
 
 class Watch:
-    """One request. Its pieces may be those of several prompts: name the `stream` each belongs to."""
+    """One request; `mode` may be told once it is known. Pieces of several prompts name the `stream` they belong to."""
 
     def __init__(self, metrics: Metrics, endpoint: str, mode: str):
         self.metrics, self.endpoint, self.mode = metrics, endpoint, mode
         self.began_s = metrics.clock()
         self._last: dict[int, float] = {}  # stream -> when its last piece came
         self._ended = False
-        metrics._in_flight.inc()
+        metrics._in_flight.labels(endpoint).inc()
 
     def piece(self, kernel: str, tokens: int, stream: int = 0) -> None:
         """So many new tokens, made by `kernel`, have come; a piece without tokens is none."""
@@ -144,7 +144,7 @@ class Watch:
         if not self._ended:
             self._ended = True
             metrics = self.metrics
-            metrics._in_flight.dec()
+            metrics._in_flight.labels(self.endpoint).dec()
             metrics._requests.labels(self.endpoint, str(status)).inc()
             metrics._whole.labels(self.mode).observe(metrics.clock() - self.began_s)
 

@@ -69,12 +69,12 @@ def test_streams_of_one_request_do_not_mix(clock: Clock) -> None:
 def test_requests_end_once_and_by_status(clock: Clock) -> None:
     metrics = Metrics(clock)
     watches = [metrics.watch("/v1/completions") for _ in range(3)]
-    assert samples(metrics)["constellation_in_flight",] == 3
+    assert samples(metrics)["constellation_in_flight", "/v1/completions"] == 3
     for watch, status in zip(watches, (200, 429, CLIENT_LEFT)):
         watch.ended(status)
         watch.ended(500)
     found = samples(metrics)
-    assert found["constellation_in_flight",] == 0
+    assert found["constellation_in_flight", "/v1/completions"] == 0
     ended = {key[2]: value for key, value in found.items() if key[0] == "constellation_requests_total"}
     assert ended == {"200": 1, "429": 1, "499": 1}
 

@@ -154,6 +154,7 @@ async function* events(response) {
 const request = () => {
   const number = id => $(id).valueAsNumber, body = {
     prompt: $("prompt").value, mode: $("mode").value, max_tokens: number("max_tokens"), stream: true,
+    truncate_prompt_tokens: -1,  // of a prompt longer than kernels read, they read the end
     stream_options: {include_usage: true, continuous_usage_stats: true}, temperature: number("temperature"), top_p: number("top_p"),
     top_k: number("top_k"), min_p: number("min_p"), repetition_penalty: number("repetition_penalty"), top_kernels: number("top_kernels"),
   };
