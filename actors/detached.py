@@ -21,6 +21,7 @@ import ray
 from ray.exceptions import RayError, RayTaskError
 from ray.util.placement_group import get_placement_group, remove_placement_group
 
+from actors.application import servable
 from actors.cluster import answer, connected, inside, machine, where
 from actors.exclusive import exclusive
 from actors.head import Head, start_head, stop_head
@@ -30,7 +31,7 @@ from actors.messages import ClusterStatus
 from actors.placement import check, check_cluster, share
 from actors.status import folder_status
 from constellation.atomic import read_json, write_json
-from constellation.config import OCEAN, ROLES, Config, override
+from constellation.config import OCEAN, ROLES
 from constellation.errors import ConfigError, RunError
 
 SCHEMA = 1
@@ -84,7 +85,7 @@ def up(
     `changes` may override cluster.*, such as {"cluster.gpus_per_kernel": 0}; `name` None is the folder's.
     Up already is no error. A failure on the way leaves nothing behind.
     """
-    config = _servable(run, changes or {})
+    config = servable(run, changes)
     name, bundles = name or run.resolve().name, [share(config)] * len(ROLES)
     with exclusive(run, name=LOCK):
         now = status(run)
@@ -163,21 +164,6 @@ def down(run: Path | None = None, *, name: str | None = None, address: str | Non
         (run / RECORD).unlink()
         say(f"{run} is down")
         return True
-
-
-def _servable(run: Path, changes: Mapping[str, Any]) -> Config:
-    """The configuration to serve `run` with; ConfigError unless everything that answers is there."""
-    from actors.plan import open_plan
-
-    plan = open_plan(run)
-    absent = [r for r in (OCEAN, *ROLES) if not any((run / r / "checkpoints").glob("step-*"))]
-    if not (run / ROUTER / "router.json").exists() or absent:
-        missing = "the router" if not absent else ", ".join(absent)
-        raise ConfigError(f"{run}: {missing} not trained yet; constellation train --run {run} --resume")
-    foreign = [key for key in changes if not key.startswith("cluster.")]
-    if foreign:
-        raise ConfigError(f"{foreign[0]}: a trained constellation can change cluster.* only")
-    return override(plan.config, changes)
 
 
 def _until_up(actor: Any, run: Path, say: Say) -> ClusterStatus:

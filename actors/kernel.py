@@ -72,6 +72,17 @@ class Engine:
         self._must_serve()
         return self._thread.submit(self._kernels.bits, self.role, packet, count)
 
+    def log_probs(self, windows: list[list[int]], tail: int) -> Future[Any]:
+        """Next-token log-probabilities after the last `tail` tokens of each window (router/kernels.py)."""
+        self._must_serve()
+        return self._thread.submit(self._kernels.log_probs, self.role, windows, tail)
+
+    def cancel(self, request: str) -> None:
+        """Take the request out of the batch."""
+
+    def stats(self) -> dict[str, Any]:
+        return {"state": self.state, "checkpoint": self.checkpoint}
+
     def report(self, since: int) -> Report:
         """What it is doing, with the steps after step `since`; those up to it are known and forgotten here."""
         state = self.state  # before the steps: whoever is told "done" has all of them
@@ -200,6 +211,23 @@ class KernelMailbox:
     async def turn(self, packets: list[bytes], budget_bytes: int) -> list[bytes]:
         await self._loading()
         return await asyncio.wrap_future(self._engine.turn(packets, budget_bytes))
+
+    async def answer(self, packet: bytes, budget_bytes: int) -> bytes:
+        """A turn on one packet, which joins whatever is going on."""
+        await self._loading()
+        return (await asyncio.wrap_future(self._engine.turn([packet], budget_bytes)))[0]
+
+    async def log_probs(self, windows: list[list[int]], tail: int) -> Any:
+        await self._loading()
+        return await asyncio.wrap_future(self._engine.log_probs(windows, tail))
+
+    @ray.method(concurrency_group="control")
+    async def cancel(self, request: str) -> None:
+        self._engine.cancel(request)
+
+    @ray.method(concurrency_group="control")
+    async def stats(self) -> dict[str, Any]:
+        return self._engine.stats()
 
     async def bits(self, packet: bytes, count: int) -> float:
         await self._loading()

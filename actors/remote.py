@@ -1,4 +1,4 @@
-"""RayKernels: kernels that are actors, behind the seam of router/session.py.
+"""Kernels that are actors: `RayKernels` behind the seam of router/session.py, `AsyncRayKernels` behind a service's.
 
 A turn is a pure function of its packets, so a turn whose actor dies is asked again of its replacement,
 and the answer is the one that was lost.
@@ -6,6 +6,7 @@ and the answer is the one that was lost.
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import threading
 import time
@@ -13,7 +14,9 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import ray
+from numpy.typing import NDArray
 from ray.exceptions import GetTimeoutError, RayError, RayTaskError
 
 from actors.cluster import connected, where
@@ -30,6 +33,7 @@ TURN_S = 120.0  # one turn of one kernel on one batch
 RECOVER_S = 120.0  # until a lost actor is replaced
 RETRY_EVERY_S = 0.5
 SAY_EVERY_S = 5.0
+STATS_S = 2.0
 
 
 @contextlib.contextmanager
@@ -103,6 +107,10 @@ class RayKernels:
     def bits(self, kernel: str, packet: bytes, count: int) -> float:
         return float(self._ask({kernel: ("bits", packet, count)})[kernel])
 
+    def log_probs(self, kernel: str, windows: Sequence[Sequence[int]], tail: int) -> NDArray[np.float32]:
+        found: NDArray[np.float32] = self._ask({kernel: ("log_probs", windows, tail)})[kernel]
+        return found
+
     def route(self, texts: Sequence[bytes]) -> list[dict[str, Any]]:
         """The router actor's decisions, as `Choice.to_json`."""
         found: list[dict[str, Any]] = self._ask({"router": ("route", list(texts))})["router"]
@@ -150,3 +158,70 @@ class RayKernels:
         except (RayError, GetTimeoutError) as error:
             self._actors.pop(name, None)  # its replacement has another handle
             return type(error).__name__
+
+
+class AsyncRayKernels:
+    """The actors of a constellation that is up, for many askers at once; `find` as for `RayKernels`.
+
+    Every call waits for itself alone. One whose actor is lost is asked again of the replacement.
+    """
+
+    def __init__(self, find: Callable[[str], Any]):
+        self._find = find
+        self._actors: dict[str, Any] = {}
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return (OCEAN, *ROLES)
+
+    async def turn(self, kernel: str, packet: bytes, budget_bytes: int) -> bytes:
+        found: bytes = await self._ask(kernel, "answer", packet, budget_bytes)
+        return found
+
+    async def bits(self, kernel: str, packet: bytes, count: int) -> float:
+        return float(await self._ask(kernel, "bits", packet, count))
+
+    async def log_probs(self, kernel: str, windows: Sequence[Sequence[int]], tail: int) -> NDArray[np.float32]:
+        found: NDArray[np.float32] = await self._ask(kernel, "log_probs", windows, tail)
+        return found
+
+    async def cancel(self, kernel: str, request: str) -> None:
+        """Once, and no more: a kernel that cannot be reached has lost the request anyway."""
+        if kernel in self._actors:
+            with contextlib.suppress(RayError):
+                await self._actors[kernel].cancel.remote(request)
+
+    async def stats(self) -> dict[str, dict[str, Any]]:
+        """What each kernel says within STATS_S; {"state": "unreachable"} for one that says nothing."""
+        return dict(zip(self.names, await asyncio.gather(*map(self._stats, self.names)), strict=True))
+
+    async def _stats(self, name: str) -> dict[str, Any]:
+        try:
+            found: dict[str, Any] = await asyncio.wait_for((await self._actor(name)).stats.remote(), STATS_S)
+            return found
+        except (RayError, ValueError, TimeoutError):
+            self._actors.pop(name, None)
+            return {"state": "unreachable"}
+
+    async def _actor(self, name: str) -> Any:
+        if name not in self._actors:
+            self._actors[name] = await asyncio.to_thread(self._find, name)
+        return self._actors[name]
+
+    async def _ask(self, name: str, method: str, *arguments: Any) -> Any:
+        began = time.monotonic()
+        while True:
+            actor = None
+            try:
+                actor = await self._actor(name)
+                return await asyncio.wait_for(getattr(actor, method).remote(*arguments), TURN_S)
+            except RayTaskError as error:  # it ran, and raised: it would again
+                cause = error.cause
+                raise cause if isinstance(cause, ConstellationError) else RunError(f"{name}: {cause!r}") from None
+            except (RayError, ValueError, TimeoutError) as error:
+                if self._actors.get(name) is actor:
+                    self._actors.pop(name, None)  # its replacement has another handle
+                if time.monotonic() - began > RECOVER_S:
+                    why = f"does not answer since {RECOVER_S:g} s ({type(error).__name__})"
+                    raise RunError(f"{name} {why}; constellation status") from None
+                await asyncio.sleep(RETRY_EVERY_S)

@@ -21,6 +21,7 @@ COMMANDS = {
     "chat": "prompt after prompt, on a terminal",
     "route": "explain who would answer each line of standard input",
     "eval": "causal bits per byte of every way to answer held-out text",
+    "serve": "answer OpenAI clients over HTTP",
     "up": "keep a trained constellation alive on Ray",
     "status": "kernels, roles, roots, nodes, steps, loss, health",
     "down": "stop what `up` started",

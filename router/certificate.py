@@ -72,7 +72,7 @@ class Replay:
 
 
 def replay(certificate: str, router: Router) -> Replay:
-    """What `certificate` says, after computing it anew; ArtifactError, with the first difference, if it does not hold."""
+    """What `certificate` says, computed anew; ArtifactError, with the first difference, if it does not hold."""
     router_hash, mode, kernels, looks, z, posterior = _open(certificate)
     if router_hash != router.hash:
         raise ArtifactError(

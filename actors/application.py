@@ -1,0 +1,53 @@
+"""What a run offers: its service, and the application in front of it. No Ray here."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from actors.plan import open_plan
+from constellation.config import OCEAN, ROLES, Config, override
+from constellation.coordizer.tokenizer import Tokenizer
+from constellation.errors import ConfigError
+
+if TYPE_CHECKING:
+    from fastapi import FastAPI
+
+    from router.kernels import AsyncKernels
+    from router.service import Service
+
+NAME = "constellation"  # of the model that is asked, whatever the run's folder is called
+
+
+def servable(run: Path, changes: Mapping[str, Any] | None = None) -> Config:
+    """The configuration to serve `run` with; ConfigError unless everything that answers is there."""
+    plan = open_plan(run)
+    absent = [r for r in (OCEAN, *ROLES) if not any((run / r / "checkpoints").glob("step-*"))]
+    if not (plan.router / "router.json").exists() or absent:
+        missing = "the router" if not absent else ", ".join(absent)
+        raise ConfigError(f"{run}: {missing} not trained yet; constellation train --run {run} --resume")
+    foreign = [key for key in changes or {} if not key.startswith("cluster.")]
+    if foreign:
+        raise ConfigError(f"{foreign[0]}: a trained constellation can change cluster.* only")
+    return override(plan.config, changes or {})
+
+
+def service_of(run: Path, kernels: AsyncKernels) -> Service:
+    """The service of a run whose kernels are `kernels`."""
+    from router.route import Router
+    from router.service import Service
+
+    plan, created = open_plan(run), int((run / "constellation.json").stat().st_mtime)
+    router, tokenizer = Router.load(plan.router), Tokenizer.load(plan.tokenizer)
+    return Service(plan.config, router, tokenizer, kernels, name=NAME, created=created)
+
+
+def application(run: Path, kernels: AsyncKernels, key_file: Path | None = None) -> FastAPI:
+    """The application in front of a run; without a key file everyone may ask."""
+    try:
+        from router.app import Settings, make_app
+        from router.keys import Keys
+    except ModuleNotFoundError as error:
+        raise ConfigError(f"serving needs {error.name}: pip install 'constellation[serve]'") from None
+    return make_app(service_of(run, kernels), Settings(keys=Keys(key_file)))

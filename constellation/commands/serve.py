@@ -1,0 +1,146 @@
+"""constellation serve"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import ipaddress
+import signal
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from types import FrameType
+
+import click
+
+from constellation.commands import options
+from constellation.config import Config
+from constellation.errors import ConfigError, RunError
+
+
+@click.command()
+@options.run
+@click.option("--host", default="127.0.0.1", show_default=True, help="0.0.0.0 lets other machines in")
+@click.option("--port", default=8000, show_default=True, type=click.IntRange(0, 65535), help="0: any free one")
+@click.option(
+    "--api-key-file", type=click.Path(path_type=Path), default=None, metavar="FILE",
+    help="who may ask; made by constellation keys; without it everyone may",
+)  # fmt: skip
+@click.option("--fronts", default=1, show_default=True, type=click.IntRange(1), metavar="N", help="processes for HTTP")
+@click.option("--grace", default=30.0, show_default=True, type=click.FloatRange(0), metavar="S",
+              help="seconds for those who are being answered when the service ends")  # fmt: skip
+@options.local
+@options.address
+def command(
+    run: Path,
+    host: str,
+    port: int,
+    api_key_file: Path | None,
+    fronts: int,
+    grace: float,
+    local: bool,
+    address: str | None,
+) -> None:
+    """Answer OpenAI clients over HTTP, until Ctrl-C or SIGTERM; those who are being answered then are answered.
+
+    A constellation that is `up` is used, else it is brought up and taken down in the end. With --local the
+    kernels run in this process, without Ray; the tokens are the same.
+    """
+    if local and (address or fronts > 1):
+        raise ConfigError("--local is one process without Ray; leave out --address and --fronts")
+    from actors.application import servable
+
+    config = servable(run)
+    from actors.listen import bind
+
+    bind(host, port).close()  # told before anything is started
+    if api_key_file is not None:
+        from router.keys import Keys
+
+        Keys(api_key_file)
+    if api_key_file is None and not _loopback(host):
+        click.echo(f"warning: whoever reaches {host}:{port} may ask; --api-key-file says who", err=True)
+    ends = Ends(host)
+    with ends.heard():
+        if local:
+            whole = asyncio.run(_in_this_process(run, config, host, port, api_key_file, grace, ends))
+        else:
+            whole = _on_ray(run, host, port, api_key_file, fronts, grace, address, ends)
+        if not whole:
+            raise RunError(f"some who were being answered were cut off after {grace:g} s; --grace gives them longer")
+        if ends.pressed:
+            raise KeyboardInterrupt
+
+
+class Ends:
+    """Hears of the end: while the service starts a signal interrupts; later the first one drains, another interrupts."""
+
+    def __init__(self, host: str):
+        self.host, self.event, self.ready, self.pressed = host, threading.Event(), False, False
+
+    @contextlib.contextmanager
+    def heard(self) -> Iterator[None]:
+        before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+        self._listen()
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def say_ready(self, port: int) -> None:
+        from actors.listen import url_of
+
+        self._listen()  # Ray has handlers of its own
+        self.ready = True
+        click.echo(f"ready: {url_of(self.host, port)}/v1")
+
+    def _listen(self) -> None:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self._hear)
+
+    def _hear(self, number: int, frame: FrameType | None) -> None:
+        self.pressed |= number == signal.SIGINT
+        if not self.ready or self.event.is_set():
+            raise KeyboardInterrupt
+        self.event.set()
+
+
+def _on_ray(
+    run: Path, host: str, port: int, keys: Path | None, fronts: int, grace: float, address: str | None, ends: Ends
+) -> bool:
+    from actors import serve
+
+    place = serve.Place(run.resolve(), "", host, port, fronts > 1, keys.resolve() if keys else None, grace)
+    return serve.serve(
+        place, fronts=fronts, address=address, ready=ends.say_ready, ended=ends.event.wait,
+        say=lambda text: click.echo(text, err=True),
+    )  # fmt: skip
+
+
+async def _in_this_process(
+    run: Path, config: Config, host: str, port: int, keys: Path | None, grace: float, ends: Ends
+) -> bool:
+    import torch
+
+    from actors.application import application
+    from actors.listen import Listener, bind
+    from router.kernels import LocalAsyncKernels
+    from router.local import LocalKernels
+
+    torch.set_num_threads(config.train.threads)
+    app = application(run, LocalAsyncKernels(LocalKernels.from_run(run)), keys)
+    listener = Listener(app, bind(host, port), grace)
+    await listener.start()
+    ends.say_ready(listener.port)
+    while not ends.event.is_set():
+        await asyncio.sleep(0.1)
+    click.echo("ending: nobody new is let in, those inside are answered", err=True)
+    return await listener.drain()
+
+
+def _loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
