@@ -6,7 +6,6 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from constellation.config import OCEAN, ROLES
@@ -20,19 +19,32 @@ from router.turn import Answerer
 class LocalKernels:
     """Kernels by name; one that has to be loaded is loaded when it is asked for the first time."""
 
-    def __init__(self, models: Mapping[str, KernelLM | Callable[[], KernelLM]], tokenizer: Tokenizer):
+    def __init__(
+        self,
+        models: Mapping[str, KernelLM | Callable[[], KernelLM]],
+        tokenizer: Tokenizer,
+        *,
+        slots: int = 32,
+        precision: str = "fp32",
+    ):
         self._models, self._tokenizer = dict(models), tokenizer
+        self._slots, self._precision = slots, precision
         self._answerers: dict[str, Answerer] = {}
 
     @classmethod
-    def from_run(cls, run: Path, device: str = "cpu") -> LocalKernels:
-        """The kernels of a run folder that have a checkpoint."""
+    def from_run(cls, run: Path, device: str = "cpu", *, slots: int = 32, precision: str = "fp32") -> LocalKernels:
+        """The kernels of a run folder that have a checkpoint; `slots` requests each at once, in fp32 or int8."""
         trained = [name for name in (OCEAN, *ROLES) if steps_on_disk(run / name)]
 
         def loader(name: str) -> Callable[[], KernelLM]:
             return lambda: load_model(run / name, device)
 
-        return cls({name: loader(name) for name in trained}, Tokenizer.load(run / "tokenizer.json"))
+        return cls(
+            {name: loader(name) for name in trained},
+            Tokenizer.load(run / "tokenizer.json"),
+            slots=slots,
+            precision=precision,
+        )
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -57,16 +69,10 @@ class LocalKernels:
                 raise ConfigError(f"no kernel {name!r}; there is {', '.join(self.names)}")
             model = self._models[name]
             model = model if isinstance(model, KernelLM) else model()
-            self._answerers[name] = Answerer(model, self._tokenizer)
+            self._answerers[name] = Answerer(model, self._tokenizer, slots=self._slots, precision=self._precision)
         return self._answerers[name]
 
 
-@torch.inference_mode()
 def log_probs(answerer: Answerer, windows: Sequence[Sequence[int]], tail: int) -> NDArray[np.float32]:
-    """`Kernels.log_probs` by whole forward passes, one a window."""
-    found = np.full((len(windows), tail, len(answerer.bias_V)), -np.inf, np.float32)
-    for row, window in zip(found, windows, strict=True):
-        read = torch.tensor([list(window)[-answerer.decoder.context :]], device=answerer.decoder.device)
-        last = torch.log_softmax(answerer.decoder.model(read)[0, -tail:] + answerer.bias_V, -1)
-        row[-len(last) :] = last.cpu().numpy()
-    return found
+    """`Kernels.log_probs` (kernels.py)."""
+    return answerer.log_probs(windows, tail)

@@ -1,8 +1,11 @@
 """The hand-off packet: all of a request that has to move when another kernel, or another process, goes on.
 
-    msgpack [schema, checksum, tokens, body]     checksum = blake2b-128 of schema, tokens and body
-    tokens   the window, little-endian uint32
-    body     msgpack map of everything else, at most 4 KB
+    msgpack [schema, checksum, tokens, bias, scores, body]     checksum = blake2b-128 of all but itself
+    tokens   the window, little-endian uint32; longer than a context only while a penalty counts what was generated
+    bias     the request's logit_bias: little-endian (uint32 token, float64 nats)
+    scores   log-probabilities of the last turn's tokens, if asked for: uint8 n, then for each token float32 its own
+             and n times (uint32 token, float32); bytes b"" when there are none
+    body     msgpack map of everything else, at most 4 KB; of the sampling what is not as by default
 
 The router's view of the text (counts, z, posterior) travels along, so that whoever receives the packet
 may look on at the text without having it. KV caches do not: the next kernel reads the window anew.
@@ -12,6 +15,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+from collections.abc import Sequence
 from typing import Any
 
 import msgpack
@@ -19,17 +23,18 @@ import numpy as np
 from numpy.typing import NDArray
 
 from constellation.errors import ArtifactError, ConfigError
-from constellation.kernel.sample import Sampling
+from constellation.kernel.sample import Sampling, Scored
 from router import rice
 from router.counts import SPAN
 from router.route import Router
 from router.stream import Stream
 
-SCHEMA = 1
+SCHEMA = 2
 BODY_BYTES = 4096
 COUNTS_BYTES = 2560  # room of the counts: those of every text up to 32 KB, in 4096 bins
 STOP_BYTES = 512  # of stop texts, the longest counted twice as it may be pending: room for up to 100 kernels
 _TYPES = {"position": int, "text_bytes": int, "request": str, "kernel": str, "finish": str}  # others are bytes
+_BIAS = np.dtype([("token", "<u4"), ("nats", "<f8")])
 _ANY_TEXT: Any = {"unicode_errors": "surrogatepass"}  # a prompt from a terminal may hold lone surrogates
 _NAMES = ("request", "kernel", "position", "pending", "finish", "text_bytes", "counts", "tail", "z", "posterior")
 
@@ -50,6 +55,7 @@ class Packet:
     tail: bytes = b""  # last two of these bytes, with which the next trigram begins
     z: bytes = b""  # basin coordinates, float32
     posterior: bytes = b""  # of the kernels, float32
+    logprobs: tuple[Scored, ...] | None = None  # of the last turn's tokens, float32; None when not asked for
 
     def __post_init__(self) -> None:
         if not self.tokens or min(self.tokens) < 0 or max(self.tokens) > 0xFFFFFFFF:
@@ -64,6 +70,11 @@ class Packet:
             if type(getattr(self, name)) is not _TYPES.get(name, bytes):
                 raise TypeError(f"{name}={getattr(self, name)!r}")
 
+    @property
+    def ended_by_token(self) -> bool:
+        """Whether the last token is one of `stop_token_ids` that ended the answer: its text is not the answer's."""
+        return self.finish == "stop" and self.tokens[-1] in self.sampling.stop_token_ids
+
     def stream(self, router: Router) -> Stream:
         """The router's view of the text, ready to read on."""
         if not self.counts and self.text_bytes > len(self.tail):
@@ -73,30 +84,35 @@ class Packet:
 
     def encode(self) -> bytes:
         tokens = np.array(self.tokens, "<u4").tobytes()
-        body = msgpack.packb(
-            {**{n: getattr(self, n) for n in _NAMES}, "sampling": self.sampling.to_json()}, **_ANY_TEXT
-        )
+        bias = np.array(list(self.sampling.logit_bias), _BIAS).tobytes()
+        sampling = {name: value for name, value in self.sampling.changed().items() if name != "logit_bias"}
+        body = msgpack.packb({**{n: getattr(self, n) for n in _NAMES}, "sampling": sampling}, **_ANY_TEXT)
         if len(body) > BODY_BYTES:
             raise ConfigError(
                 f"packet {self.request!r}: {len(body)} bytes besides its window, {BODY_BYTES} are allowed"
             )
-        data: bytes = msgpack.packb([SCHEMA, _checksum(SCHEMA, tokens, body), tokens, body])
+        parts = [tokens, bias, pack_scores(self.logprobs), body]
+        data: bytes = msgpack.packb([SCHEMA, _checksum(SCHEMA, parts), *parts])
         return data
 
     @classmethod
     def decode(cls, data: bytes) -> Packet:
         """The packet in `data`; ArtifactError when it is damaged, foreign, of another schema or too large."""
         try:
-            schema, checksum, tokens, body = msgpack.unpackb(data)
+            schema, checksum, *parts = msgpack.unpackb(data)
             if schema != SCHEMA:
                 raise ArtifactError(f"packet: schema {schema!r}, this version reads {SCHEMA}; update the older side")
-            if checksum != _checksum(schema, tokens, body):
+            tokens, bias, scores, body = parts
+            if checksum != _checksum(schema, parts):
                 raise ArtifactError("packet: damaged, its checksum differs; send it again")
             if len(body) > BODY_BYTES:
                 raise ArtifactError(f"packet: {len(body)} bytes besides its window, {BODY_BYTES} are allowed")
             fields: dict[str, Any] = msgpack.unpackb(body, **_ANY_TEXT)
-            sampling = Sampling.from_json(fields.pop("sampling"))
-            packet = cls(tokens=tuple(np.frombuffer(tokens, "<u4").tolist()), sampling=sampling, **fields)
+            fields["tokens"] = tuple(np.frombuffer(tokens, "<u4").tolist())
+            fields["sampling"] = Sampling.from_json(
+                {**fields["sampling"], "logit_bias": tuple(np.frombuffer(bias, _BIAS).tolist())}
+            )
+            packet = cls(logprobs=unpack_scores(scores), **fields)
             if packet.encode() != data:  # the sender left something out, or wrote it in a way of its own
                 raise ValueError("not as this project writes it")
             return packet
@@ -122,8 +138,30 @@ def unpack_counts(packed: bytes, text_bytes: int, bins: int) -> NDArray[np.int64
         raise ArtifactError(f"packet: its counts are not those of {text_bytes} bytes in {bins} bins: {error}") from None
 
 
-def _checksum(schema: int, tokens: bytes, body: bytes) -> bytes:
-    digest = hashlib.blake2b(msgpack.packb([schema, len(tokens)]), digest_size=16)
-    digest.update(tokens)
-    digest.update(body)
+def pack_scores(scores: Sequence[Scored] | None) -> bytes:
+    """A byte n, then for each token its log-probability and n (token, log-probability); b"" for None."""
+    if scores is None:
+        return b""
+    top = len(scores[0][1]) if scores else 0
+    table = np.zeros(len(scores), _scores(top))
+    table["own"] = [own for own, _ in scores]
+    table["top"] = [list(pairs) for _, pairs in scores]
+    return bytes([top]) + table.tobytes()
+
+
+def unpack_scores(packed: bytes) -> tuple[Scored, ...] | None:
+    if not packed:
+        return None
+    table = np.frombuffer(packed[1:], _scores(packed[0]))
+    return tuple((own, tuple(pairs)) for own, pairs in zip(table["own"].tolist(), table["top"].tolist(), strict=True))
+
+
+def _scores(top: int) -> np.dtype[Any]:
+    return np.dtype([("own", "<f4"), ("top", [("token", "<u4"), ("log_p", "<f4")], (top,))])
+
+
+def _checksum(schema: int, parts: Sequence[bytes]) -> bytes:
+    digest = hashlib.blake2b(msgpack.packb([schema, *map(len, parts)]), digest_size=16)
+    for part in parts:
+        digest.update(part)
     return digest.digest()

@@ -1,97 +1,200 @@
 """One turn of one kernel: packets in, the same packets some bytes of text further out.
 
-A turn has no memory. The kernel reads the token window of each packet anew and decodes until a
-packet has `budget_bytes` new bytes, a stop text, the end of the text or its last token. So a turn may
-be repeated, a packet may be answered by any process that holds the same weights, and a request that
-goes to another kernel and comes back continues as if it had never left.
+A turn has no memory that changes its outcome. The kernel decodes the token window of each packet until the packet has
+`budget_bytes` new bytes, a stop, the end of the text or its last token. So a turn may be repeated, a packet may be
+answered by any process that holds the same weights, and a request that goes to another kernel and comes back
+continues as if it had never left. What the kernel still holds of a window from an earlier turn it does not read anew,
+which gives the same numbers sooner (kernel/batch.py).
 """
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from concurrent.futures import Future
+from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from constellation.coordizer.tokenizer import Tokenizer
-from constellation.errors import ArtifactError
-from constellation.kernel.decode import Decoder, Decoding, decode
+from constellation.errors import ArtifactError, ConfigError
+from constellation.kernel.batch import Batch, Reading, Writing
+from constellation.kernel.engine import Engine
 from constellation.kernel.model import KernelLM
+from constellation.kernel.sample import Scored, scored
 from router.packet import Packet
+
+NATS = 0.6931471805599453  # of a bit
 
 
 class Answerer:
-    """A kernel that takes turns."""
+    """A kernel that takes turns, scores texts, and does all of it for many at once."""
 
-    def __init__(self, model: KernelLM, tokenizer: Tokenizer):
+    def __init__(self, model: KernelLM, tokenizer: Tokenizer, *, slots: int = 32, precision: str = "fp32"):
         vocabulary = model.config.vocab_size
         if tokenizer.vocab_size > vocabulary:
             raise ArtifactError(
                 f"the tokenizer has {tokenizer.vocab_size} tokens, the kernel's vocabulary {vocabulary}: not of one run"
             )
-        self.decoder, self.tokenizer = Decoder(model), tokenizer
+        self.tokenizer, self.context, self.vocabulary = tokenizer, model.config.context, vocabulary
         silent = [t for t in range(vocabulary) if not tokenizer.token_bytes[t : t + 1] or not tokenizer.token_bytes[t]]
         silent.remove(tokenizer.eos)
-        self.bias_V = torch.zeros(vocabulary, device=self.decoder.device)
-        self.bias_V[silent] = float("-inf")  # reserved tokens and ids without a token: no text holds them
+        bias_V = torch.zeros(vocabulary, device=model.embedding.weight.device)
+        bias_V[silent] = float("-inf")  # reserved tokens and ids without a token: no text holds them
+        batch = Batch(model, slots=slots, precision=precision, bias_V=bias_V, ends=(tokenizer.eos,))
+        self.engine = Engine(batch)
 
     def turn(self, packets: Sequence[bytes], budget_bytes: int) -> list[bytes]:
         """The packets after one turn; one that is finished comes back as it is."""
-        context = self.decoder.context
-        rows = [_Row(Packet.decode(data), context, self.tokenizer) for data in packets]
-        going = [row for row in rows if not row.packet.finish]
-        room = max(1, min(budget_bytes, context // 4))  # the same for every packet: neighbours change nothing
-        decode(
-            self.decoder,
-            [row.decoding for row in going],
-            room,
-            lambda i, t: going[i].take(t, budget_bytes),
-            self.bias_V,
-        )
+        rows = [_Row(Packet.decode(data), self.context, self.tokenizer, budget_bytes) for data in packets]
+        self.engine.finish([row.work for row in rows if not row.packet.finish])
         return [row.result().encode() for row in rows]
 
-    @torch.inference_mode()
+    def submit(self, packet: bytes, budget_bytes: int) -> Future[bytes]:
+        """The packet after one turn, taken together with whatever else is under way. From any thread.
+
+        The future fails with what is wrong with this packet alone; cancelling it frees the slot.
+        """
+        outcome: Future[bytes] = Future()
+        row = _Row(Packet.decode(packet), self.context, self.tokenizer, budget_bytes)
+        if row.packet.finish:
+            outcome.set_result(packet)
+            return outcome
+
+        def done(work: Future[Any]) -> None:
+            if work.cancelled() or not outcome.set_running_or_notify_cancel():
+                return
+            error = work.exception()
+            if error is not None:
+                outcome.set_exception(error)
+                return
+            try:
+                outcome.set_result(row.result().encode())
+            except Exception as late:  # a packet that has outgrown its bounds
+                outcome.set_exception(late)
+
+        outcome.add_done_callback(lambda future: row.work.done.cancel() if future.cancelled() else None)
+        row.work.done.add_done_callback(done)
+        self.engine.submit(row.work)
+        return outcome
+
+    def cancel(self, request: str) -> None:
+        """End the turn of `request`, if one is under way, with an error, and free its slot."""
+        self.engine.cancel(request)
+
+    def score(self, windows: Sequence[Sequence[int]], top: int, tail: int | None = None) -> list[list[Scored]]:
+        """For each window the log-probability of its last `tail` tokens (None: of all but the first), given those
+        before them, and the `top` likeliest tokens in their places; both of one tensor."""
+        found: list[list[Scored]] = [[] for _ in windows]
+        for window in windows:
+            if len(window) < 2 or not 1 <= (tail or len(window) - 1) < len(window):
+                raise ConfigError(f"a window of {len(window)} tokens: its last {tail or 1} cannot be scored")
+
+        def emit(at: int, first: int, log_p_MV: Tensor) -> None:
+            named = list(windows[at])[first + 1 : first + 1 + len(log_p_MV)]
+            found[at] += scored(log_p_MV[: len(named)], named, top)
+
+        self._read([list(window)[:-1] for window in windows], tail, emit)
+        return found
+
+    def log_probs(self, windows: Sequence[Sequence[int]], tail: int) -> NDArray[np.float32]:
+        """Log-probability of the next token after each of the last `tail` tokens of each window, (B, tail, V).
+
+        Windows are cut to their last `context` tokens; one shorter than `tail` has -inf before its first token.
+        """
+        found = np.full((len(windows), tail, self.vocabulary), -np.inf, np.float32)
+        cut = [list(window)[-self.context :] for window in windows]
+
+        def emit(at: int, first: int, log_p_MV: Tensor) -> None:
+            begin = tail - len(cut[at]) + first
+            found[at, begin : begin + len(log_p_MV)] = log_p_MV.cpu().numpy()
+
+        self._read(cut, tail, emit)
+        return found
+
     def bits(self, packet: bytes, count: int) -> float:
         """Bits this kernel needs for the last `count` tokens of the packet's window, given those before them."""
-        tokens = Packet.decode(packet).tokens[-self.decoder.context :]
-        read = torch.tensor([tokens], device=self.decoder.device)
-        log_p: Tensor = torch.log_softmax(self.decoder.model(read)[0, :-1] + self.bias_V, -1)
-        nats = -log_p.gather(1, read[0, 1:, None])[-count:].sum()
-        return float(nats) / 0.6931471805599453
+        tokens = Packet.decode(packet).tokens[-self.context :]
+        (found,) = self.score([tokens], 0, min(count, len(tokens) - 1))
+        return -sum(log_p for log_p, _ in found) / NATS
+
+    def stats(self) -> dict[str, Any]:
+        """Slots and how many of them work, hold or wait; tokens so far (kernel/batch.py)."""
+        return self.engine.stats()
+
+    def _read(self, windows: Sequence[list[int]], tail: int | None, emit: Any) -> None:
+        """`emit(window, position, log-probabilities (M, V))` for the last `tail` positions of each window."""
+
+        def reading(at: int, window: list[int]) -> Reading:
+            first = max(0, len(window) - tail) if tail else 0
+            return Reading(
+                tokens=window,
+                first=first,
+                emit=lambda position, logits_MV: emit(at, position, torch.log_softmax(logits_MV, -1)),
+            )
+
+        self.engine.finish([reading(at, window) for at, window in enumerate(windows)])
+
+
+class Ending:
+    """Whether an answer is whole: the rules that a packet's sampling sets, token after token."""
+
+    def __init__(self, packet: Packet, tokenizer: Tokenizer):
+        self.sampling, self.tokenizer = packet.sampling, tokenizer
+        self.stops = [s.encode("utf-8", "surrogatepass") for s in packet.sampling.stop]
+        self.longest = max(map(len, self.stops), default=1)
+        self.tail = packet.pending  # end of the answer's bytes in which a stop text may have begun
+
+    def after(self, token: int, taken: int) -> str:
+        """Why the answer ends with `token`, the `taken`-th one; "" when it goes on."""
+        sampling, text = self.sampling, self.tail + self.tokenizer.token_bytes[token]
+        self.tail = text[len(text) - min(len(text), self.longest - 1) :]
+        if token == self.tokenizer.eos and not sampling.ignore_eos:
+            return "eos"
+        if token in sampling.stop_token_ids:
+            return "stop"
+        if taken >= sampling.min_tokens and any(stop in text for stop in self.stops):
+            return "stop"
+        return "length" if taken >= sampling.max_new_tokens else ""
 
 
 class _Row:
     """One packet during a turn."""
 
-    def __init__(self, packet: Packet, context: int, tokenizer: Tokenizer):
-        self.packet, self.tokenizer = packet, tokenizer
-        self.decoding = Decoding(list(packet.tokens[-context:]), packet.sampling, packet.position)
-        self.stops = [s.encode("utf-8", "surrogatepass") for s in packet.sampling.stop]
-        self.longest = max(map(len, self.stops), default=1)
-        self.tail, self.num_bytes, self.finish = packet.pending, 0, packet.finish
+    def __init__(self, packet: Packet, context: int, tokenizer: Tokenizer, budget_bytes: int):
+        self.packet, self.tokenizer, self.budget_bytes = packet, tokenizer, budget_bytes
+        sampling = packet.sampling
+        kept = context  # tokens of the packet that go on: the window, and all that was generated if penalties count it
+        if sampling.presence_penalty or sampling.frequency_penalty:
+            kept = max(context, packet.position)
+        self.work = Writing(
+            tokens=list(packet.tokens[-kept:]),
+            key=packet.request,
+            sampling=sampling,
+            taken=packet.position,
+            room=max(1, min(budget_bytes, context // 4)),  # the same for every packet: neighbours change nothing
+            take=self.take,
+        )
+        self.ending, self.spent, self.finish = Ending(packet, tokenizer), 0, packet.finish
 
-    def take(self, token: int, budget_bytes: int) -> bool:
+    def take(self, token: int) -> bool:
         """Whether the turn of this packet ends with `token`."""
-        new = self.tokenizer.token_bytes[token]
-        self.num_bytes += len(new)
-        text = self.tail + new
-        self.tail = text[len(text) - min(len(text), self.longest - 1) :]
-        if token == self.tokenizer.eos:
-            self.finish = "eos"
-        elif any(stop in text for stop in self.stops):
-            self.finish = "stop"
-        elif self.decoding.taken >= self.packet.sampling.max_new_tokens:
-            self.finish = "length"
-        return bool(self.finish) or self.num_bytes >= budget_bytes
+        # an end of text that is ignored has no bytes, and a turn has an end
+        self.spent += max(1, len(self.tokenizer.token_bytes[token]))
+        self.finish = self.ending.after(token, self.work.taken)
+        return bool(self.finish) or self.spent >= self.budget_bytes
 
     def result(self) -> Packet:
         if self.packet.finish:
             return self.packet
         return dataclasses.replace(
             self.packet,
-            tokens=tuple(self.decoding.tokens),
-            position=self.decoding.taken,
-            pending=self.tail,
+            tokens=tuple(self.work.tokens),
+            position=self.work.taken,
+            pending=self.ending.tail,
             finish=self.finish,
+            logprobs=None if self.packet.sampling.logprobs is None else tuple(self.work.scored),
         )

@@ -1,4 +1,4 @@
-"""Decoding with a cache, batched, against a whole forward pass for every token."""
+"""Decoding of many requests at once, with a cache, against a whole forward pass for every token."""
 
 import dataclasses
 
@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 
 from constellation.config import Kernel
 from constellation.errors import ConfigError, RunError
-from constellation.kernel.decode import Decoder, Decoding, decode, decode_naive, generate
+from constellation.kernel.batch import Batch, Writing
+from constellation.kernel.decode import decode_naive, generate
 from constellation.kernel.model import EXPLICIT_UP_TO, KernelLM
 from constellation.kernel.sample import Sampling
 
@@ -21,9 +22,12 @@ GREEDY = Sampling(temperature=0)
 def mini(**changes):
     """Far from uniform, so that greedy tokens are no near ties and sampled ones differ."""
     model = KernelLM(dataclasses.replace(MINI, **changes), seed=1)
+    random = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for weight in model.parameters():
             weight.mul_(2.0 if weight.dim() == 2 else 1.0)
+            if weight.dim() == 1:  # gains, look-back, c
+                weight.add_(0.2 * torch.randn(weight.shape, generator=random))
     return model
 
 
@@ -34,15 +38,29 @@ def window(length, seed=0, vocabulary=300):
     return torch.randint(vocabulary, (length,), generator=torch.Generator().manual_seed(seed)).tolist()
 
 
-def decoded(model, windows, samplings, room, lengths=None):
-    requests = [Decoding(list(w), s) for w, s in zip(windows, samplings)]
+def decoded(model, windows, samplings, room, lengths=None, **options):
     lengths = lengths or [s.max_new_tokens for s in samplings]
-    decode(Decoder(model), requests, room, lambda i, token: requests[i].taken == lengths[i])
-    return [r.tokens[len(w) :] for r, w in zip(requests, windows)]
+    works = [
+        Writing(tokens=list(w), sampling=s, room=room, take=lambda token, i=i: len(works[i].tokens) == ends[i])
+        for i, (w, s) in enumerate(zip(windows, samplings))
+    ]
+    ends = [len(w) + n for w, n in zip(windows, lengths)]
+    batch = Batch(model, **options)
+    for work in works:
+        batch.add(work)
+    while not batch.idle:
+        batch.step()
+    return [work.done.result().tokens[len(w) :] for work, w in zip(works, windows)]
+
+
+EVERY_SETTING = Sampling(
+    top_p=0.9, repetition_penalty=1.2, seed=6, presence_penalty=0.8, frequency_penalty=-0.3, min_tokens=9,
+    stop_token_ids=(3, 5), logit_bias=((7, 4.0), (9, -100.0)), index=2,
+)  # fmt: skip
 
 
 @pytest.mark.parametrize(("metric", "coupling"), KINDS)
-@pytest.mark.parametrize("s", [GREEDY, Sampling(seed=5), Sampling(top_p=0.9, repetition_penalty=1.2, seed=6)], ids=str)
+@pytest.mark.parametrize("s", [GREEDY, Sampling(seed=5), EVERY_SETTING], ids=["greedy", "plain", "every setting"])
 def test_cached_batched_tokens_equal_a_whole_forward_pass_for_every_token(metric, coupling, s):
     model = mini(metric=metric, coupling=coupling)
     windows = [window(n, n) for n in (1, 2, 16, 17, 29)]
@@ -52,7 +70,7 @@ def test_cached_batched_tokens_equal_a_whole_forward_pass_for_every_token(metric
     assert len({tuple(t) for t in naive}) == 5
 
 
-def test_beyond_the_explicit_path_too():
+def test_in_a_long_context_too():
     model = mini(context=EXPLICIT_UP_TO + 40)
     windows = [window(EXPLICIT_UP_TO - 3), window(5, 1), window(EXPLICIT_UP_TO + 20, 2)]
     samplings = [dataclasses.replace(GREEDY, max_new_tokens=8)] * 3
@@ -60,21 +78,11 @@ def test_beyond_the_explicit_path_too():
 
 
 @pytest.mark.parametrize("length", [1, 3, 45, 48, 200])
-def test_a_room_of_one_token_is_the_sliding_window(length):
-    s = Sampling(max_new_tokens=60, seed=3)
+@pytest.mark.parametrize(
+    "s", [Sampling(max_new_tokens=60, seed=3), dataclasses.replace(EVERY_SETTING, max_new_tokens=60)]
+)
+def test_a_room_of_one_token_is_the_sliding_window(length, s):
     assert decoded(MODEL, [window(length)], [s], room=1) == [decode_naive(MODEL, window(length), s)]
-
-
-def test_step_logits_equal_those_of_the_whole_window():
-    decoder, windows = Decoder(MODEL), [window(3), window(20, 1)]
-    more = torch.tensor([window(10, 2), window(10, 3)])
-    cache, logits = decoder.prefill(windows, room=10)
-    for at in range(10):
-        for row, w in enumerate(windows):
-            whole = MODEL(torch.tensor([[*w, *more[row, :at].tolist()]]))[0, -1].detach()
-            torch.testing.assert_close(logits[row], whole, rtol=1e-4, atol=1e-4)
-        logits = decoder.step(cache, more[:, at])
-    assert cache.length_R[:2].tolist() == [13, 30]
 
 
 @given(st.lists(st.integers(1, 30), min_size=2, max_size=9), st.integers(0, 1000))
@@ -87,20 +95,6 @@ def test_a_batch_equals_its_requests_one_by_one(lengths, seed):
     assert [len(t) for t in together] == [s.max_new_tokens for s in samplings]
 
 
-def test_kept_rows_go_on_as_if_the_others_had_never_been():
-    windows = [window(n, n) for n in (4, 30, 9, 11, 2, 21)]
-    decoder = Decoder(MODEL)
-    cache, logits = decoder.prefill(windows, room=8)
-    logits = decoder.step(cache, logits.argmax(-1))
-    kept = cache.keep([4, 1])
-    alone, first = decoder.prefill([windows[4], windows[1]], room=8)
-    torch.testing.assert_close(decoder.step(alone, first.argmax(-1)), logits[[4, 1]], rtol=1e-5, atol=1e-5)
-    for _ in range(4):
-        tokens = logits.argmax(-1)
-        logits = decoder.step(cache, tokens)
-        torch.testing.assert_close(decoder.step(kept, tokens[[4, 1]]), logits[[4, 1]], rtol=1e-5, atol=1e-5)
-
-
 def test_stopping_one_row_leaves_the_others_alone():
     windows, s = [window(n, n) for n in (5, 6, 7, 8, 9)], [Sampling(seed=i) for i in range(5)]
     full = decoded(MODEL, windows, s, room=16, lengths=[30] * 5)
@@ -108,20 +102,26 @@ def test_stopping_one_row_leaves_the_others_alone():
     assert ragged == [t[:n] for t, n in zip(full, [1, 30, 3, 17, 2])]
 
 
-def test_decoding_goes_on_where_it_stopped():
-    s = Sampling(max_new_tokens=30, seed=8)
+@pytest.mark.parametrize(
+    "s", [Sampling(max_new_tokens=30, seed=8), dataclasses.replace(EVERY_SETTING, max_new_tokens=30)]
+)
+def test_decoding_goes_on_where_it_stopped(s):
     whole = decode_naive(MODEL, window(5), s)
     first = decode_naive(MODEL, window(5), dataclasses.replace(s, max_new_tokens=11))
-    rest = [Decoding([*window(5), *first], s, taken=11)]
-    decode(Decoder(MODEL), rest, 19, lambda i, token: rest[i].taken == 30)
-    assert rest[0].tokens == [*window(5), *whole]
+    work = Writing(tokens=[*window(5), *first], sampling=s, taken=11, room=19, take=lambda token: work.taken == 30)
+    batch = Batch(MODEL)
+    batch.add(work)
+    while not batch.idle:
+        batch.step()
+    assert work.done.result().tokens == [*window(5), *whole]
 
 
 def test_tokens_with_an_infinite_bias_never_come():
     bias = torch.zeros(300).index_fill_(0, torch.arange(0, 300, 3), float("-inf"))
-    requests = [Decoding(window(4, i), Sampling(temperature=3.0, seed=i)) for i in range(4)]
-    decode(Decoder(MODEL), requests, 40, lambda i, token: requests[i].taken == 40, bias)
-    assert all(token % 3 for r in requests for token in r.tokens[4:])
+    samplings = [Sampling(temperature=3.0, seed=i, max_new_tokens=40) for i in range(4)]
+    for precision in ("fp32", "int8"):
+        out = decoded(MODEL, [window(4, i) for i in range(4)], samplings, 40, bias_V=bias, precision=precision)
+        assert all(token % 3 for tokens in out for token in tokens)
 
 
 def test_generate_gives_each_window_its_number_of_tokens():
@@ -131,32 +131,32 @@ def test_generate_gives_each_window_its_number_of_tokens():
     assert out[0] == decode_naive(MODEL, windows[0], Sampling(max_new_tokens=3))
 
 
-def test_weights_may_change_between_turns():
+def test_a_batch_holds_the_weights_as_they_were():
     model = mini(coupling="learned")
-    decoder = Decoder(model)
-    decoder.prefill([window(4)], room=1)
+    s = dataclasses.replace(GREEDY, max_new_tokens=8)
+    before = decode_naive(model, window(4), s)
+    batch = Batch(model)
     with torch.no_grad():
         for weight in model.parameters():
-            weight.mul_(0.9)
-    expected = model(torch.tensor([window(4)]))[0, -1].detach()
-    torch.testing.assert_close(decoder.prefill([window(4)], room=1)[1][0], expected, rtol=1e-4, atol=1e-4)
+            weight.mul_(-0.9)
+    work = Writing(tokens=window(4), sampling=s, room=8, take=lambda token: work.taken == 8)
+    batch.add(work)
+    while not batch.idle:
+        batch.step()
+    assert work.done.result().tokens[4:] == before != generate(model, [window(4)], [s])[0]
 
 
-def test_decoding_is_fp32_inside_autocast_and_leaves_no_graph():
-    decoder = Decoder(MODEL)
-    cache, exact = decoder.prefill([window(9)], room=2)
-    after = decoder.step(cache, exact.argmax(-1))
+def test_decoding_is_fp32_inside_autocast():
+    s = dataclasses.replace(GREEDY, max_new_tokens=20)
+    exact = generate(MODEL, [window(9)], [s])
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        cache, logits = decoder.prefill([window(9)], room=2)
-        assert torch.equal(logits, exact)
-        assert torch.equal(decoder.step(cache, exact.argmax(-1)), after)
-    assert not logits.requires_grad
+        assert generate(MODEL, [window(9)], [s]) == exact
 
 
-@pytest.mark.parametrize(("windows", "room"), [([], 1), ([[]], 1), ([[1], []], 1), ([[1] * 40], 9), ([[1] * 49], 0)])
-def test_windows_that_do_not_fit_are_refused(windows, room):
-    with pytest.raises(ConfigError, match="context of 48"):
-        Decoder(MODEL).prefill(windows, room)
+@pytest.mark.parametrize("tokens", [[], [300], [-1]])
+def test_a_window_that_cannot_be_read_is_refused(tokens):
+    with pytest.raises(ConfigError, match=r"at least one token|vocabulary"):
+        generate(MODEL, [tokens], [GREEDY])
 
 
 def test_a_diverged_model_is_named_and_not_sampled():
@@ -164,4 +164,4 @@ def test_a_diverged_model_is_named_and_not_sampled():
     with torch.no_grad():
         model.norm.weight.fill_(float("nan"))
     with pytest.raises(RunError, match="not finite"):
-        generate(model, [[1]], [GREEDY])
+        generate(model, [[1]], [Sampling(top_p=0.5)])

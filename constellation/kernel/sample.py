@@ -1,12 +1,15 @@
 """Sampling: from logits to tokens, for a batch of requests with different settings each.
 
-One request's token is a function of its logits, its settings and one uniform number u(seed, position)
-from a counter-based hash. So the sampler's whole state is (seed, position), a request can move to
-another process between two tokens, and neighbours in the batch change nothing.
+One request's token is a function of its logits, its settings and one uniform number u(seed, index, position)
+from a counter-based hash; `index` numbers the answers to one question. So the sampler's whole state is
+`position`, a request can move to another process between two tokens, and neighbours in the batch change nothing.
 
 The filters, in this order, B requests, V tokens, p_(1) >= p_(2) >= ... sorted:
 
     repetition penalty   x_i -> x_i / r if x_i > 0 else x_i r, for tokens i of the window
+    presence, frequency  x_i -> x_i - a [n_i > 0] - b n_i, n_i times that i was generated (OpenAI's meaning)
+    logit bias           x_i -> x_i + bias_i
+    min tokens           x_i -> -inf for the ends of an answer, while position < min_tokens
     temperature          p = softmax(x / T); T = 0 takes argmax x, the first one of several, and ends here
     top-k                the k likeliest tokens, renormalised
     top-p                the fewest likeliest ones that hold p of that mass (Holtzman et al. 2020)
@@ -34,8 +37,11 @@ from torch import Tensor
 from constellation.errors import ConfigError
 
 PREFILTER = 256  # likeliest tokens looked at before a whole row is sorted
-_LARGEST_SEED = 2**64 - 1
+MOST_BIASES, MOST_STOP_TOKENS, MOST_LOGPROBS = 300, 64, 20
+_LARGEST_SEED, _LARGEST_TOKEN = 2**64 - 1, 2**32 - 1
 _COLDEST = torch.finfo(torch.float32).tiny  # a temperature that rounds to zero would give 0 / 0
+
+Scored = tuple[float, tuple[tuple[int, float], ...]]  # a token's log-probability, and the likeliest ones with theirs
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,6 +56,14 @@ class Sampling:
     seed: int = 0  # 0..2^64-1
     stop: tuple[str, ...] = ()  # texts that end the answer and are not part of it
     max_new_tokens: int = 128  # >= 1
+    presence_penalty: float = 0.0  # a, nats, [-2, 2], off every token generated before
+    frequency_penalty: float = 0.0  # b, nats, [-2, 2], the same for each time that it was
+    logit_bias: tuple[tuple[int, float], ...] = ()  # (token, nats in [-100, 100]), at most 300
+    min_tokens: int = 0  # before them no end of text and no stop, 0..max_new_tokens
+    ignore_eos: bool = False  # the end of text is a token like any other
+    stop_token_ids: tuple[int, ...] = ()  # tokens that end the answer and whose text is not part of it, at most 64
+    logprobs: int | None = None  # likeliest tokens told beside each new one, 0..20; None: no log-probability at all
+    index: int = 0  # of the answers to one question, each with random numbers of its own, 0..2^32-1
 
     def __post_init__(self) -> None:
         _check_number("temperature", self.temperature, lambda x: x >= 0, "at least 0; 0 is greedy")
@@ -61,9 +75,28 @@ class Sampling:
         _check_whole("max_new_tokens", self.max_new_tokens, 1, None)
         if not isinstance(self.stop, tuple) or not all(isinstance(s, str) and s for s in self.stop):
             raise ConfigError(f"stop={self.stop!r}: must be texts of at least one character each")
+        for name in ("presence_penalty", "frequency_penalty"):
+            _check_number(name, getattr(self, name), lambda x: -2 <= x <= 2, "from -2 to 2; 0 is none")
+        _check_pairs("logit_bias", self.logit_bias)
+        _check_whole("min_tokens", self.min_tokens, 0, self.max_new_tokens)
+        if not isinstance(self.ignore_eos, bool):
+            raise ConfigError(f"ignore_eos={self.ignore_eos!r}: must be true or false")
+        if not isinstance(self.stop_token_ids, tuple) or len(self.stop_token_ids) > MOST_STOP_TOKENS:
+            raise ConfigError(f"stop_token_ids={self.stop_token_ids!r}: must be at most {MOST_STOP_TOKENS} tokens")
+        for token in self.stop_token_ids:
+            _check_whole("stop_token_ids", token, 0, _LARGEST_TOKEN)
+        if self.logprobs is not None:
+            _check_whole("logprobs", self.logprobs, 0, MOST_LOGPROBS)
+        _check_whole("index", self.index, 0, 2**32 - 1)
 
     def to_json(self) -> dict[str, Any]:
-        return {**dataclasses.asdict(self), "stop": list(self.stop)}
+        lists = {"stop": list(self.stop), "stop_token_ids": list(self.stop_token_ids)}
+        return {**dataclasses.asdict(self), **lists, "logit_bias": [list(pair) for pair in self.logit_bias]}
+
+    def changed(self) -> dict[str, Any]:
+        """`to_json` of the settings that are not as by default."""
+        mine, plain = self.to_json(), Sampling().to_json()
+        return {name: value for name, value in mine.items() if value != plain[name]}
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Sampling:
@@ -72,8 +105,9 @@ class Sampling:
             if name not in known:
                 raise ConfigError(f"unknown sampling parameter {name!r}; known: {', '.join(known)}")
         values = dict(data)
-        if isinstance(values.get("stop"), list):
-            values["stop"] = tuple(values["stop"])
+        for name in ("stop", "stop_token_ids", "logit_bias"):
+            if isinstance(values.get(name), list):
+                values[name] = tuple(tuple(v) if isinstance(v, list) else v for v in values[name])
         return cls(**values)
 
     @property
@@ -97,10 +131,27 @@ def _check_whole(name: str, value: Any, low: int, high: int | None) -> None:
         raise ConfigError(f"{name}={value!r}: must be a whole number {bound}")
 
 
-class Settings:
-    """The settings of a batch as tensors, made once for as long as the batch stays together."""
+def _check_pairs(name: str, value: Any) -> None:
+    if not isinstance(value, tuple) or len(value) > MOST_BIASES:
+        raise ConfigError(f"{name}: must be at most {MOST_BIASES} pairs of a token and a number")
+    for pair in value:
+        if not isinstance(pair, tuple) or len(pair) != 2:
+            raise ConfigError(f"{name}={pair!r}: must be a token and a number")
+        _check_whole(name, pair[0], 0, _LARGEST_TOKEN)
+        _check_number(name, pair[1], lambda x: -100 <= x <= 100, "from -100 to 100")
+    if len({token for token, _ in value}) < len(value):
+        raise ConfigError(f"{name}: names a token twice")
 
-    def __init__(self, samplings: Sequence[Sampling], device: torch.device | str = "cpu"):
+
+class Settings:
+    """The settings of a batch as tensors, made once for as long as the batch stays together.
+
+    `ends` are the tokens that end an answer besides a request's own `stop_token_ids`.
+    """
+
+    def __init__(
+        self, samplings: Sequence[Sampling], device: torch.device | str = "cpu", ends: Sequence[int] = ()
+    ) -> None:
         def column(values: list[float]) -> Tensor:
             return torch.tensor(values, dtype=torch.float64, device=device)[:, None]
 
@@ -113,17 +164,39 @@ class Settings:
         self.min_p_B1 = column([s.min_p for s in samplings])
         self.penalty_B1 = column([s.repetition_penalty for s in samplings]).float()
         self.penalised = any(s.repetition_penalty != 1 for s in samplings)
+        self.presence_B1 = column([s.presence_penalty for s in samplings]).float()
+        self.frequency_B1 = column([s.frequency_penalty for s in samplings]).float()
+        self.counted = any(s.presence_penalty or s.frequency_penalty for s in samplings)
+        biases = [(b, token, value) for b, s in enumerate(samplings) for token, value in s.logit_bias]
+        self.bias_at = _indices([(b, token) for b, token, _ in biases], device)
+        self.bias = torch.tensor([value for _, _, value in biases], device=device)
+        early = [(b, t, s.min_tokens) for b, s in enumerate(samplings) if s.min_tokens
+                 for t in {*s.stop_token_ids, *(() if s.ignore_eos else ends)}]  # fmt: skip
+        self.early_at = _indices([(b, token) for b, token, _ in early], device)
+        self.early_until = np.array([until for _, _, until in early])
+        self.greedy = all(s.greedy for s in samplings)
         self.seeds = np.array([s.seed for s in samplings], dtype=np.uint64)
+        self.indices = np.array([s.index for s in samplings], dtype=np.uint64)
         self.plain = where([not s.greedy and not s.filtered for s in samplings])
         self.filtered = where([not s.greedy and s.filtered for s in samplings])
 
 
-def uniform(seeds: NDArray[np.uint64], positions: NDArray[np.uint64]) -> NDArray[np.float64]:
-    """One number in [0, 1) per (seed, position): splitmix64 (Steele et al. 2014) of the seed's own stream.
+def _indices(pairs: Sequence[tuple[int, int]], device: torch.device | str) -> tuple[Tensor, Tensor]:
+    both = torch.tensor(pairs, dtype=torch.int64, device=device).view(-1, 2)
+    return both[:, 0], both[:, 1]
 
+
+def uniform(
+    seeds: NDArray[np.uint64], positions: NDArray[np.uint64], indices: NDArray[np.uint64] | None = None
+) -> NDArray[np.float64]:
+    """One number in [0, 1) per (seed, index, position): splitmix64 (Steele et al. 2014) of a stream of their own.
+
+    The stream of a seed is its hash; that of index i > 0 the hash of seed's stream + i x another odd constant.
     52 bits, so that u x total stays below total in float64 and a draw never falls off the end.
     """
     stream = _mix(seeds + np.uint64(0x9E3779B97F4A7C15))
+    if indices is not None:
+        stream = np.where(indices > 0, _mix(stream + indices * np.uint64(0xD1B54A32D192ED03)), stream)
     bits = _mix(stream + (positions + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15))
     return (bits >> np.uint64(12)).astype(np.float64) * 2.0**-52
 
@@ -135,22 +208,24 @@ def _mix(x: NDArray[np.uint64]) -> NDArray[np.uint64]:
 
 
 @torch.inference_mode()
-def sample(logits_BV: Tensor, settings: Settings, positions: Sequence[int], seen_BV: Tensor | None = None) -> Tensor:
+def sample(
+    logits_BV: Tensor,
+    settings: Settings,
+    positions: Sequence[int],
+    seen_BV: Tensor | None = None,
+    counts_BV: Tensor | None = None,
+) -> Tensor:
     """The next token of every request, (B,) int64.
 
-    `positions[b]` counts the tokens request b was given before; `seen_BV` (bool) marks the tokens of
-    its window and is needed only when a row has a repetition penalty.
+    `positions[b]` counts the tokens request b was given before. `seen_BV` (bool) marks the tokens of its
+    window, `counts_BV` says how often each was generated; they are needed only when a row has a penalty on them.
     """
-    if settings.penalised:
-        assert seen_BV is not None
-        penalised = torch.where(logits_BV > 0, logits_BV / settings.penalty_B1, logits_BV * settings.penalty_B1)
-        logits_BV = torch.where(seen_BV, penalised, logits_BV)
+    logits_BV = _penalised(logits_BV, settings, np.asarray(positions), seen_BV, counts_BV)
     tokens = logits_BV.argmax(-1)
-    if len(settings.plain) + len(settings.filtered) == 0:
+    if settings.greedy:
         return tokens
-    u_B1 = torch.from_numpy(uniform(settings.seeds, np.asarray(positions, dtype=np.uint64))).to(logits_BV.device)[
-        :, None
-    ]
+    u = uniform(settings.seeds, np.asarray(positions, dtype=np.uint64), settings.indices)
+    u_B1 = torch.from_numpy(u).to(logits_BV.device)[:, None]
     for rows, draw in ((settings.plain, _draw_plain), (settings.filtered, _draw_filtered)):
         if len(rows):
             x = logits_BV if len(rows) == len(logits_BV) else logits_BV[rows]
@@ -158,6 +233,30 @@ def sample(logits_BV: Tensor, settings: Settings, positions: Sequence[int], seen
             p = torch.softmax((x - x.amax(-1, keepdim=True)) / settings.temperature_B1[rows], -1)
             tokens[rows] = draw(x, p, u_B1[rows], settings, rows)
     return tokens
+
+
+def _penalised(
+    x_BV: Tensor,
+    settings: Settings,
+    positions: NDArray[np.int64],
+    seen_BV: Tensor | None,
+    counts_BV: Tensor | None,
+) -> Tensor:
+    """What each request's own history and wishes make of its logits; its own rows alone are changed."""
+    if settings.penalised:
+        assert seen_BV is not None
+        penalised = torch.where(x_BV > 0, x_BV / settings.penalty_B1, x_BV * settings.penalty_B1)
+        x_BV = torch.where(seen_BV, penalised, x_BV)
+    if settings.counted:
+        assert counts_BV is not None
+        x_BV = x_BV - settings.presence_B1 * (counts_BV > 0) - settings.frequency_B1 * counts_BV
+    if len(settings.bias):
+        x_BV = x_BV.index_put(settings.bias_at, settings.bias, accumulate=True)
+    if len(settings.early_until):
+        rows, ids = settings.early_at
+        early = torch.from_numpy(positions[rows.cpu().numpy()] < settings.early_until).to(x_BV.device)
+        x_BV = x_BV.index_put((rows[early], ids[early]), x_BV.new_tensor(float("-inf")))
+    return x_BV
 
 
 def _draw_plain(x_BV: Tensor, p_BV: Tensor, u_B1: Tensor, settings: Settings, rows: Tensor) -> Tensor:
@@ -193,3 +292,12 @@ def _draw_filtered(
                 x_BV[longer], p_BV[longer], u_B1[longer], settings, rows[longer], vocabulary
             )
     return tokens
+
+
+def scored(log_p_TV: Tensor, tokens: Sequence[int], top: int) -> list[Scored]:
+    """The log-probability of each token and the `top` likeliest ones, of one tensor: equal tokens, equal numbers."""
+    mine = log_p_TV.gather(1, torch.tensor(tokens, device=log_p_TV.device)[:, None])[:, 0].tolist()
+    # always as many, so that among equals the order does not depend on how many are told
+    values, ids = log_p_TV.topk(min(MOST_LOGPROBS, log_p_TV.shape[1]))
+    pairs = (tuple(zip(i[:top], v[:top], strict=True)) for i, v in zip(ids.tolist(), values.tolist(), strict=True))
+    return list(zip(mine, pairs, strict=True))

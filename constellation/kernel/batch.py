@@ -1,0 +1,374 @@
+"""Continuous batching: which rows of which requests the next forward pass holds.
+
+A request is given a slot (slots.py) when one is free. Each `step` is one forward pass of
+
+    one row of every request whose window is read but for its last token, which gives its next logits, and
+    at most `chunk` rows of windows that are still being read, shared out evenly and in turn,
+
+so a long prompt neither stalls those who write nor the prompts behind it, and rows leave as soon as they are done.
+A slot keeps its keys and values afterwards: a request whose window begins with the same tokens goes on behind them, in
+the same slot when it extends all of them, else in a copy. The slot used longest ago is given away first.
+
+Law: what a request gets does not depend on its neighbours, on when it came, on `chunk`, or on what was kept, on a CPU
+to the bit. One thread may use a `Batch` (engine.py gives it one).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import deque
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from constellation.errors import ConfigError, RunError
+from constellation.kernel.model import KernelLM
+from constellation.kernel.packed import Packed
+from constellation.kernel.sample import Sampling, Scored, Settings, sample, scored
+from constellation.kernel.slots import BLOCK, Run, Slots
+
+
+@dataclasses.dataclass(eq=False, kw_only=True)
+class Work:
+    """A request in the engine, of either kind below. `done` gets it back, or an error."""
+
+    tokens: list[int]  # the last ones of which are the window
+    key: str = ""  # by which it is cancelled
+    done: Future[Any] = dataclasses.field(default_factory=Future)
+    slot: int = -1
+    start: int = 0  # of the window in `tokens`
+    fed: int = 0  # tokens of the window whose keys and values are held
+
+    @property
+    def window(self) -> int:
+        """Tokens of the window."""
+        return len(self.tokens) - self.start
+
+
+@dataclasses.dataclass(eq=False, kw_only=True)
+class Writing(Work):
+    """Sample token after token until `take(token)` says that it is done.
+
+    Every `room` tokens the window is cut to the last context - room + 1 tokens and, if that is less than before, read
+    anew; so it never slides in between, and `room = 1` is the sliding window of `decode_naive`.
+    """
+
+    sampling: Sampling
+    room: int
+    take: Callable[[int], bool]
+    taken: int = 0  # tokens sampled so far, here or elsewhere: the counter of the random numbers
+    scored: list[Scored] = dataclasses.field(default_factory=list)  # of the tokens sampled here, if asked for
+    left: int = 0  # of the room
+
+
+@dataclasses.dataclass(eq=False, kw_only=True)
+class Reading(Work):
+    """Hand the logits (M, V) of some rows to `emit(first, logits)`, for all positions from `first` on, in order."""
+
+    first: int
+    emit: Callable[[int, Tensor], None]
+
+
+class Batch:
+    """The requests of one model under way at once, at most `slots`; others wait in order."""
+
+    def __init__(
+        self, model: KernelLM, *, slots: int = 32, chunk: int = 64, precision: str = "fp32",
+        bias_V: Tensor | None = None, ends: Sequence[int] = (),
+    ):  # fmt: skip
+        if slots < 1 or chunk < 1:
+            raise ConfigError(f"slots={slots}, chunk={chunk}: both must be at least 1")
+        self.packed = Packed(model, precision, bias_V)
+        self.slots, self.chunk, self.ends = Slots(self.packed, slots), chunk, tuple(ends)
+        self.context = self.packed.context
+        self._waiting: deque[Work] = deque()
+        self._reading: deque[Work] = deque()  # windows being read
+        self._writing: list[Writing] = []  # read but for the last token, by slot
+        self._owner: list[Work | None] = [None] * slots
+        self._held = np.zeros((slots, self.context), np.int32)  # tokens whose keys and values a slot holds
+        self._length = np.zeros(slots, np.int64)  # how many
+        self._used = np.zeros(slots, np.int64)  # when last
+        self._settings: tuple[list[Writing], Settings] | None = None
+        self._seen_SV: Tensor | None = None
+        self._counts_SV: Tensor | None = None
+        self.steps = self.sampled = self.fed = self.reused = 0
+
+    # -- coming and going ----------------------------------------------------------------------------------------------
+
+    def add(self, work: Work) -> None:
+        """Queue a request; one that is impossible gets its error at once."""
+        try:
+            self._check(work)
+        except ConfigError as error:
+            _fail(work, error)
+        else:
+            self._waiting.append(work)
+
+    def _check(self, work: Work) -> None:
+        if not work.tokens:
+            raise ConfigError("a window needs at least one token")
+        outside = [t for t in work.tokens if not 0 <= t < self.packed.vocabulary]
+        if isinstance(work, Writing):
+            if not 1 <= work.room <= self.context:
+                raise ConfigError(f"room={work.room}: 1 to {self.context} tokens fit a context of {self.context}")
+            chosen = [t for t, _ in work.sampling.logit_bias] + list(work.sampling.stop_token_ids)
+            outside += [t for t in chosen if t >= self.packed.vocabulary]
+        elif len(work.tokens) > self.context:
+            raise ConfigError(f"a window of {len(work.tokens)} tokens: a context of {self.context} holds no more")
+        if outside:
+            raise ConfigError(f"token {outside[0]} is not in the vocabulary, 0..{self.packed.vocabulary - 1}")
+
+    def cancel(self, key: str) -> None:
+        """End the requests called `key` with an error and free their slots."""
+        for work in [w for w in (*self._waiting, *self._owner) if w is not None and w.key == key]:
+            self._leave(work)
+            _fail(work, RunError(f"request {key!r} was cancelled"))
+
+    def fail(self, error: BaseException) -> None:
+        """Everything under way gets `error`; what the slots hold is forgotten."""
+        for work in [w for w in (*self._waiting, *self._owner) if w is not None]:
+            self._leave(work)
+            _fail(work, error)
+        self._length[:] = 0
+
+    @property
+    def idle(self) -> bool:
+        return not (self._waiting or self._reading or self._writing)
+
+    def stats(self) -> dict[str, Any]:
+        active = len(self._reading) + len(self._writing)
+        return {
+            "slots": self.slots.count,
+            "active": active,
+            "kept": int((self._length > 0).sum()) - active,
+            "queue": len(self._waiting),
+            "steps": self.steps,
+            "tokens": self.sampled,
+            "prompt_tokens": self.fed,
+            "reused_tokens": self.reused,
+            "occupancy": self.sampled / self.steps if self.steps else 0.0,
+        }
+
+    def _admit(self) -> None:
+        for work in [w for w in (*self._waiting, *self._owner) if w is not None and w.done.cancelled()]:
+            self._leave(work)
+        while self._waiting and None in self._owner:
+            work = self._waiting.popleft()
+            if isinstance(work, Writing):
+                work.start, work.left = max(0, len(work.tokens) - (self.context - work.room + 1)), work.room
+            work.slot, work.fed = self._place(work)
+            self.reused += work.fed
+            self._owner[work.slot] = work
+            self._length[work.slot] = work.fed
+            self._begin(work)
+
+    def _place(self, work: Work) -> tuple[int, int]:
+        """The slot for a request and how many tokens of its window are held there."""
+        most = work.first if isinstance(work, Reading) else work.window - 1
+        same = self._held[:, :most] == np.array(work.tokens[work.start : work.start + most], np.int32)
+        shared = np.minimum(np.where(same.all(1), most, same.argmin(1)) if most else 0, self._length)
+        free = np.array([owner is None for owner in self._owner])
+        best = int(shared.argmax())
+        if not shared[best]:
+            best = -1
+        elif (free & (shared == shared[best]) & (self._length == shared)).any():
+            return int((free & (shared == shared[best]) & (self._length == shared)).argmax()), int(shared[best])
+        age = np.where(self._length > 0, self._used, -1)
+        slot = int(np.where(free, age, np.iinfo(np.int64).max).argmin())
+        if best < 0:
+            return slot, 0
+        if slot != best:
+            self.slots.copy(best, slot, int(shared[best]))
+            self._held[slot, : shared[best]] = self._held[best, : shared[best]]
+        return slot, int(shared[best])
+
+    def _begin(self, work: Work) -> None:
+        """Read the window of `work` from where it is held."""
+        if isinstance(work, Writing):
+            self._mark(work)
+            if work.fed == work.window - 1:
+                self._writing.append(work)
+                self._writing.sort(key=lambda w: w.slot)
+                return
+        self._reading.append(work)
+
+    def _leave(self, work: Work) -> None:
+        for group in (self._waiting, self._reading, self._writing):
+            if work in group:
+                group.remove(work)  # type: ignore[arg-type]
+        if work.slot >= 0 and self._owner[work.slot] is work:
+            self._owner[work.slot] = None
+            self._used[work.slot] = self.steps
+
+    def _finish(self, work: Work) -> None:
+        self._leave(work)
+        if work.done.set_running_or_notify_cancel():
+            work.done.set_result(work)
+
+    # -- a step --------------------------------------------------------------------------------------------------------
+
+    def step(self) -> None:
+        """One forward pass, and what follows from it."""
+        with torch.inference_mode(), torch.autocast(self.packed.device.type, enabled=False):
+            self._step()
+
+    def _step(self) -> None:
+        self._admit()
+        writing = list(self._writing)
+        reading = self._pieces()
+        rows = [*((w, w.fed, 1) for w in writing), *reading]
+        if not rows:
+            return
+        x_ND = self._forward(rows, len(writing))
+        self.steps += 1
+        at = len(writing)
+        for work, position, count in reading:
+            self._read(work, position, x_ND[at : at + count])
+            at += count
+        if writing:
+            self._write(writing, self.slots.logits(x_ND[: len(writing)]))
+
+    def _pieces(self) -> list[tuple[Work, int, int]]:
+        """(request, position, rows) of the windows that are read in this step."""
+        found: list[tuple[Work, int, int]] = []
+        left, share = self.chunk, max(BLOCK, -(-self.chunk // max(1, len(self._reading))))
+        for work in list(self._reading):
+            count = min(share, left, self._until(work) - work.fed)
+            if count > 0:
+                found.append((work, work.fed, count))
+                left -= count
+        if left == 0:
+            self._reading.rotate(-len(found))
+        return found
+
+    def _until(self, work: Work) -> int:
+        """Tokens of the window that are read before the first step; a request that writes steps with the last one."""
+        return work.window - isinstance(work, Writing)
+
+    def _forward(self, rows: Sequence[tuple[Work, int, int]], writing: int) -> Tensor:
+        tokens: list[int] = []
+        before: list[int] = []
+        positions: list[int] = []
+        slots: list[int] = []
+        runs: list[Run] = []
+        for i, (work, position, count) in enumerate(rows):
+            at, columns = work.start + position, self._columns(position + count)
+            first = len(tokens)
+            tokens += work.tokens[at : at + count]
+            before += [work.tokens[at - 1] if position else self.packed.vocabulary]
+            before += work.tokens[at : at + count - 1]
+            positions += range(position, position + count)
+            slots += [work.slot] * count
+            last = runs[-1] if runs and i < writing else None
+            if last and last.slot + last.count == work.slot:
+                runs[-1] = Run(last.first, last.count + 1, last.slot, True, max(last.columns, columns))
+            else:
+                runs.append(Run(first, count, work.slot, i < writing, columns))
+            self._length[work.slot] = work.fed = position + count
+        self._held[slots, positions] = tokens
+        return self.slots.read(tokens, before, positions, slots, runs)
+
+    def _columns(self, length: int) -> int:
+        return -(-length // BLOCK) * BLOCK
+
+    def _read(self, work: Work, position: int, x_ND: Tensor) -> None:
+        self.fed += len(x_ND)
+        if isinstance(work, Reading) and position + len(x_ND) > work.first:
+            wanted = max(position, work.first)
+            try:
+                work.emit(wanted, self.slots.logits(x_ND[wanted - position :]))
+            except Exception as error:
+                self._leave(work)
+                _fail(work, error)
+                return
+        if work.fed == self._until(work):
+            self._reading.remove(work)
+            if isinstance(work, Writing):
+                self._writing.append(work)
+                self._writing.sort(key=lambda w: w.slot)
+            else:
+                self._finish(work)
+
+    def _write(self, writing: list[Writing], logits_NV: Tensor) -> None:
+        finite_N = torch.isfinite(logits_NV.amax(-1))  # -inf is a token that must not come; the largest is no such
+        finite = finite_N.tolist()
+        if not all(finite):
+            logits_NV = torch.where(finite_N[:, None], logits_NV, 0.0)
+        tokens = self._sample(writing, logits_NV)
+        self._add_marks([w.slot for w in writing], tokens)
+        log_p_NV = None
+        if any(w.sampling.logprobs is not None for w in writing):
+            log_p_NV = torch.log_softmax(logits_NV, -1)
+        for i, (work, token) in enumerate(zip(writing, tokens, strict=True)):
+            if not finite[i]:
+                self._leave(work)
+                self._length[work.slot] = 0
+                _fail(work, RunError("a kernel's logits are not finite: its training diverged; lower optim.lr "
+                                     "and train anew"))  # fmt: skip
+                continue
+            if work.sampling.logprobs is not None and log_p_NV is not None:
+                work.scored += scored(log_p_NV[i : i + 1], [token], work.sampling.logprobs)
+            work.tokens.append(token)
+            work.taken += 1
+            work.left -= 1
+            self.sampled += 1
+            try:
+                done = work.take(token)
+            except Exception as error:
+                self._leave(work)
+                _fail(work, error)
+                continue
+            if done:
+                self._finish(work)
+            elif not work.left:
+                self._slide(work)
+
+    def _slide(self, work: Writing) -> None:
+        """Give the request room again."""
+        work.left = work.room
+        start = max(0, len(work.tokens) - (self.context - work.room + 1))
+        if start > work.start:
+            work.start, work.fed = start, 0
+            self._length[work.slot] = 0
+            self._writing.remove(work)
+            self._begin(work)
+
+    # -- sampling ------------------------------------------------------------------------------------------------------
+
+    def _sample(self, writing: list[Writing], logits_NV: Tensor) -> list[int]:
+        if self._settings is None or self._settings[0] != writing:
+            self._settings = (writing, Settings([w.sampling for w in writing], self.packed.device, self.ends))
+        settings, slots = self._settings[1], [w.slot for w in writing]
+        seen_NV = self._seen_SV[slots] if settings.penalised and self._seen_SV is not None else None
+        counts_NV = self._counts_SV[slots] if settings.counted and self._counts_SV is not None else None
+        chosen: list[int] = sample(logits_NV, settings, [w.taken for w in writing], seen_NV, counts_NV).tolist()
+        return chosen
+
+    def _mark(self, work: Writing) -> None:
+        """Which tokens the window holds, and how often each was generated, if the request has a penalty on them."""
+        shape, device = (self.slots.count, self.packed.vocabulary), self.packed.device
+        if work.sampling.repetition_penalty != 1:
+            if self._seen_SV is None:
+                self._seen_SV = torch.zeros(shape, dtype=torch.bool, device=device)
+            self._seen_SV[work.slot] = False
+            self._seen_SV[work.slot, work.tokens[work.start :]] = True
+        if work.sampling.presence_penalty or work.sampling.frequency_penalty:
+            if self._counts_SV is None:
+                self._counts_SV = torch.zeros(shape, device=device)
+            generated = torch.tensor(work.tokens[-work.taken :] if work.taken else [], dtype=torch.int64, device=device)
+            self._counts_SV[work.slot] = torch.bincount(generated, minlength=shape[1])
+
+    def _add_marks(self, slots: list[int], tokens: list[int]) -> None:
+        if self._seen_SV is not None:
+            self._seen_SV[slots, tokens] = True
+        if self._counts_SV is not None:
+            self._counts_SV[slots, tokens] += 1
+
+
+def _fail(work: Work, error: BaseException) -> None:
+    if work.done.set_running_or_notify_cancel():
+        work.done.set_exception(error)

@@ -1,0 +1,175 @@
+"""A kernel's weights laid out for decoding: the same function of the tokens in fewer and faster operations.
+
+    gains        of RMSNorm, and sqrt(D), go into the matrix that follows, so that a norm is x / |(x, sqrt(D eps))|
+    rotations    act on pairs of neighbours, by a permutation of q and k within a head: one complex product turns both
+    factors      of a row (coupling, 1 / sqrt(K)) go into its rotation
+    look-back    reads a row of zeros after the vocabulary before the first token
+    bias         -inf for tokens that must not come, is the head's
+
+A product on a CPU is oneDNN's on weights packed beforehand, a few times faster for few rows than one that packs them
+each time. Its rows do not depend on each other, nor on how many there are, from two rows on (measured: AMD EPYC,
+AVX-512, torch 2.13; the laws of the tests hold every machine to it).
+Shapes: N rows, each one token of one request; D width, H heads, K head size, V vocabulary, C context.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from constellation.errors import ConfigError
+from constellation.kernel import int8
+from constellation.kernel.model import _EPS, Attention, Block, KernelLM, SwiGLU, inverse_temperature
+
+PRECISIONS = ("fp32", "int8")
+
+
+class Product(Protocol):
+    """A matrix to multiply rows with."""
+
+    def __call__(self, x_NI: Tensor) -> Tensor:
+        """x W^T + bias, (N, O)."""
+        ...
+
+    def onto(self, x_NI: Tensor, y_NO: Tensor) -> Tensor:
+        """y + x W^T."""
+        ...
+
+
+class Packed32:
+    """float32 by oneDNN."""
+
+    def __init__(self, weight_OI: Tensor, bias_O: Tensor | None = None):
+        self.weight, self.bias_O = torch.ops.mkldnn._reorder_linear_weight(weight_OI.contiguous(), 16), bias_O
+
+    def __call__(self, x_NI: Tensor, unary: str = "none") -> Tensor:
+        product: Tensor = torch.ops.mkldnn._linear_pointwise(x_NI, self.weight, self.bias_O, unary, [], "")
+        return product
+
+    def onto(self, x_NI: Tensor, y_NO: Tensor, binary: str = "add") -> Tensor:
+        product: Tensor = torch.ops.mkldnn._linear_pointwise.binary(x_NI, y_NO, self.weight, self.bias_O, binary)
+        return product
+
+
+class Plain32:
+    """float32 by whatever the device has."""
+
+    def __init__(self, weight_OI: Tensor, bias_O: Tensor | None = None):
+        self.weight_OI, self.bias_O = weight_OI.contiguous(), bias_O
+
+    def __call__(self, x_NI: Tensor) -> Tensor:
+        return F.linear(x_NI, self.weight_OI, self.bias_O)
+
+    def onto(self, x_NI: Tensor, y_NO: Tensor) -> Tensor:
+        return F.linear(x_NI, self.weight_OI, self.bias_O).add_(y_NO)
+
+
+class Gated:
+    """silu(x G^T) * (x U^T) of one product with both."""
+
+    def __init__(self, gate_up: Product):
+        self.gate_up = gate_up
+
+    def __call__(self, x_ND: Tensor) -> Tensor:
+        gate, up = self.gate_up(x_ND).chunk(2, dim=-1)
+        return F.silu(gate).mul_(up)
+
+
+class GatedPacked32:
+    """The same of two products that end in silu and in the multiplication."""
+
+    def __init__(self, weight_OI: Tensor):
+        self.gate, self.up = (Packed32(half) for half in weight_OI.chunk(2))
+
+    def __call__(self, x_ND: Tensor) -> Tensor:
+        return self.up.onto(x_ND, self.gate(x_ND, "swish"), "mul")
+
+
+@dataclasses.dataclass
+class Layer:
+    qkv: Product
+    out: Product
+    gated: Gated | GatedPacked32
+    down: Product
+    norm_2H1: tuple[Tensor, Tensor] | None  # eps / c^2 and 1 / c^2 of q (c = c_h) and k (c = 1); None: no norm
+
+
+class Packed:
+    """The weights of `model` as they are now; `bias_V` is added to all logits."""
+
+    def __init__(self, model: KernelLM, precision: str = "fp32", bias_V: Tensor | None = None):
+        if precision not in PRECISIONS:
+            raise ConfigError(f"precision={precision!r}: choose one of {', '.join(PRECISIONS)}")
+        config, self.device = model.config, model.embedding.weight.device
+        onednn = self.device.type == "cpu" and torch.backends.mkldnn.is_available()
+        if precision == "int8" and not onednn:
+            raise ConfigError(f"precision='int8' needs a CPU with oneDNN, not {self.device.type}; choose 'fp32'")
+        self.width, self.heads, self.size = config.width, config.heads, config.width // config.heads
+        self.context, self.vocabulary, self.layers_count = config.context, config.vocab_size, config.layers
+        self.min_rows = 2 if onednn else 4 if self.device.type == "cpu" else 1
+        self.product: type[int8.Product] | type[Packed32] | type[Plain32]
+        self.product = int8.Product if precision == "int8" else Packed32 if onednn else Plain32
+        with torch.no_grad(), torch.autocast(self.device.type, enabled=False):
+            table_VD = model.embedding.weight
+            self.embedding_VD = torch.cat((table_VD, table_VD.new_zeros(1, self.width)))
+            self.look_back_D = model.look_back.detach().clone() if config.look_back else None
+            self.layers = [self._layer(block) for block in model.blocks]
+            self.head = self._after(model.norm.weight, table_VD, bias_V)
+            self.rotary_C21K = self._rotary(model)
+
+    def _after(self, gain_D: Tensor, weight_OD: Tensor, bias_O: Tensor | None = None) -> Product:
+        return self.product(weight_OD * (gain_D * math.sqrt(self.width)), bias_O)
+
+    def _layer(self, block: torch.nn.Module) -> Layer:
+        assert isinstance(block, Block)
+        attention, mlp = block.attention, block.mlp
+        assert isinstance(attention, Attention) and isinstance(mlp, SwiGLU)
+        pairs = torch.arange(self.size).view(2, -1).t().flatten()  # i, i + K/2 become neighbours
+        parts = attention.qkv.weight.view(3, self.heads, self.size, self.width)
+        qkv = torch.cat((parts[:2, :, pairs], parts[2:])).flatten(0, 2)
+        norm = None
+        if attention.metric == "fidelity":
+            c_2H1 = torch.stack((attention.log_c.exp(), torch.ones_like(attention.log_c)))[..., None]
+            norm = (_EPS / c_2H1**2, 1 / c_2H1**2)
+        gate_up = mlp.gate_up.weight * (block.norm_mlp.weight * math.sqrt(self.width))
+        gated = GatedPacked32(gate_up) if self.product is Packed32 else Gated(self.product(gate_up))
+        return Layer(
+            self._after(block.norm_attention.weight, qkv),
+            self.product(attention.out.weight), gated, self.product(mlp.out.weight), norm,
+        )  # fmt: skip
+
+    def _rotary(self, model: KernelLM) -> Tensor:
+        """e^{i angle} of every position for q, the row's factor in it, and for k: (C, 2, 1, K/2) complex."""
+        config = model.config
+        turn_CK = torch.complex(model.cos, model.sin)
+        factor_C1 = inverse_temperature(model.visible, model.beta.detach(), config.coupling_ref)[:, None]
+        if config.metric != "fidelity":
+            factor_C1 = factor_C1 / math.sqrt(self.size)
+        return torch.stack((turn_CK * factor_C1, turn_CK), dim=1)[:, :, None]
+
+    def embed(self, tokens_N: Tensor, before_N: Tensor) -> Tensor:
+        """What the first layer reads; before the first token of a window comes the token V."""
+        x_ND = self.embedding_VD.index_select(0, tokens_N)
+        if self.look_back_D is None:
+            return x_ND
+        return x_ND.addcmul_(self.look_back_D, self.embedding_VD.index_select(0, before_N))
+
+    def normal(self, x_ND: Tensor) -> Tensor:
+        """x / sqrt(|x|^2 + D eps): RMSNorm but for its gain and sqrt(D), which are in the next matrix."""
+        return x_ND * torch.linalg.vecdot(x_ND, x_ND).add_(self.width * _EPS).rsqrt_()[:, None]
+
+    def turned(self, layer: Layer, qkv_N3D: Tensor, rotary_N21K: Tensor) -> None:
+        """q and k in `qkv_N3D` become what the attention compares."""
+        qk_N2HK = qkv_N3D[:, : 2 * self.width].view(-1, 2, self.heads, self.size)
+        if layer.norm_2H1:
+            square_N2H1 = torch.linalg.vecdot(qk_N2HK, qk_N2HK)[..., None]
+            qk_N2HK.mul_(torch.addcmul(layer.norm_2H1[0], square_N2H1, layer.norm_2H1[1]).rsqrt_())
+        torch.view_as_complex(qk_N2HK.unflatten(-1, (-1, 2))).mul_(rotary_N21K)
+
+    def logits(self, x_ND: Tensor) -> Tensor:
+        return self.head(self.normal(x_ND))

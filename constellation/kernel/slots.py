@@ -1,0 +1,108 @@
+"""Keys and values of many requests, a slot each, and the forward pass of rows of them.
+
+A row is one token of one request: it writes its key and value into column `position` of its slot and attends to the
+columns up to there. Rows of a pass may belong to any requests, also several to one (a piece of its prompt): a token is
+computed by the same operations whatever it is in company of, which makes it the same to the bit on a CPU. Hence no
+attention kernel with several queries: each row has one query, and columns come in blocks, the unused ones masked.
+Shapes as in packed.py; S slots.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from constellation.kernel.packed import Packed
+
+BLOCK = 16  # columns are counted in blocks: one AVX-512 vector of float32
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """Rows first..first+count-1 of a pass: one token of each of the slots from `slot` on, or `count` of `slot`."""
+
+    first: int
+    count: int
+    slot: int
+    spread: bool  # over as many slots
+    columns: int  # to look at: more than the largest position
+
+
+class Slots:
+    """`count` slots of `packed.context` columns."""
+
+    def __init__(self, packed: Packed, count: int):
+        self.packed, self.count = packed, count
+        self.columns = _blocks(packed.context)
+        shape = (packed.layers_count, count, self.columns, 2, packed.heads, packed.size)
+        if packed.device.type == "cpu":  # from numpy, whose zeros take no memory before they are written to
+            held = torch.from_numpy(np.zeros(shape, np.float32))
+        else:
+            held = torch.zeros(shape, device=packed.device)
+        self.held = held.unbind(0)
+        self._flat = [kv.view(count * self.columns, 2 * packed.width) for kv in self.held]
+        self._column_C = torch.arange(self.columns, device=packed.device)
+
+    def copy(self, source: int, target: int, length: int) -> None:
+        """The first `length` columns of one slot into another."""
+        for kv in self.held:
+            kv[target, :length] = kv[source, :length]
+
+    @torch.inference_mode()
+    def read(
+        self, tokens: Sequence[int], before: Sequence[int], position: Sequence[int], slot: Sequence[int],
+        runs: Sequence[Run],
+    ) -> Tensor:  # fmt: skip
+        """The last layer's output (N, D) for each row: token, token before it (V: none), position, slot."""
+        rows = torch.tensor((tokens, before, position, slot), device=self.packed.device)
+        return self.forward(rows, runs)
+
+    def forward(self, rows_4N: Tensor, runs: Sequence[Run]) -> Tensor:
+        packed, (tokens_N, before_N, position_N, slot_N) = self.packed, rows_4N.unbind(0)
+        count = len(tokens_N)
+        spare = max(0, packed.min_rows - count)
+        x_ND = packed.embed(tokens_N, before_N)
+        rotary_N21K = packed.rotary_C21K.index_select(0, position_N)
+        at_N = slot_N * self.columns + position_N
+        masks = [self._mask(position_N[run.first : run.first + run.count], run.columns) for run in runs]
+        if spare:  # a product needs them; what they say is not looked at
+            x_ND = torch.cat((x_ND, x_ND[:1].expand(spare, -1)))
+        for layer, kv, flat in zip(packed.layers, self.held, self._flat, strict=True):
+            qkv = layer.qkv(packed.normal(x_ND))
+            mine = qkv[:count]
+            packed.turned(layer, mine, rotary_N21K)
+            flat.index_copy_(0, at_N, mine[:, packed.width :])
+            parts = [self._attend(mine, kv, run, mask) for run, mask in zip(runs, masks, strict=True)]
+            if spare:
+                parts.append(qkv[count:, : packed.width])
+            y_ND = torch.cat(parts) if len(parts) > 1 else parts[0]
+            x_ND = layer.out.onto(y_ND, x_ND)
+            x_ND = layer.down.onto(layer.gated(packed.normal(x_ND)), x_ND)
+        return x_ND[:count]
+
+    def _mask(self, position_N: Tensor, columns: int) -> Tensor:
+        """0 at the columns a row sees, else -inf: (N, 1, 1, columns)."""
+        unseen = self._column_C[:columns] > position_N[:, None]
+        return torch.zeros_like(unseen, dtype=torch.float32).masked_fill_(unseen, float("-inf"))[:, None, None]
+
+    def _attend(self, qkv_N3D: Tensor, kv_SC2HK: Tensor, run: Run, mask: Tensor) -> Tensor:
+        packed, rows = self.packed, run.count
+        q = qkv_N3D[run.first : run.first + rows, : packed.width].view(rows, packed.heads, 1, packed.size)
+        kv = kv_SC2HK[run.slot : run.slot + (rows if run.spread else 1), : run.columns]
+        k, v = kv.permute(2, 0, 3, 1, 4).expand(2, rows, -1, -1, -1).unbind(0)
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=1.0).view(rows, packed.width)
+
+    def logits(self, x_ND: Tensor) -> Tensor:
+        """(N, V) of the last layer's output."""
+        spare = max(0, self.packed.min_rows - len(x_ND))
+        x = torch.cat((x_ND, x_ND[:1].expand(spare, -1))) if spare else x_ND
+        return self.packed.logits(x)[: len(x_ND)]
+
+
+def _blocks(columns: int) -> int:
+    return -(-columns // BLOCK) * BLOCK
