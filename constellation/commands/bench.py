@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -79,3 +81,124 @@ def dense(
     if out:
         dense_report.save(result, out)
         click.echo(f"raw result: {out}")
+
+
+@command.command()
+@click.option(
+    "--full", is_flag=True, help="all of it: about an hour of CPU time; default: a part, under ten minutes on two cores"
+)
+@click.option(
+    "--work",
+    type=click.Path(path_type=Path),
+    default=Path("runs/bench-optim"),
+    show_default=True,
+    metavar="DIR",
+    help="finished trials; reused when called again",
+)
+@options.corpus
+@click.option(
+    "--digits",
+    type=click.Path(path_type=Path, exists=True, file_okay=False),
+    default=None,
+    metavar="DIR",
+    help="folder of MNIST's IDX image files; default: scikit-learn's digits",
+)
+@click.option("--tasks", default=None, metavar="A,B", help="a part of the tasks")
+@click.option("--optimizers", default=None, metavar="A,B", help="a part of the rows; AdamW is always among them")
+@click.option("--scale", default=None, type=click.FloatRange(0, 1, min_open=True), help="of every run's length")
+@click.option("--workers", default=None, type=click.IntRange(1), help="processes; default: one a core")
+@click.option(
+    "--table",
+    type=click.Path(path_type=Path, exists=True, dir_okay=False),
+    default=None,
+    metavar="FILE",
+    help="run nothing: make README's table, and the files beside FILE, from this raw result",
+)
+@click.option(
+    "--readme",
+    type=click.Path(path_type=Path, dir_okay=False),
+    default=Path("README.md"),
+    show_default=True,
+    help="where --table writes, between <!-- optim --> and <!-- /optim -->",
+)
+@out
+def optim(
+    full: bool,
+    work: Path,
+    corpus: Path | None,
+    digits: Path | None,
+    tasks: str | None,
+    optimizers: str | None,
+    scale: float | None,
+    workers: int | None,
+    table: Path | None,
+    readme: Path,
+    out: Path | None,
+) -> None:
+    """Natural-gradient optimizers against tuned AdamW, Muon, SOAP, PSGD and schedule-free: steps and CPU-seconds."""
+    import dataclasses
+
+    from constellation.atomic import read_json
+    from constellation.experiments import bench_optim, optim_report
+
+    if table is not None:
+        result = read_json(table)
+        result |= optim_report.analyse(result)
+        files = optim_report.save(result, table)
+        optim_report.rewrite(readme, result)
+        click.echo(f"{readme}, {', '.join(map(str, files))}")
+        return
+    profile = bench_optim.FULL if full else bench_optim.QUICK
+    changes: dict[str, Any] = {"tasks": tasks and tuple(tasks.split(",")), "scale": scale}
+    changes["rows"] = optimizers and tuple(optimizers.split(","))
+    profile = dataclasses.replace(profile, **{k: v for k, v in changes.items() if v})
+    result = bench_optim.run(
+        profile, work, corpus=corpus, digits=digits, workers=workers, say=click.echo, live=sys.stderr.isatty()
+    )
+    click.echo(optim_report.markdown(result))
+    for file in optim_report.save(result, out or work / "optim.json"):
+        click.echo(f"wrote {file}")
+
+
+@command.command()
+@click.option("--url", default=None, metavar="URL", help="a service that runs")
+@click.option(
+    "--run",
+    default=None,
+    type=click.Path(path_type=Path, exists=True),
+    metavar="DIR",
+    help="start a service of this run, and end it",
+)
+@click.option("--streams", default=64, show_default=True, type=click.IntRange(1), help="answers under way at once")
+@click.option("--seconds", default=300.0, show_default=True, type=click.FloatRange(0, min_open=True))
+@click.option("--tokens", default=64, show_default=True, type=click.IntRange(1), help="of an answer")
+@click.option(
+    "--rate",
+    default=None,
+    type=click.FloatRange(0, min_open=True),
+    metavar="R",
+    help="requests a second, at random times; default: each stream asks again at once",
+)
+@click.option("--leave", default=0.0, type=click.FloatRange(0, 1), help="part of the clients that leave in the middle")
+@click.option("--mode", default="", metavar="route|ocean|KERNEL|...", help="who answers; default: the service's")
+@click.option("--seed", default=0, type=int)
+@click.option("--api-key", default="", envvar="CONSTELLATION_API_KEY", metavar="KEY", help="or CONSTELLATION_API_KEY")
+@out
+def serve(
+    url: str | None,
+    run: Path | None,
+    streams: int,
+    seconds: float,
+    tokens: int,
+    rate: float | None,
+    leave: float,
+    mode: str,
+    seed: int,
+    api_key: str,
+    out: Path | None,
+) -> None:
+    """The service under load: errors, leaks, fairness; times to the first token and between tokens, p50 and p99."""
+    from constellation.experiments import bench_serve
+    from constellation.experiments.load import Load
+
+    bench_serve.run(url, Load(streams, seconds, tokens, rate, leave, mode, seed), run=run, key=api_key, out=out)
