@@ -15,6 +15,7 @@ The service is at --url, or started here for the run (`--run`) on a free port of
 from __future__ import annotations
 
 import asyncio
+import functools
 import json
 import os
 import platform
@@ -194,14 +195,15 @@ async def _metrics(client: httpx.AsyncClient) -> dict[str, float]:
     return sums
 
 
-def _prompts(seed: int, count: int = 256) -> list[str]:
+@functools.cache
+def _prompts(seed: int, count: int = 256) -> tuple[str, ...]:
     """Pieces of held-out documents of the embedded corpus, their lengths log-uniform in `PROMPT_BYTES`."""
     rng = np.random.default_rng(seed)
     documents = [d.text for d in read_corpus(None, Data()).split(0.1)[1] if len(d.text) > 2 * PROMPT_BYTES[1]]
     lengths = np.exp(rng.uniform(np.log(PROMPT_BYTES[0]), np.log(PROMPT_BYTES[1]), count)).astype(int).tolist()
     picks = [documents[i] for i in rng.integers(0, len(documents), count).tolist()]
     begins = [int(rng.integers(0, len(text) - size)) for text, size in zip(picks, lengths)]
-    return [text[begin : begin + size] for text, begin, size in zip(picks, begins, lengths)]
+    return tuple(text[begin : begin + size] for text, begin, size in zip(picks, begins, lengths))
 
 
 _SHOWN = ("p50", "p90", "p99", "most")

@@ -59,7 +59,6 @@ class Asked:
 async def drive(url: str, load: Load, prompts: Sequence[str], key: str = "") -> list[Asked]:
     """Every request that was made, in the order of their ends."""
     draw = random.Random(load.seed)
-    begin = time.perf_counter()
     done: list[Asked] = []
     waiting: asyncio.Queue[float] = asyncio.Queue()
     headers = {"Authorization": f"Bearer {key}"} if key else {}
@@ -90,6 +89,7 @@ async def drive(url: str, load: Load, prompts: Sequence[str], key: str = "") -> 
 
     timeout = httpx.Timeout(PATIENCE_S)
     async with httpx.AsyncClient(base_url=url, headers=headers, limits=limits, timeout=timeout) as client:
+        begin = time.perf_counter()
         work = [stream(number, client) for number in range(load.streams)]
         await asyncio.gather(*work, *([arrive()] if load.rate else []))
     return done
