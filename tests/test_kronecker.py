@@ -164,7 +164,21 @@ def test_kl_shampoo_is_its_formula(shape: tuple[int, int]) -> None:
     assert torch.allclose(optimizer.state[w]["left"], left) and torch.allclose(optimizer.state[w]["right"], right)
 
 
-@pytest.mark.parametrize("variant", ["kl_shampoo", "soap", "soap_muon"])
+@pytest.mark.parametrize("variant", WHITENED)
+def test_bfloat16_products_change_a_step_by_their_rounding(variant: str) -> None:
+    def after(products: str) -> torch.Tensor:
+        w = torch.zeros(12, 12, requires_grad=True)
+        optimizer = KroneckerNG([w], lr=1.0, variant=variant, refresh=50, products=products)
+        for i in range(6):
+            w.grad = matrix(12, 12, seed=i)
+            optimizer.step()
+        return w.detach()
+
+    full, rounded = after("full"), after("bfloat16")
+    assert 0 < float((full - rounded).norm() / full.norm()) < 0.1
+
+
+@pytest.mark.parametrize("variant", WHITENED)
 def test_steps_do_not_depend_on_the_scale_of_the_loss(variant: str) -> None:
     def after(scale: float) -> torch.Tensor:
         w = matrix(6, 4).double().requires_grad_()

@@ -219,6 +219,17 @@ def test_zero_tiny_and_huge_gradients_leave_finite_parameters(g: float, kwargs: 
     assert optimizer.outcome == "stepped" and torch.isfinite(x).all()
 
 
+def test_the_fused_kernel_reaches_parameters_with_gaps_between_their_entries() -> None:
+    flat = torch.ones(4, requires_grad=True)
+    gaps = torch.ones(4, 2)[:, 0].requires_grad_()
+    for x in (flat, gaps):
+        optimizer = DiagonalNG([x], lr=0.1, **ADAM)
+        for _ in range(3):
+            x.grad = torch.arange(8.0).view(4, 2)[:, 1]
+            optimizer.step()
+    assert torch.equal(flat, gaps) and (gaps < 1).all()
+
+
 @pytest.mark.parametrize("power", [0.5, 1.0])
 def test_a_grad_scaler_changes_nothing_and_its_overflow_skips(power: float) -> None:
     def train(scale: float | None, overflow: bool = False) -> torch.Tensor:

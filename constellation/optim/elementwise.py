@@ -68,8 +68,8 @@ def diagonal_step(
 def _fused(params: list[Tensor], state: Any, group: dict[str, Any]) -> None:
     """Power 1/2 in torch's kernel; half-precision parameters pass through float32."""
     fishers, momenta, steps = ([state[p][name] for p in params] for name in ("fisher", "momentum", "step"))
-    wide = [p if p.dtype == f.dtype else p.to(f.dtype) for p, f in zip(params, fishers, strict=True)]
-    grads = [p.grad.to(f.dtype) for p, f in zip(params, fishers, strict=True) if p.grad is not None]
+    wide = [_laid_out(p, f) for p, f in zip(params, fishers, strict=True)]
+    grads = [_laid_out(p.grad, f) for p, f in zip(params, fishers, strict=True) if p.grad is not None]
     thetas, grads, momenta, fishers = (
         [torch.view_as_real(t) if t.is_complex() else t for t in ts] for ts in (wide, grads, momenta, fishers)
     )
@@ -81,6 +81,12 @@ def _fused(params: list[Tensor], state: Any, group: dict[str, Any]) -> None:
     for p, w in zip(params, wide, strict=True):
         if w is not p:
             p.copy_(w)
+
+
+def _laid_out(t: Tensor, like: Tensor) -> Tensor:
+    """`t`, or a copy of the dtype and strides of `like`: the kernel runs over memory as it lies."""
+    same = t.dtype == like.dtype and t.stride() == like.stride()
+    return t if same else torch.empty_like(like).copy_(t)
 
 
 def _plain(p: Tensor, s: dict[str, Any], group: dict[str, Any], curvature: dict[Tensor, Tensor] | None) -> None:

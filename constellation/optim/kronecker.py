@@ -42,11 +42,12 @@ __all__ = ["KroneckerNG", "kronecker_step", "polar"]
 
 VARIANTS = ("muon", *WHITENED)
 ADJUSTMENTS = ("match_rms_adamw", "original")
+PRODUCTS = ("full", "bfloat16")
 OLD_NAMES = {"kronecker": "kron", "diagonal": "diag"}  # in checkpoints of the first release
 LARGEST_NORM = 1e18  # of a gradient whose square is averaged in float32
 KRON: dict[str, Any] = {
     "variant": "muon", "momentum": 0.95, "weight_decay": 0.0, "alpha": 0.95, "eps": 1e-8, "factor_decay": None,
-    "refresh": 10, "refresh_above": 0.0, "max_dim": 1024, "max_aspect": 4.0, "nesterov": True,
+    "refresh": 10, "refresh_above": 0.0, "max_dim": 1024, "max_aspect": 4.0, "products": "full", "nesterov": True,
     "adjust_lr_fn": "match_rms_adamw", "ns_coefficients": NEWTON_SCHULZ, "ns_steps": NEWTON_SCHULZ_STEPS,
     "batched": True, "maximize": False,
 }  # fmt: skip
@@ -74,6 +75,7 @@ class KroneckerNG(NaturalOptimizer):
         refresh_above: float = 0.0,  # a basis is left alone while its off-diagonal part is at most this, [0, 1]
         max_dim: int = 1024,  # sides longer than this, or than max_aspect times the other, get no factor
         max_aspect: float = 4.0,
+        products: str = "full",  # of factors and bases; bfloat16 is several times faster where processors have it
         nesterov: bool = True,
         adjust_lr_fn: str = "match_rms_adamw",  # 0.2 sqrt(max(r, c)); original: sqrt(max(1, r / c))
         ns_coefficients: tuple[float, float, float] = NEWTON_SCHULZ,
@@ -85,11 +87,10 @@ class KroneckerNG(NaturalOptimizer):
         check_range("KroneckerNG", momentum=(momentum, 1), weight_decay=(weight_decay, math.inf))
         check_range("KroneckerNG", alpha=(alpha, 1), eps=(eps, math.inf), diagonal_momentum=(diagonal_momentum, 1))
         check_range("KroneckerNG", factor_decay=(factor_decay or 0.0, 1), refresh_above=(refresh_above, 1))
-        if variant not in VARIANTS or adjust_lr_fn not in ADJUSTMENTS:
-            raise ConfigError(
-                f"KroneckerNG: variant={variant!r}, adjust_lr_fn={adjust_lr_fn!r}; choose one of "
-                f"{', '.join(VARIANTS)} and one of {', '.join(ADJUSTMENTS)}"
-            )
+        choices = {"variant": VARIANTS, "adjust_lr_fn": ADJUSTMENTS, "products": PRODUCTS}
+        for name, value in {"variant": variant, "adjust_lr_fn": adjust_lr_fn, "products": products}.items():
+            if value not in choices[name]:
+                raise ConfigError(f"KroneckerNG: {name}={value!r}; choose one of {', '.join(choices[name])}")
         if refresh < 1 or max_dim < 1 or not max_aspect >= 1 or not 0 < ns_steps < 100 or len(ns_coefficients) != 3:
             raise ConfigError(
                 f"KroneckerNG: refresh={refresh}, max_dim={max_dim}, max_aspect={max_aspect} must be at least 1, "
@@ -99,8 +100,9 @@ class KroneckerNG(NaturalOptimizer):
             "lr": lr, "momentum": momentum, "weight_decay": weight_decay, "alpha": alpha, "eps": eps,
             "diagonal_momentum": diagonal_momentum, "method": "kron", "variant": variant, "factor_decay": factor_decay,
             "refresh": refresh, "refresh_above": refresh_above, "max_dim": max_dim, "max_aspect": max_aspect,
-            "nesterov": nesterov, "adjust_lr_fn": adjust_lr_fn, "ns_coefficients": tuple(ns_coefficients),
-            "ns_steps": ns_steps, "batched": batched, "maximize": maximize, "check_finite": check_finite,
+            "products": products, "nesterov": nesterov, "adjust_lr_fn": adjust_lr_fn, "ns_steps": ns_steps,
+            "ns_coefficients": tuple(ns_coefficients), "batched": batched, "maximize": maximize,
+            "check_finite": check_finite,
         }  # fmt: skip
         super().__init__(params, defaults)
 

@@ -158,11 +158,12 @@ class NaturalOptimizer(torch.optim.Optimizer):
                     self.state[p][key] = saved.to(loaded.device, copy=True)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
+        defaults = dict(state.get("defaults", self.__dict__.get("defaults", {})))  # torch adds to them
         super().__setstate__(state)
         for name, value in {"_natural_steps": 0, "_skipped_steps": 0, "_outcome": "none"}.items():
             self.__dict__.setdefault(name, value)
         for group in self.param_groups:
-            for name, value in self.defaults.items():  # options younger than the state
+            for name, value in defaults.items():  # options younger than the state
                 group.setdefault(name, value)
         for entry in self.state.values():
             if "step" in entry and not isinstance(entry["step"], Tensor):

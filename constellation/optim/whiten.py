@@ -103,16 +103,17 @@ def _step(members: list[Tensor], steps: int, state: Any, group: dict[str, Any]) 
                 stacked(states, f"{side}_basis").copy_(eigenbasis(stacked(states, side)))
         return
     t = steps + 1 if kl else steps
-    half_NRC = g_NRC if bases[1] is None else g_NRC @ bases[1]  # G Q_R
-    turned_NRC = half_NRC if bases[0] is None else bases[0].mT @ half_NRC
+    dtype = torch.bfloat16 if group["products"] == "bfloat16" else g_NRC.dtype
+    half_NRC = g_NRC if bases[1] is None else _product(g_NRC, bases[1], dtype)  # G Q_R
+    turned_NRC = half_NRC if bases[0] is None else _product(bases[0].mT, half_NRC, dtype)
     momentum_NRC.lerp_(turned_NRC, 1 - group["momentum"])
     if kl:
         delta_NRC = _kl(states, bases, g_NRC, half_NRC, turned_NRC, momentum_NRC, t, group)
     else:
         delta_NRC = _soap(states, turned_NRC, momentum_NRC, t, group)
         _update_factors(states, g_NRC, g_NRC, group)
-    delta_NRC = delta_NRC if bases[0] is None else bases[0] @ delta_NRC
-    delta_NRC = delta_NRC if bases[1] is None else delta_NRC @ bases[1].mT
+    delta_NRC = delta_NRC if bases[0] is None else _product(bases[0], delta_NRC, dtype)
+    delta_NRC = delta_NRC if bases[1] is None else _product(delta_NRC, bases[1].mT, dtype)
     lr = float(group["lr"])
     if group["weight_decay"]:
         torch._foreach_mul_(members, 1 - lr * group["weight_decay"])
@@ -150,7 +151,8 @@ def _kl(
             if side in states[0]:
                 stacked(states, side).diagonal(dim1=-2, dim2=-1).add_(c_N1)
     inverse_l, inverse_r = l_NR.clamp(min=eps).reciprocal()[:, :, None], r_NC.clamp(min=eps).reciprocal()[:, None, :]
-    other_NRC = g_NRC if bases[0] is None else bases[0].mT @ g_NRC  # Q_L^T G
+    dtype = torch.bfloat16 if group["products"] == "bfloat16" else g_NRC.dtype
+    other_NRC = g_NRC if bases[0] is None else _product(bases[0].mT, g_NRC, dtype)  # Q_L^T G
     _update_factors(
         states,
         half_NRC * (inverse_r / g_NRC.shape[2]).sqrt(),
@@ -167,10 +169,16 @@ def _kl(
 def _update_factors(states: list[dict[str, Any]], rows_NRC: Tensor, columns_NRC: Tensor, group: dict[str, Any]) -> None:
     """L <- d L + (1 - d) X X^T, R <- d R + (1 - d) Y^T Y."""
     decay = group["alpha"] if group["factor_decay"] is None else group["factor_decay"]
-    if "left" in states[0]:
-        stacked(states, "left").baddbmm_(rows_NRC, rows_NRC.mT, beta=decay, alpha=1 - decay)
-    if "right" in states[0]:
-        stacked(states, "right").baddbmm_(columns_NRC.mT, columns_NRC, beta=decay, alpha=1 - decay)
+    dtype = torch.bfloat16 if group["products"] == "bfloat16" else rows_NRC.dtype
+    for side, x, y in (("left", rows_NRC, rows_NRC.mT), ("right", columns_NRC.mT, columns_NRC)):
+        if side in states[0] and dtype == x.dtype:
+            stacked(states, side).baddbmm_(x, y, beta=decay, alpha=1 - decay)
+        elif side in states[0]:
+            stacked(states, side).mul_(decay).add_(_product(x, y, dtype), alpha=1 - decay)
+
+
+def _product(x: Tensor, y: Tensor, dtype: torch.dtype) -> Tensor:
+    return (x.to(dtype) @ y.to(dtype)).to(x.dtype)
 
 
 def _refresh(
