@@ -15,7 +15,6 @@ cut its beginning; an answer may be longer, for windows slide.
 
 from __future__ import annotations
 
-import dataclasses
 import re
 from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Literal, TypeVar
@@ -141,12 +140,6 @@ class Generation(Addressed, kw_only=True):
     def sampling(self, stop: tuple[str, ...] = ()) -> Sampling:
         """The sampler's settings; `stop` texts are added to the client's own."""
         wanted = [self.stop] if isinstance(self.stop, str) else self.stop
-        bias = tuple(sorted((int(token), bias) for token, bias in self.logit_bias.items()))
-        extra: dict[str, Any] = {
-            "min_tokens": self.min_tokens, "ignore_eos": self.ignore_eos, "logit_bias": bias,
-            "presence_penalty": self.presence_penalty, "frequency_penalty": self.frequency_penalty,
-            "stop_token_ids": tuple(self.stop_token_ids), "logprobs": self.tops,
-        }  # fmt: skip
         return Sampling(
             temperature=self.temperature,
             top_k=max(0, self.top_k),
@@ -156,7 +149,13 @@ class Generation(Addressed, kw_only=True):
             seed=(self.seed or 0) % 2**64,
             stop=tuple(dict.fromkeys((*filter(None, wanted), *stop))),
             max_new_tokens=max(1, self.most_tokens),
-            **_known(extra),
+            presence_penalty=self.presence_penalty,
+            frequency_penalty=self.frequency_penalty,
+            logit_bias=tuple(sorted((int(token), bias) for token, bias in self.logit_bias.items())),
+            min_tokens=self.min_tokens,
+            ignore_eos=self.ignore_eos,
+            stop_token_ids=tuple(self.stop_token_ids),
+            logprobs=self.tops,
         )
 
     @property
@@ -307,15 +306,6 @@ class RouteRequest(Addressed, kw_only=True):
 
     prompt: str | None = None  # or `messages`
     messages: Messages | None = None
-
-
-def _known(extra: dict[str, Any]) -> dict[str, Any]:
-    """What the sampler knows; TEMPORARY."""
-    names = {field.name for field in dataclasses.fields(Sampling)}
-    for name, value in extra.items():
-        if name not in names and value:
-            raise Refusal(f"{name} is not offered by this service", name, "unsupported_parameter")
-    return {name: value for name, value in extra.items() if name in names}
 
 
 R = TypeVar("R", bound=Addressed)
