@@ -26,6 +26,7 @@ COMMANDS = {
     "status": "kernels, roles, roots, nodes, steps, loss, health",
     "down": "stop what `up` started",
     "keys": "make, list and remove API keys of the service",
+    "export": "write a plain kernel as a folder for transformers, vLLM, CTranslate2",
     "bench": "measure: dense | route | train",
     "doctor": "check Python, torch, Ray, GPUs, disk, and run a self-test",
 }

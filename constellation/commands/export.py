@@ -1,0 +1,37 @@
+"""constellation export"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from constellation.commands import options
+from constellation.config import OCEAN, ROLES
+
+
+@click.command()
+@options.run
+@click.option(
+    "--kernel", type=click.Choice([OCEAN, *ROLES]), required=True, metavar="ROLE", help="which of its kernels"
+)
+@click.option(
+    "--format", "format_", type=click.Choice(["hf"]), default="hf", show_default=True, help="hf: transformers"
+)
+@click.option("--out", type=click.Path(path_type=Path), required=True, metavar="DIR", help="the folder to write")
+def command(run: Path, kernel: str, format_: str, out: Path) -> None:
+    """Write a plain kernel as a LlamaForCausalLM folder, which transformers, vLLM and CTranslate2 load.
+
+    The kernel must have been trained with kernel.metric=dot kernel.look_back=0 kernel.coupling=off; every other kind
+    is refused with the reason.
+    """
+    from actors.plan import open_request
+    from constellation.coordizer.tokenizer import SPECIALS, Tokenizer
+    from constellation.kernel.export import export_llama
+    from constellation.train.checkpoint import load_model
+
+    open_request(run)
+    options.check_writable(out)
+    model, tokenizer = load_model(run / kernel), Tokenizer.load(run / "tokenizer.json")
+    export_llama(model, out, tokenizer.eos, SPECIALS[tokenizer.eos], run / "tokenizer.json")
+    click.echo(f"{out}: {kernel}, {model.num_parameters():,} parameters, LlamaForCausalLM")
