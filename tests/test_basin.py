@@ -116,15 +116,14 @@ def test_steps_are_covariant_under_a_change_of_coordinates(solver: str, kind: st
     x, y = torch.randn(40, 4, generator=g, dtype=torch.float64), torch.randint(0, 3, (40,), generator=g)
     b = torch.linalg.qr(torch.randn(8, 8, generator=g, dtype=torch.float64)).Q
     b = b * torch.linspace(0.5, 2, 8, dtype=torch.float64)
-    theta = torch.randn(8, generator=g, dtype=torch.float64).requires_grad_()
-    phi = torch.linalg.solve(b, theta.detach()).requires_grad_()
     for trust in (None, 1e-3):  # without damping, which is not covariant
+        theta = (0.3 * torch.randn(8, generator=g, dtype=torch.float64)).requires_grad_()
+        phi = torch.linalg.solve(b, theta.detach()).requires_grad_()
         for leaf, into in ((theta, torch.eye(8, dtype=torch.float64)), (phi, b)):
             optimizer = BasinNaturalGrad(
                 [leaf], **exact_solver(lr=0.5, damping=0.0, max_kl=trust, solver=solver, kind=kind, seed=seed)
             )
             f = F.pad(x @ (into @ leaf).view(4, 2), (0, 1))  # the last logit is fixed, so that F is regular
-            optimizer.zero_grad()
             F.cross_entropy(f, y).backward(retain_graph=True)
             optimizer.step(logits=f)
             assert optimizer.outcome in ("converged", "max_steps")
