@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from constellation.errors import ConfigError
+from constellation.geometry.fisher import twice_differentiable
 from constellation.optim import precond
 from constellation.optim.curvature import UNITS, Curvature, ema_grad2, from_likelihood
 from constellation.optim.natural import NaturalOptimizer, check_range, finite, state_like
@@ -121,7 +122,7 @@ class CurvatureScaledSGD(NaturalOptimizer):
             raise ConfigError(
                 f"source={blocks[0][0]['source']!r} is due a look: pass step(logits=..., targets=...) or curvature=..."
             )
-        with torch.enable_grad():
+        with torch.enable_grad(), twice_differentiable():
             given = curvature() if callable(curvature) else curvature
             rows = logits() if given is None and callable(logits) else logits
         order = [p for g in self.param_groups for p in g["params"]]

@@ -11,6 +11,7 @@ weights, optimizer, generator and history are in the checkpoint.
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import math
 import time
 from collections.abc import Iterator
@@ -34,6 +35,8 @@ from constellation.kernel.loss import linear_cross_entropy
 from constellation.kernel.model import KernelLM
 from constellation.telemetry.step import Step
 from constellation.train import checkpoint, score
+
+CURVATURE_PART = 8  # an optimizer that sees curvature sees it in one sequence of so many
 
 
 @dataclass(frozen=True)
@@ -88,6 +91,30 @@ def resolve_precision(config: Config) -> Config:
     return dataclasses.replace(config, train=dataclasses.replace(config.train, precision="bf16" if fast else "fp32"))
 
 
+def inherit(source: checkpoint.Checkpoint, model: torch.nn.Module, optimizer: torch.optim.Optimizer | None) -> None:
+    """Weights of `source`, and what its optimizer remembers if this one is of its kind; settings stay one's own.
+
+    Of one kind are optimizers that divide the parameters alike and know the same options; else nothing is
+    remembered, as with `train.inherit_optimizer=0`.
+    """
+
+    def kind(groups: list[dict[str, Any]]) -> list[tuple[Any, ...]]:
+        return [(len(g["params"]), *(g.get(name) for name in ("method", "variant", "source"))) for g in groups]
+
+    saved = source.state["optimizer"]["groups"]
+    if (
+        optimizer is None
+        or kind(saved) != kind(optimizer.param_groups)
+        or set(saved[0]) != set(optimizer.param_groups[0])
+    ):
+        source.restore(model)
+        return
+    own = [dict(group) for group in optimizer.param_groups]
+    source.restore(model, optimizer)
+    for group, mine in zip(optimizer.param_groups, own, strict=True):
+        group.update(mine)
+
+
 class Source(Protocol):
     """Where batches come from: a pure function of the step."""
 
@@ -115,6 +142,8 @@ def fit(job: Job, source: Source | None = None) -> Iterator[Step]:
     dev = None if job.dev is None else open_cache(job.dev)
     model = KernelLM(job.config.kernel, seed=t.seed).to(device)
     optimizer = optim.build(job.config.optim, model)
+    rates = [group["lr"] / job.config.optim.lr for group in optimizer.param_groups]  # of each group, relative
+    asked = set(inspect.signature(optimizer.step).parameters)  # what its step wants to be told
     layout = [{"name": n, "shape": list(p.shape), "dtype": str(p.dtype)} for n, p in model.named_parameters()]
     folder.begin(job.config, job.role, layout, {"steps": job.steps, "parameters": model.num_parameters()})
 
@@ -124,7 +153,7 @@ def fit(job: Job, source: Source | None = None) -> Iterator[Step]:
         last.restore(model, optimizer)
         start, trace = last.step, Trace(last.trace)
     elif job.branch is not None:
-        checkpoint.open_checkpoint(job.branch).restore(model, optimizer if t.inherit_optimizer else None)
+        inherit(checkpoint.open_checkpoint(job.branch), model, optimizer if t.inherit_optimizer else None)
     folder.truncate(start)
     autocast: AbstractContextManager[Any] = (
         torch.autocast(device.type, torch.bfloat16) if t.precision == "bf16" else nullcontext()
@@ -133,8 +162,11 @@ def fit(job: Job, source: Source | None = None) -> Iterator[Step]:
     began, logged = time.perf_counter(), []
     tokens_per_step = batch * job.config.kernel.context
 
-    def loss_of(step: int, backward: bool) -> torch.Tensor:
+    def batch_at(step: int) -> tuple[torch.Tensor, torch.Tensor]:
         x, y = (torch.from_numpy(a).to(device, non_blocking=True) for a in source.at(step))
+        return x, y
+
+    def loss_of(x: torch.Tensor, y: torch.Tensor, backward: bool) -> torch.Tensor:
         total = torch.zeros((), device=device)
         for xs, ys in zip(x.chunk(t.accumulation), y.chunk(t.accumulation), strict=True):
             with autocast:
@@ -143,6 +175,16 @@ def fit(job: Job, source: Source | None = None) -> Iterator[Step]:
                 (loss / t.accumulation).backward()
             total += loss.detach() / t.accumulation
         return total
+
+    def told(x: torch.Tensor, y: torch.Tensor, loss: float, norm: float) -> dict[str, Any]:
+        """Keywords of the optimizer's step: a part of the batch to see curvature in, and what was measured."""
+        part = max(1, len(x) // CURVATURE_PART)
+        everything = {
+            "logits": lambda: model(x[:part]).flatten(0, 1),
+            "targets": y[:part].flatten(),
+            "telemetry": {"loss": loss, "grad_norm": norm},
+        }
+        return {name: value for name, value in everything.items() if name in asked}
 
     def theta() -> np.ndarray | None:
         return torch.cat([p.detach().flatten() for p in traced]).cpu().numpy() if traced else None
@@ -163,16 +205,17 @@ def fit(job: Job, source: Source | None = None) -> Iterator[Step]:
     for step in range(start, job.steps):
         tick = time.perf_counter()
         lr = learning_rate(step, job.steps, peak, warmup, decay)
-        for group in optimizer.param_groups:
-            group["lr"] = lr
+        for group, rate in zip(optimizer.param_groups, rates, strict=True):
+            group["lr"] = lr * rate
         before = theta()
-        loss = float(loss_of(step, backward=True))
+        x, y = batch_at(step)
+        loss = float(loss_of(x, y, backward=True))
         norm = float(torch.nn.utils.clip_grad_norm_(model.parameters(), t.clip))
         if not (math.isfinite(loss) and math.isfinite(norm)):
             reason = f"{job.role}: loss {loss} and gradient norm {norm} at step {step}"
             summarise("failed", reason)
             raise RunError(f"{reason}; train anew with optim.lr below {job.config.optim.lr}")
-        optimizer.step()
+        optimizer.step(**told(x, y, loss, norm))
         optimizer.zero_grad(set_to_none=True)
         trace.append(before, step=step, tokens=step * tokens_per_step, loss_nats=loss, grad_norm=norm, lr=lr)
 
@@ -185,7 +228,7 @@ def fit(job: Job, source: Source | None = None) -> Iterator[Step]:
             sample = sample_text(model, job, t.sample_bytes)
         if final:  # the state after the last step, on the batch that would have come next
             with torch.no_grad():
-                last_loss = float(loss_of(done, backward=False))
+                last_loss = float(loss_of(*batch_at(done), backward=False))
             trace.append(
                 theta(), step=done, tokens=done * tokens_per_step, loss_nats=last_loss, grad_norm=math.nan, lr=0.0
             )

@@ -1,0 +1,148 @@
+"""Every optimizer by its name in a config: it trains a kernel, is stopped anywhere and goes on with the same bits."""
+
+import dataclasses
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+
+import constellation.optim
+from constellation.config import OPTIMIZERS, Config, override
+from constellation.errors import ConfigError
+from constellation.kernel.model import KernelLM
+from constellation.optim import build
+from constellation.presets import tiny
+from constellation.train import checkpoint
+from constellation.train.loop import Job, fit
+
+STEPS, STOP = 8, 5  # checkpoints at 3 and 6
+MICRO = {
+    "kernel.vocab_size": 272, "kernel.width": 16, "kernel.hidden": 24, "kernel.layers": 1, "kernel.context": 16,
+    "train.checkpoint_every": 3, "train.precision": "fp32", "train.sample_bytes": 0, "train.clip": 1.0,
+}  # fmt: skip
+OPEN = {"optim.gate.force_ng_every_n_steps": 2, "optim.gate.max_overhead": 0.0, "optim.gate.kappa_every": 1}
+CASES: dict[str, dict[str, object]] = {
+    **{name: {"optim.name": name} for name in OPTIMIZERS},
+    **{f"kronecker {v}": {"optim.variant": v} for v in ("muon", "soap", "kl_shampoo", "soap_muon")},
+    **{
+        f"curvature {c}": {"optim.name": "curvature_sgd", "optim.curvature": c, "optim.refresh": 2}
+        for c in ("ema_grad2", "hutchinson_hessian", "empirical_fisher", "gauss_newton")
+    },
+    **{
+        f"mixed {rest} exact={exact}": {
+            "optim.name": "mixed_qig", "optim.rest_optimizer": rest, "optim.use_exact_ng": exact,
+        }
+        for rest in ("adamw", "diagonal_ng", "kron") for exact in (False, True)
+    },
+    "adaptive exact": {"optim.name": "adaptive_mixed_qig", "optim.use_exact_ng": True, **OPEN},
+    "adaptive diagonal": {"optim.name": "adaptive_mixed_qig", "optim.rest_optimizer": "kron", **OPEN},
+    "basin of attention alone": {"optim.name": "mixed_qig", "optim.basin": "*attention*", "optim.use_exact_ng": True},
+}  # fmt: skip
+
+
+class Text:
+    """Each token is followed by the fifth after it; batches are a function of the step."""
+
+    def at(self, step: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        start = np.random.default_rng(step).integers(0, 272, (8, 1))
+        tokens = (start + np.arange(17) * 5) % 272
+        return tokens[:, :-1], tokens[:, 1:]
+
+
+def config(case: str) -> Config:
+    return override(tiny(), {**MICRO, **CASES[case]})
+
+
+def job(folder: Path, config: Config, steps: int = STEPS, role: str = "ocean", branch: Path | None = None) -> Job:
+    return Job(role, folder, config, steps, train=Path("unread"), branch=branch)
+
+
+def weights(folder: Path) -> bytes:
+    found = checkpoint.newest(folder)
+    assert found is not None and found.step == STEPS
+    return (found.path / "model.safetensors").read_bytes() + (found.path / "optim.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_every_optimizer_trains_and_resumes_bit_for_bit_through_fit(case: str, tmp_path: Path) -> None:
+    alone, stopped = (job(tmp_path / name, config(case)) for name in ("alone", "stopped"))
+    losses = [step.loss_nats for step in fit(alone, Text())]
+    assert min(losses[1:]) < losses[0]
+    run = fit(stopped, Text())
+    for step in run:
+        if step.step == STOP:
+            break
+    run.close()  # type: ignore[attr-defined]
+    resumed = [step.loss_nats for step in fit(stopped, Text())]
+    assert resumed == losses[3:]
+    assert weights(alone.folder) == weights(stopped.folder)
+    states = [checkpoint.newest(j.folder) for j in (alone, stopped)]
+    groups = [s.state["optimizer"]["groups"] for s in states if s is not None]
+    if "adaptive" in case:
+        gates = [g[0].pop("gate") for g in groups]
+        assert gates[0]["natural_steps"] == gates[1]["natural_steps"] >= 1
+        assert gates[0]["curvatures"] == gates[1]["curvatures"]
+    assert groups[0] == groups[1]
+
+
+def test_the_names_of_the_config_are_those_that_build_knows() -> None:
+    assert list(constellation.optim._BUILDERS) == list(OPTIMIZERS)
+    with pytest.raises(ConfigError, match=r"optim\.name='lion': choose one of kronecker_ng"):
+        build(dataclasses.replace(tiny().optim, name="lion"), KernelLM(tiny().kernel))
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_every_parameter_is_in_exactly_one_group(name: str) -> None:
+    model = KernelLM(tiny().kernel)
+    groups = build(dataclasses.replace(tiny().optim, name=name), model).param_groups
+    held = sorted(id(p) for g in groups for p in g["params"])
+    assert held == sorted(id(p) for p in model.parameters())
+
+
+def test_an_empty_basin_names_what_there_is() -> None:
+    settings = override(tiny(), {"optim.name": "mixed_qig", "optim.basin": "*memory*"}).optim
+    with pytest.raises(ConfigError, match=r"empty.*memory.*embedding\.weight"):
+        build(settings, KernelLM(tiny().kernel))
+
+
+def test_every_group_of_a_mixed_optimizer_follows_the_schedule_at_its_own_rate(tmp_path: Path) -> None:
+    changes = {**MICRO, "optim.name": "mixed_qig", "optim.lr": 1e-3, "optim.lr_ng": 5e-3, "train.warmup": 0.5}
+    assert [step.lr for step in fit(job(tmp_path, override(tiny(), changes)), Text())][:2] == [0.00025, 0.0005]
+    held = checkpoint.newest(tmp_path)
+    assert held is not None
+    assert [g["lr"] for g in held.state["optimizer"]["groups"]] == pytest.approx([5e-3, 1e-3, 1e-3])
+
+
+def test_a_role_with_another_optimizer_starts_with_an_empty_one_and_its_own_settings(tmp_path: Path) -> None:
+    whole = override(tiny(), {
+        **MICRO, "heart.optim.name": "adaptive_mixed_qig", "heart.optim.phase": "early", "memory.optim.momentum": 0.5,
+    })  # fmt: skip
+    list(fit(job(tmp_path / "ocean", whole, 3), Text()))
+    ocean = checkpoint.newest(tmp_path / "ocean")
+    assert ocean is not None
+    for role, steps in (("heart", 2.0), ("memory", 5.0)):
+        list(fit(job(tmp_path / role, whole.for_role(role), 2, role, ocean.path), Text()))
+        held = checkpoint.newest(tmp_path / role)
+        assert held is not None
+        from safetensors.torch import load_file
+
+        state = load_file(held.path / "optim.safetensors")
+        assert {float(v) for k, v in state.items() if k.endswith(".step")} <= {steps, 1.0}
+        if role == "memory":
+            assert held.state["optimizer"]["groups"][0]["diagonal_momentum"] == 0.5
+
+
+def test_the_public_names_are_optimizers_and_load_no_torch_before_they_are_used() -> None:
+    for name in constellation.optim.__all__:
+        thing = getattr(constellation.optim, name)
+        if isinstance(thing, type) and name != "AdaptiveConfig":
+            assert issubclass(thing, torch.optim.Optimizer)
+    with pytest.raises(AttributeError, match="Lion"):
+        constellation.optim.Lion  # noqa: B018
+    code = "import sys, constellation.optim; print('torch' in sys.modules)"
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert out.strip() == "False"
