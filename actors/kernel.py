@@ -16,6 +16,7 @@ import shutil
 import sys
 import threading
 import traceback
+from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,8 +28,13 @@ from actors.messages import BUSY, Report
 from constellation.errors import ConfigError, ConstellationError
 
 if TYPE_CHECKING:  # torch is imported in the actor's process only
+    import numpy as np
+    from numpy.typing import NDArray
+
+    from constellation.kernel.sample import Scored
     from constellation.telemetry.step import Step
     from constellation.train.loop import Job
+    from router.turn import Answerer
 
 LOOK_EVERY_S = 0.05
 LOCK_WAIT_S = 120.0  # how long a replacement waits for the lost actor to stop writing (a lease of NFS is 90 s)
@@ -49,7 +55,7 @@ class Engine:
         self._stop = threading.Event()
         self._thread = ThreadPoolExecutor(1, thread_name_prefix=role)
         self._loaded: Future[None] = Future()
-        self._kernels: Any = None
+        self._answerer: Any = None
 
     def train(self, job: Job) -> None:
         """Begin `job`; the same job again is a no-op, another one is refused."""
@@ -62,26 +68,18 @@ class Engine:
             self._loaded = self._thread.submit(self._load, run, threads)
         return self._loaded
 
-    def turn(self, packets: list[bytes], budget_bytes: int) -> Future[list[bytes]]:
-        """A turn on `packets`, as one batch (router/turn.py)."""
-        self._must_serve()
-        return self._thread.submit(lambda: self._kernels.turns({self.role: packets}, budget_bytes)[self.role])
-
-    def bits(self, packet: bytes, count: int) -> Future[float]:
-        """Bits for the last `count` tokens of the packet's window."""
-        self._must_serve()
-        return self._thread.submit(self._kernels.bits, self.role, packet, count)
-
-    def log_probs(self, windows: list[list[int]], tail: int) -> Future[Any]:
-        """Next-token log-probabilities after the last `tail` tokens of each window (router/kernels.py)."""
-        self._must_serve()
-        return self._thread.submit(self._kernels.log_probs, self.role, windows, tail)
-
-    def cancel(self, request: str) -> None:
-        """Take the request out of the batch."""
+    @property
+    def answerer(self) -> Answerer:
+        """What answers, for any thread; the error that told why it cannot, or ConfigError."""
+        if self.state == "failed":
+            self._loaded.result()  # raises why
+        if self.state != "serving":
+            raise ConfigError(f"{self.role} is {self.state}, it answers when it serves: constellation up")
+        return self._answerer
 
     def stats(self) -> dict[str, Any]:
-        return {"state": self.state, "checkpoint": self.checkpoint}
+        """Its state, and what its batch says (kernel/batch.py)."""
+        return {"state": self.state, **(self._answerer.stats() if self.state == "serving" else {})}
 
     def report(self, since: int) -> Report:
         """What it is doing, with the steps after step `since`; those up to it are known and forgotten here."""
@@ -140,24 +138,18 @@ class Engine:
 
             from constellation.coordizer.tokenizer import Tokenizer
             from constellation.train import checkpoint
-            from router.local import LocalKernels
+            from router.turn import Answerer
 
             torch.set_num_threads(threads)
             device = "cuda" if torch.cuda.is_available() else "cpu"
             model = checkpoint.load_model(run / self.role, device)
-            self._kernels = LocalKernels({self.role: model}, Tokenizer.load(run / "tokenizer.json"))
+            self._answerer = Answerer(model, Tokenizer.load(run / "tokenizer.json"))
             self._step = checkpoint.steps_on_disk(run / self.role)[-1]
             self.checkpoint = checkpoint.folder_of(run / self.role, self._step).name
             self.state = "serving"
         except BaseException as error:
             self._fail(error)
             raise
-
-    def _must_serve(self) -> None:
-        if self.state == "failed":
-            self._loaded.result()  # raises why
-        if self.state != "serving":
-            raise ConfigError(f"{self.role} is {self.state}, it answers when it serves: constellation up")
 
     def _fail(self, error: BaseException) -> None:
         """Failure as data: reported, and not tried again, for it would fail in the same way."""
@@ -209,34 +201,37 @@ class KernelMailbox:
             await asyncio.sleep(LOOK_EVERY_S)
 
     async def turn(self, packets: list[bytes], budget_bytes: int) -> list[bytes]:
-        await self._loading()
-        return await asyncio.wrap_future(self._engine.turn(packets, budget_bytes))
+        """A turn on each of `packets`."""
+        return await asyncio.to_thread((await self._loaded()).turn, packets, budget_bytes)
 
     async def answer(self, packet: bytes, budget_bytes: int) -> bytes:
         """A turn on one packet, which joins whatever is going on."""
-        await self._loading()
-        return (await asyncio.wrap_future(self._engine.turn([packet], budget_bytes)))[0]
+        return await asyncio.wrap_future((await self._loaded()).submit(packet, budget_bytes))
 
-    async def log_probs(self, windows: list[list[int]], tail: int) -> Any:
-        await self._loading()
-        return await asyncio.wrap_future(self._engine.log_probs(windows, tail))
+    async def bits(self, packet: bytes, count: int) -> float:
+        return await asyncio.to_thread((await self._loaded()).bits, packet, count)
+
+    async def log_probs(self, windows: Sequence[Sequence[int]], tail: int) -> NDArray[np.float32]:
+        return await asyncio.to_thread((await self._loaded()).log_probs, windows, tail)
+
+    async def score(self, windows: Sequence[Sequence[int]], top: int, tail: int | None) -> list[list[Scored]]:
+        return await asyncio.to_thread((await self._loaded()).score, windows, top, tail)
 
     @ray.method(concurrency_group="control")
     async def cancel(self, request: str) -> None:
-        self._engine.cancel(request)
+        """End the turn of `request`, if one is under way."""
+        if self._engine.state == "serving":
+            self._engine.answerer.cancel(request)
 
     @ray.method(concurrency_group="control")
     async def stats(self) -> dict[str, Any]:
         return self._engine.stats()
 
-    async def bits(self, packet: bytes, count: int) -> float:
-        await self._loading()
-        return await asyncio.wrap_future(self._engine.bits(packet, count))
-
-    async def _loading(self) -> None:
+    async def _loaded(self) -> Answerer:
         """A replacement is found by its name before it has its model: its callers wait."""
         while self._engine.state == "idle":
             await asyncio.sleep(LOOK_EVERY_S)
+        return self._engine.answerer
 
 
 # restarts are the supervisor's, retries the caller's: Ray does neither by itself

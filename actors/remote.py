@@ -12,7 +12,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import ray
@@ -28,6 +28,9 @@ from actors.plan import open_plan
 from actors.supervisor import Supervisor
 from constellation.config import OCEAN, ROLES
 from constellation.errors import ConstellationError, RunError
+
+if TYPE_CHECKING:
+    from constellation.kernel.sample import Scored
 
 TURN_S = 120.0  # one turn of one kernel on one batch
 RECOVER_S = 120.0  # until a lost actor is replaced
@@ -183,6 +186,12 @@ class AsyncRayKernels:
 
     async def log_probs(self, kernel: str, windows: Sequence[Sequence[int]], tail: int) -> NDArray[np.float32]:
         found: NDArray[np.float32] = await self._ask(kernel, "log_probs", windows, tail)
+        return found
+
+    async def score(
+        self, kernel: str, windows: Sequence[Sequence[int]], top: int, tail: int | None = None
+    ) -> list[list[Scored]]:
+        found: list[list[Scored]] = await self._ask(kernel, "score", windows, top, tail)
         return found
 
     async def cancel(self, kernel: str, request: str) -> None:

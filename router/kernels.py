@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Sequence
 from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from router.local import LocalKernels, log_probs
+from constellation.kernel.sample import Scored
+from router.local import LocalKernels
 from router.turn import Answerer
 
 
@@ -42,6 +42,12 @@ class AsyncKernels(Protocol):
         """
         ...
 
+    async def score(
+        self, kernel: str, windows: Sequence[Sequence[int]], top: int, tail: int | None = None
+    ) -> list[list[Scored]]:
+        """Log-probability of each window's last `tail` tokens (None: all but the first), and the `top` likeliest."""
+        ...
+
     async def cancel(self, kernel: str, request: str) -> None:
         """Take the request out of the kernel's batch; its turn, if one is going on, ends with an error."""
         ...
@@ -52,38 +58,42 @@ class AsyncKernels(Protocol):
 
 
 class LocalAsyncKernels:
-    """The kernels of this process, a thread each."""
+    """The kernels of this process; each decodes in a thread of its own."""
 
     def __init__(self, kernels: LocalKernels):
         self._kernels = kernels
         self._lock = threading.Lock()
-        self._threads: dict[str, ThreadPoolExecutor] = {}
 
     @property
     def names(self) -> tuple[str, ...]:
         return self._kernels.names
 
     async def turn(self, kernel: str, packet: bytes, budget_bytes: int) -> bytes:
-        return (await self._do(kernel, lambda: self._answerer(kernel).turn([packet], budget_bytes)))[0]
+        answerer = await self._answerer(kernel)
+        return await asyncio.wrap_future(answerer.submit(packet, budget_bytes))
 
     async def bits(self, kernel: str, packet: bytes, count: int) -> float:
-        return float(await self._do(kernel, lambda: self._answerer(kernel).bits(packet, count)))
+        return await asyncio.to_thread((await self._answerer(kernel)).bits, packet, count)
 
     async def log_probs(self, kernel: str, windows: Sequence[Sequence[int]], tail: int) -> NDArray[np.float32]:
-        found: NDArray[np.float32] = await self._do(kernel, lambda: log_probs(self._answerer(kernel), windows, tail))
-        return found
+        return await asyncio.to_thread((await self._answerer(kernel)).log_probs, windows, tail)
+
+    async def score(
+        self, kernel: str, windows: Sequence[Sequence[int]], top: int, tail: int | None = None
+    ) -> list[list[Scored]]:
+        return await asyncio.to_thread((await self._answerer(kernel)).score, windows, top, tail)
 
     async def cancel(self, kernel: str, request: str) -> None:
-        pass
+        if kernel in self._kernels.loaded:
+            (await self._answerer(kernel)).cancel(request)
 
     async def stats(self) -> dict[str, dict[str, Any]]:
-        return {name: {} for name in self._kernels.loaded}
+        return {name: (await self._answerer(name)).stats() for name in self._kernels.loaded}
 
-    def _answerer(self, name: str) -> Answerer:
+    async def _answerer(self, name: str) -> Answerer:
+        """Loaded when it is asked for the first time, beside the event loop."""
+        return self._find(name) if name in self._kernels.loaded else await asyncio.to_thread(self._find, name)
+
+    def _find(self, name: str) -> Answerer:
         with self._lock:
-            return self._kernels._answerer(name)
-
-    async def _do(self, kernel: str, work: Callable[[], Any]) -> Any:
-        if kernel not in self._threads:
-            self._threads[kernel] = ThreadPoolExecutor(1, thread_name_prefix=kernel)
-        return await asyncio.wrap_future(self._threads[kernel].submit(work))
+            return self._kernels.answerer(name)

@@ -17,7 +17,6 @@ drawn one by one, whatever the draft was: the draft decides how often kernels ar
 
 from __future__ import annotations
 
-import dataclasses
 import time
 from collections.abc import Generator, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -28,11 +27,11 @@ import numpy as np
 from constellation.config import OCEAN, Config
 from constellation.coordizer.tokenizer import Tokenizer
 from constellation.errors import ConfigError
-from constellation.kernel.sample import Sampling
+from constellation.kernel.sample import Sampling, Scored
 from router.certificate import Ledger
 from router.mixture import MIXED, Weights, combine, weights
 from router.packet import Packet
-from router.pen import Pen, draw
+from router.pen import Pen
 from router.policy import FIRST, Policy
 from router.route import Router
 from router.text import ShownText
@@ -61,7 +60,7 @@ class Piece:
     text: str
     token_ids: tuple[int, ...]
     kernel: str  # who wrote it; the heaviest of those that wrote it together
-    logprobs: Any = None  # as the packet carries them, one record a token; None when not asked for
+    logprobs: tuple[Scored, ...] | None = None  # one for each token; None when not asked for
 
 
 @dataclass(frozen=True)
@@ -160,8 +159,8 @@ class Life:
         self.draft_bytes = FIRST  # a draft's length, which follows how far the last ones were good
         self.hand_offs: list[HandOff] = []
         self.seconds = 0.0
-        window = opened(tokens, tokenizer)[-config.kernel.context :]
-        self.packet = Packet(ask.request or str(number), ask.mode, tuple(window), ask.sampling)
+        self.opening = tuple(opened(tokens, tokenizer)[-config.kernel.context :])
+        self.packet = Packet(ask.request or str(number), ask.mode, self.opening, ask.sampling)
         self._read(prompt)
         self._look()
 
@@ -187,17 +186,13 @@ class Life:
 
     def _together(self) -> Generator[list[Call], Sequence[Any], Packet]:
         """The packet after a stretch that all of the panel wrote: draft, read, draw."""
-        pen = Pen(self.packet, self.tokenizer, self.config.kernel.context)
-        window, draft = pen.window, tuple[int, ...]()
-        room, budget = self.config.kernel.context - len(window), min(self._budget(), self.draft_bytes)
-        if self.ask.draft and room:
-            (data,) = yield [Turn(self.packet.kernel, replace(self.packet, tokens=window).encode(), budget)]
-            draft = Packet.decode(data).tokens
-            draft = draft[len(draft) - (Packet.decode(data).position - self.packet.position) :][:room]
-        tail = len(draft) + 1
-        rows = yield [Reading(name, (*window, *draft), tail) for name, _ in self.panel]
-        log_p_TV = combine(self.ask.mode, np.stack(rows), [w for _, w in self.panel])
-        drawn = draw(log_p_TV, pen, draft)
+        pen = Pen(self.packet, self.opening, self.token_ids, self.tokenizer, self.config.kernel.context)
+        window, draft, budget = pen.window, tuple[int, ...](), min(self._budget(), self.draft_bytes)
+        if self.ask.draft and pen.room:
+            (data,) = yield [Turn(self.packet.kernel, pen.drafting(), budget)]
+            draft = _new(self.packet, Packet.decode(data))[: pen.room]
+        rows = yield [Reading(name, (*window, *draft), len(draft) + 1) for name, _ in self.panel]
+        drawn = pen.draw(combine(self.ask.mode, np.stack(rows), [w for _, w in self.panel]), draft)
         left = self._budget()
         for at, token in enumerate(drawn):
             pen.write(token)
@@ -206,7 +201,7 @@ class Life:
                 break
         good = at >= len(draft) or token == draft[at]
         self.draft_bytes = min(self.every, 2 * budget) if good else max(4, budget // 2)
-        return pen.packet()
+        return pen.written()
 
     def _budget(self) -> int:
         """Bytes until the next look; the first turn is a short one, so that the first text comes soon."""
@@ -240,15 +235,15 @@ class Life:
 
     def _absorb(self, packet: Packet) -> Piece:
         """Take a turn's outcome; the text that may be shown now."""
-        new = packet.tokens[len(packet.tokens) - (packet.position - self.packet.position) :]
+        new = _new(self.packet, packet)
         self.kernels += [name for name, _ in self.panel if name not in self.kernels]
         self.packet = packet
         self.token_ids += new
-        written = self.tokenizer.decode(new)
+        written = self.tokenizer.decode(new[:-1] if packet.ended_by_token else new)
         self._read(written)
         text = self.shown.feed(written, last=bool(packet.finish))
         self.written += text
-        return Piece(text, new, packet.kernel, getattr(packet, "logprobs", None))
+        return Piece(text, new, packet.kernel, packet.logprobs)
 
     def _unmeasured(self, packet: Packet) -> list[Call]:
         """What has to be read to complete the last hand-off, if this was the turn after it."""
@@ -298,15 +293,11 @@ def opened(tokens: Sequence[int], tokenizer: Tokenizer) -> list[int]:
 
 
 def numbered(ask: Ask, index: int) -> Ask:
-    """The `index`-th of several answers to one question: the first has the seed itself, others one of their own.
+    """The `index`-th of several answers to one question: the same seed, random numbers of its own."""
+    request = f"{ask.request}/{index}" if ask.request and index else ask.request
+    return replace(ask, sampling=replace(ask.sampling, index=index), request=request)
 
-    Seeds are 64 bits mixed from (seed, index) by splitmix64 (Steele et al. 2014).
-    """
-    if not index:
-        return ask
-    mask = 2**64 - 1
-    x = (ask.sampling.seed + index * 0x9E3779B97F4A7C15) & mask
-    x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) & mask
-    x = ((x ^ (x >> 27)) * 0x94D049BB133111EB) & mask
-    request = f"{ask.request}/{index}" if ask.request else ""
-    return replace(ask, sampling=dataclasses.replace(ask.sampling, seed=x ^ (x >> 31)), request=request)
+
+def _new(before: Packet, after: Packet) -> tuple[int, ...]:
+    """The tokens that a turn added."""
+    return after.tokens[len(after.tokens) - (after.position - before.position) :]

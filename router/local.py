@@ -55,15 +55,15 @@ class LocalKernels:
         return tuple(self._answerers)
 
     def turns(self, work: Mapping[str, Sequence[bytes]], budget_bytes: int) -> dict[str, list[bytes]]:
-        return {name: self._answerer(name).turn(packets, budget_bytes) for name, packets in work.items()}
+        return {name: self.answerer(name).turn(packets, budget_bytes) for name, packets in work.items()}
 
     def bits(self, kernel: str, packet: bytes, count: int) -> float:
-        return self._answerer(kernel).bits(packet, count)
+        return self.answerer(kernel).bits(packet, count)
 
     def log_probs(self, kernel: str, windows: Sequence[Sequence[int]], tail: int) -> NDArray[np.float32]:
-        return log_probs(self._answerer(kernel), windows, tail)
+        return self.answerer(kernel).log_probs(windows, tail)
 
-    def _answerer(self, name: str) -> Answerer:
+    def answerer(self, name: str) -> Answerer:
         if name not in self._answerers:
             if name not in self._models:
                 raise ConfigError(f"no kernel {name!r}; there is {', '.join(self.names)}")
@@ -71,8 +71,3 @@ class LocalKernels:
             model = model if isinstance(model, KernelLM) else model()
             self._answerers[name] = Answerer(model, self._tokenizer, slots=self._slots, precision=self._precision)
         return self._answerers[name]
-
-
-def log_probs(answerer: Answerer, windows: Sequence[Sequence[int]], tail: int) -> NDArray[np.float32]:
-    """`Kernels.log_probs` (kernels.py)."""
-    return answerer.log_probs(windows, tail)

@@ -1,7 +1,7 @@
-"""A packet that is being written token by token by kernels that answer together (life.py).
+"""An answer that several kernels write together, token by token (life.py), by the rules of a turn (turn.py).
 
-The window slides in steps: once it is longer than the context, its oldest quarter is dropped. So what a token is drawn
-from follows from the tokens before it alone, whatever stretches they were written in.
+The window slides in steps of a quarter of the context. Where it begins follows from how many tokens there are, so
+what a token is drawn from does not depend on the stretches that the tokens before it were written in.
 """
 
 from __future__ import annotations
@@ -14,59 +14,80 @@ import torch
 from numpy.typing import NDArray
 
 from constellation.coordizer.tokenizer import Tokenizer
-from constellation.kernel.sample import Settings, sample
+from constellation.kernel.sample import Scored, Settings, sample, scored
 from router.packet import Packet
+from router.turn import Ending
 
 
 class Pen:
-    """Writes tokens into a packet, by the rules of a turn (turn.py)."""
+    """Writes on: `opening` is the window that the request came with, `written` all tokens of the answer so far."""
 
-    def __init__(self, packet: Packet, tokenizer: Tokenizer, context: int):
-        self.before, self.tokenizer, self.context = packet, tokenizer, context
-        self.window = self._cut(packet.tokens)
-        self.written: list[int] = []
-        self.stops = [s.encode("utf-8", "surrogatepass") for s in packet.sampling.stop]
-        self.longest = max(map(len, self.stops), default=1)
-        self.tail, self.finish = packet.pending, packet.finish
+    def __init__(
+        self, packet: Packet, opening: Sequence[int], written: Sequence[int], tokenizer: Tokenizer, context: int
+    ):
+        self.packet, self.tokenizer, self.context = packet, tokenizer, context
+        self.tokens, self.answered = [*opening, *written], len(written)
+        step = max(1, context // 4)
+        start = max(0, -(-(len(self.tokens) - context) // step) * step)
+        self.window = tuple(self.tokens[start:])
+        self.ending, self.finish = Ending(packet, tokenizer), packet.finish
+        self.scored: list[Scored] = []
+
+    @property
+    def room(self) -> int:
+        """Tokens until the window slides."""
+        return self.context - len(self.window)
+
+    def drafting(self) -> bytes:
+        """The packet to draft behind: its window is ours, so what was kept of reading it serves again."""
+        kept = max(len(self.window), self.answered if self._counted else 0)
+        sampling = replace(self.packet.sampling, logprobs=None)
+        return replace(self.packet, tokens=tuple(self.tokens[-kept:]), sampling=sampling, logprobs=None).encode()
+
+    def draw(self, log_p_TV: NDArray[np.float64], draft: Sequence[int]) -> list[int]:
+        """The token at each of T = len(draft) + 1 places, were those before it the draft's.
+
+        Row t is drawn by itself with the random number of its position, so it does not matter how many rows there are.
+        """
+        count, sampling = len(log_p_TV), self.packet.sampling
+        logits_TV = torch.from_numpy(log_p_TV.astype(np.float32))
+        settings = Settings([sampling] * count, ends=(self.tokenizer.eos,))
+        seen_TV = _running(self.window, draft, logits_TV) > 0 if settings.penalised else None
+        mine = self.tokens[len(self.tokens) - self.answered :]
+        counts_TV = _running(mine, draft, logits_TV) if settings.counted else None
+        drawn = sample(logits_TV, settings, range(self.answered, self.answered + count), seen_TV, counts_TV).tolist()
+        if sampling.logprobs is not None:
+            self.scored += scored(logits_TV, drawn, sampling.logprobs)
+        return list(drawn)
 
     def write(self, token: int) -> None:
-        self.written.append(token)
-        text = self.tail + self.tokenizer.token_bytes[token]
-        self.tail = text[len(text) - min(len(text), self.longest - 1) :]
-        if token == self.tokenizer.eos:
-            self.finish = "eos"
-        elif any(stop in text for stop in self.stops):
-            self.finish = "stop"
-        elif self.before.position + len(self.written) >= self.before.sampling.max_new_tokens:
-            self.finish = "length"
+        self.tokens.append(token)
+        self.answered += 1
+        self.finish = self.ending.after(token, self.answered)
 
-    def packet(self) -> Packet:
+    def written(self) -> Packet:
+        """The packet after all of it."""
+        kept = max(self.context, self.answered if self._counted else 0)
+        new = self.answered - self.packet.position
         return replace(
-            self.before,
-            tokens=(*self.window, *self.written),
-            position=self.before.position + len(self.written),
-            pending=self.tail,
+            self.packet,
+            tokens=tuple(self.tokens[-max(kept, new) :]),
+            position=self.answered,
+            pending=self.ending.tail,
             finish=self.finish,
+            logprobs=None if self.packet.sampling.logprobs is None else tuple(self.scored[:new]),
         )
 
-    def _cut(self, tokens: tuple[int, ...]) -> tuple[int, ...]:
-        return tokens if len(tokens) <= self.context else tokens[-(self.context - self.context // 4) :]
+    @property
+    def _counted(self) -> bool:
+        """Whether penalties need all that was generated."""
+        return bool(self.packet.sampling.presence_penalty or self.packet.sampling.frequency_penalty)
 
 
-def draw(log_p_TV: NDArray[np.float64], pen: Pen, draft: Sequence[int]) -> list[int]:
-    """The token at each of T = len(draft) + 1 places, were those before it the draft's, by u(seed, position + t).
-
-    Each row is drawn by itself, so what is drawn at a place does not depend on how many there are.
-    """
-    count, sampling = len(log_p_TV), pen.before.sampling
-    logits_TV = torch.from_numpy(log_p_TV.astype(np.float32))
-    settings = Settings([sampling] * count)
-    seen_TV = None
-    if settings.penalised:
-        seen_TV = torch.zeros(logits_TV.shape, dtype=torch.bool)
-        seen_TV[:, list(pen.window)] = True
-        for t, token in enumerate(draft):
-            seen_TV[t + 1 :, token] = True
-    positions = range(pen.before.position, pen.before.position + count)
-    found: list[int] = sample(logits_TV, settings, positions, seen_TV).tolist()
-    return found
+def _running(before: Sequence[int], draft: Sequence[int], like_TV: torch.Tensor) -> torch.Tensor:
+    """How often each token came before place t, (T, V): in `before` and in the draft's first t."""
+    counts_TV = torch.zeros_like(like_TV)
+    counts_TV[:] = torch.bincount(torch.tensor(list(before), dtype=torch.int64), minlength=like_TV.shape[1])
+    for t, token in enumerate(draft):
+        counts_TV[t + 1 :, token] += 1
+    return counts_TV

@@ -12,9 +12,11 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 
-from constellation.config import OCEAN, Config
+from constellation.config import OCEAN, Config, Kernel
 from constellation.coordizer.tokenizer import Tokenizer
+from constellation.kernel.sample import scored
 from router.evaluate import look_in_force
 from router.kernels import AsyncKernels
 from router.mixture import MIXED, Weights, combine, weights
@@ -55,14 +57,16 @@ def panels(
 
 
 def spans(panels: Sequence[Weights], context: int, most: int) -> Iterator[tuple[int, int, int]]:
-    """(first, scored, end): tokens scored..end-1, at most `most`, have one panel, in a window that begins at `first`.
+    """(first, scored, end): tokens scored..end-1 have one panel, in a window that begins at `first`.
 
+    At most `most` of them where several kernels have to send all their log-probabilities.
     Token i is predicted from those before it, of which its window holds context / 2 at least, or all.
     """
     half, scored = max(1, context // 2), 0
     while scored < len(panels):
         first = 0 if scored < context else (scored - context) // half * half + half
-        limit, end = min(len(panels), first + context, scored + most), scored + 1
+        many = scored + most if len(panels[scored]) > 1 else len(panels)
+        limit, end = min(len(panels), first + context, many), scored + 1
         while end < limit and panels[end] == panels[scored]:
             end += 1
         yield first, scored, end
@@ -70,10 +74,10 @@ def spans(panels: Sequence[Weights], context: int, most: int) -> Iterator[tuple[
 
 
 async def read(
-    kernels: AsyncKernels, read: Sequence[int], panels: Sequence[Weights], mode: str, top: int, context: int
+    kernels: AsyncKernels, read: Sequence[int], panels: Sequence[Weights], mode: str, top: int, config: Kernel
 ) -> list[Scored]:
     """`read[1:]` scored, each token by its panel, given those before it: read[0] is an end of text."""
-    pieces = list(spans(panels, context, max(1, _MOST // 1024)))
+    pieces = spans(panels, config.context, max(1, _MOST // config.vocab_size))
     parts = await asyncio.gather(*(_span(kernels, read[a : c + 1], c - b, panels[b], mode, top) for a, b, c in pieces))
     return [one for part in parts for one in part]
 
@@ -81,18 +85,12 @@ async def read(
 async def _span(
     kernels: AsyncKernels, window: Sequence[int], count: int, panel: Weights, mode: str, top: int
 ) -> list[Scored]:
-    log_p_TV = await joint(kernels, [window[:-1]], count, panel, mode)
-    return scored(log_p_TV[0], window[-count:], top)
-
-
-def scored(log_p_TV: np.ndarray, tokens: Sequence[int], top: int) -> list[Scored]:
-    """Each token under its row."""
-    top = min(top, log_p_TV.shape[1])
-    best_TN = np.argsort(-log_p_TV, axis=1, kind="stable")[:, :top] if top else np.zeros((len(tokens), 0), np.int64)
-    return [
-        Scored(float(row[t]), tuple((int(i), float(row[i])) for i in best))
-        for row, t, best in zip(log_p_TV, tokens, best_TN)
-    ]
+    if len(panel) == 1:
+        (found,) = await kernels.score(panel[0][0], [window], top, count)
+    else:
+        (log_p_TV,) = await joint(kernels, [window[:-1]], count, panel, mode)
+        found = scored(torch.from_numpy(log_p_TV.astype(np.float32)), list(window[-count:]), top)
+    return [Scored(*one) for one in found]
 
 
 async def joint(

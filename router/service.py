@@ -100,7 +100,7 @@ class Service:
         read_prompt(ask.prompt, self.tokenizer)
         read = opened(tokens, self.tokenizer)
         who = panels(read[1:], self.policy, self.tokenizer, self.config, mode, top_k)
-        found = await reading.read(self.kernels, read, who, mode, top, self.config.kernel.context)
+        found = await reading.read(self.kernels, read, who, mode, top, self.config.kernel)
         return [*([None] * (len(tokens) - len(found))), *found]
 
     async def decide(

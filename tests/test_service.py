@@ -10,7 +10,7 @@ import torch
 from constellation.config import OCEAN, Config, Kernel
 from constellation.config import Router as RouterConfig
 from constellation.coordizer.tokenizer import Tokenizer
-from constellation.errors import ConfigError
+from constellation.errors import ConfigError, RunError
 from constellation.kernel.model import KernelLM
 from constellation.kernel.sample import Sampling
 from router.fit import fit
@@ -98,7 +98,7 @@ def test_tokens_of_a_text_are_asked_like_the_text() -> None:
 
 def test_several_answers_to_one_question_differ_and_can_be_repeated() -> None:
     asks = [numbered(ASKS[0], i) for i in range(4)]
-    assert asks[0] == ASKS[0] and len({ask.sampling.seed for ask in asks}) == 4
+    assert asks[0] == ASKS[0] and [ask.sampling.index for ask in asks] == [0, 1, 2, 3]
     texts = [asyncio.run(whole(service(), ask))[1].text for ask in asks]
     assert len(set(texts)) == 4
     assert asyncio.run(whole(service(), numbered(ASKS[0], 2)))[1].text == texts[2]
@@ -179,3 +179,41 @@ def test_the_service_lists_its_models_and_explains_a_route() -> None:
     assert made.models() == ["constellation", *(f"constellation/{n}" for n in (OCEAN, *NAMES))]
     found = made.explain("def f(x): number")
     assert found["kernel"] == POLICY.route([b"def f(x): number"])[0].kernel and found["router_hash"] == POLICY.hash
+
+
+def test_who_leaves_is_taken_out_of_the_batch() -> None:
+    """An answer that would take minutes is left: its slot is free at once, and the next question is answered."""
+    endless = Ask("the quick brown fox number", Sampling(seed=1, max_new_tokens=100_000, ignore_eos=True))
+
+    async def leave() -> None:
+        made = service()
+        steps = made.stream(endless)
+        await anext(steps)
+        left = asyncio.create_task(anext(steps))
+        await asyncio.sleep(0)
+        assert (await made.health())["requests"] == 1
+        left.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await left
+        await steps.aclose()
+        async with asyncio.timeout(20):
+            while any(load["active"] for load in (await made.health())["kernels"].values()):
+                await asyncio.sleep(0.01)
+        assert (await made.health())["requests"] == 0
+        assert (await whole(made, ASKS[0]))[1].text
+
+    asyncio.run(leave())
+
+
+def test_an_error_of_a_kernel_ends_the_stream_with_its_reason() -> None:
+    class Broken(LocalAsyncKernels):
+        async def turn(self, kernel: str, packet: bytes, budget_bytes: int) -> bytes:
+            raise RunError("heart's logits are not finite")
+
+    async def ask() -> None:
+        made = Service(CONFIG, POLICY, TOKENIZER, Broken(LocalKernels(MODELS, TOKENIZER)))
+        with pytest.raises(RunError, match="not finite"):
+            await whole(made, ASKS[0])
+        assert (await made.health())["requests"] == 0
+
+    asyncio.run(ask())

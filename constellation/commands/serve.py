@@ -73,7 +73,7 @@ def command(
 
 
 class Ends:
-    """Hears of the end: while the service starts a signal interrupts; later the first one drains, another interrupts."""
+    """Hears of the end: while the service starts a signal interrupts; later the first drains, a second interrupts."""
 
     def __init__(self, host: str):
         self.host, self.event, self.ready, self.pressed = host, threading.Event(), False, False

@@ -1,0 +1,192 @@
+"""The service on Ray: fronts over HTTP, kernels killed in the middle of a stream, clients that leave."""
+
+import asyncio
+import contextlib
+import dataclasses
+import json
+import os
+import shutil
+import signal
+import threading
+import time
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from actors.application import service_of
+from constellation.config import OCEAN
+from constellation.kernel.sample import Sampling
+from router.kernels import LocalAsyncKernels
+from router.life import Answer, Ask, Piece
+from router.local import LocalKernels
+from router.service import Service
+
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(300)]
+HOW = Sampling(temperature=0.9, top_p=0.95, seed=7, max_new_tokens=120)
+ASKS = [
+    Ask("The import statement binds", HOW), Ask("Operators: << and", HOW, "mixture", 2),
+    Ask("x", HOW, OCEAN), Ask("class Meta(type):", dataclasses.replace(HOW, logprobs=1), "barycenter", 2),
+]  # fmt: skip
+
+
+def silent(text: str) -> None:
+    pass
+
+
+@pytest.fixture(scope="module")
+def run(micro_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    copy = tmp_path_factory.mktemp("served") / "run"
+    shutil.copytree(micro_run, copy)
+    return copy
+
+
+@pytest.fixture(scope="module")
+def up(ray_session: None, run: Path) -> Iterator[str]:
+    """The name of a constellation that is up."""
+    from actors import detached
+
+    status = detached.up(run, name=f"served-{os.getpid()}", say=silent)
+    yield status.name
+    detached.down(run, say=silent)
+
+
+def on_ray(run: Path, name: str) -> Service:
+    import ray
+
+    from actors.keeper import namespace_of
+    from actors.remote import AsyncRayKernels
+
+    return service_of(run, AsyncRayKernels(lambda role: ray.get_actor(role, namespace=namespace_of(name))))
+
+
+def untimed(answer: Answer) -> Answer:
+    return dataclasses.replace(answer, request=0, seconds=0.0, seconds_per_token=0.0)
+
+
+async def answers(service: Service, hear: Any = lambda piece: None) -> list[Answer]:
+    async def one(ask: Ask) -> Answer:
+        async for step in service.stream(ask):
+            if isinstance(step, Answer):
+                return untimed(step)
+            hear(step)
+        raise AssertionError("a stream without an answer")
+
+    return list(await asyncio.gather(*map(one, ASKS)))
+
+
+def test_a_kernel_killed_in_the_middle_of_a_stream_is_replaced_and_the_tokens_are_the_same(run: Path, up: str) -> None:
+    from actors import detached
+
+    local = asyncio.run(answers(service_of(run, LocalAsyncKernels(LocalKernels.from_run(run)))))
+    assert len({kernel for answer in local for kernel in answer.kernels}) > 2
+    assert asyncio.run(answers(on_ray(run, up))) == local
+    pids = {k.role: k.pid for k in detached.status(run).kernels}
+    killed: list[str] = []
+
+    def kill(piece: Piece) -> None:
+        if piece.kernel not in killed and len(killed) < 3:
+            killed.append(piece.kernel)
+            pid = pids[piece.kernel]
+            assert pid is not None
+            os.kill(pid, signal.SIGKILL)
+
+    assert asyncio.run(answers(on_ray(run, up), kill)) == local
+    assert len(killed) > 1
+    after = {k.role: k.pid for k in detached.status(run).kernels}
+    assert all(after[role] != pids[role] for role in killed)
+
+
+def test_texts_are_scored_and_decided_as_in_one_process(run: Path, up: str) -> None:
+    async def both(service: Service) -> list[Any]:
+        tokens = service.tokenizer.encode("An assignment statement evaluates the expression list" * 4)
+        return [
+            await service.score(tokens, top=2), await service.score(tokens, "mixture", 1, 2),
+            await service.decide("The import statement", [" binds", " is"], "mixture", 2),
+        ]  # fmt: skip
+
+    local = asyncio.run(both(service_of(run, LocalAsyncKernels(LocalKernels.from_run(run)))))
+    assert asyncio.run(both(on_ray(run, up))) == local
+
+
+def test_who_leaves_frees_the_slot_of_a_kernel_in_another_process(run: Path, up: str) -> None:
+    endless = Ask("x", Sampling(seed=1, max_new_tokens=1_000_000, ignore_eos=True), "heart")
+
+    async def leave() -> None:
+        service = on_ray(run, up)
+        steps = service.stream(endless)
+        await anext(steps)
+        pending = asyncio.create_task(anext(steps))
+        await asyncio.sleep(0.05)
+        pending.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await pending
+        await steps.aclose()
+        async with asyncio.timeout(30):
+            while (await service.health())["kernels"]["heart"]["active"]:
+                await asyncio.sleep(0.05)
+
+    asyncio.run(leave())
+
+
+# -- fronts ------------------------------------------------------------------------------------------------------------
+
+
+def asked(url: str, **body: Any) -> Any:
+    data = json.dumps(body).encode() if body else None
+    request = urllib.request.Request(url, data, {"content-type": "application/json"})
+    with urllib.request.urlopen(request, timeout=60) as response:
+        return json.loads(response.read())
+
+
+BODY: dict[str, Any] = {"model": "constellation", "prompt": "The import statement", "max_tokens": 40, "seed": 3}
+
+
+def test_fronts_share_a_port_are_replaced_when_killed_and_drain(run: Path, up: str) -> None:
+    import ray
+
+    from actors.serve import Fronts, Place
+
+    said: list[str] = []
+    fronts = Fronts(Place(run, up, "127.0.0.1", 0, shared=True), 2, said.append)
+    url = f"http://127.0.0.1:{fronts.start()}/v1/completions"
+    try:
+        texts = {asked(url, **BODY)["choices"][0]["text"] for _ in range(6)}
+        assert len(texts) == 1
+        pids = ray.get([front.report.remote() for front in fronts.actors])
+        assert len({found["pid"] for found in pids}) == 2
+        os.kill(pids[0]["pid"], signal.SIGKILL)
+        until = time.monotonic() + 60
+        while not said:
+            assert time.monotonic() < until
+            time.sleep(0.1)
+            fronts.look()
+        assert "starting another one" in said[0]
+        assert {asked(url, **BODY)["choices"][0]["text"] for _ in range(4)} == texts
+        results: list[Any] = []
+        slow = threading.Thread(target=lambda: results.append(asked(url, **BODY | {"max_tokens": 200}, n=3)))
+        slow.start()
+        time.sleep(0.3)
+        assert fronts.drain()
+        slow.join(60)
+        assert results and len(results[0]["choices"]) == 3
+        with pytest.raises(OSError):
+            asked(url, **BODY)
+    finally:
+        fronts.end()
+
+
+def test_serve_uses_what_is_up_and_leaves_it_up(run: Path, up: str) -> None:
+    from actors import detached
+    from actors.serve import Place, serve
+
+    ports: list[int] = []
+
+    def ended(seconds: float) -> bool:
+        assert asked(f"http://127.0.0.1:{ports[0]}/v1/models")["data"][0]["id"] == "constellation"
+        return True
+
+    assert serve(Place(run, "", "127.0.0.1", 0, shared=False), ready=ports.append, ended=ended, say=silent)
+    assert detached.status(run).state == "up"
