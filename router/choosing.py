@@ -1,7 +1,7 @@
 """An answer that has to be one of a few texts: drawn from their probabilities, in one forward pass, never decoded.
 
     p_i = P(text i | prompt) normalised over the allowed texts (Service.decide)
-    drawn from p_i^(1/T) / sum_j p_j^(1/T), by the uniform number u(seed, 0) of the sampler; T = 0 takes the likeliest
+    drawn from p_i^(1/T) / sum_j p_j^(1/T), by the u(seed, index, 0) of sample.py; T = 0 takes the likeliest
 
 So what comes out is always one of them, whatever the kernel would rather have said. The texts are those of
 `guided_choice` or `structured_outputs`, or all that a JSON schema admits (finite.py).
@@ -9,13 +9,15 @@ So what comes out is always one of them, whatever the kernel would rather have s
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import AsyncGenerator, Sequence
+from typing import Any
 
 import msgspec
 import numpy as np
 
-from constellation.kernel.sample import uniform
+from constellation.kernel.sample import Sampling, uniform
 from router.asking import MODES
 from router.finite import texts_of
 from router.openai import ChatRequest, Generation, Refusal
@@ -46,26 +48,33 @@ def allowed(request: Generation) -> tuple[str, ...] | None:
     return tuple(texts)
 
 
-def choose(probabilities: Sequence[float], temperature: float, seed: int) -> int:
+def choose(probabilities: Sequence[float], sampling: Sampling) -> int:
     """Which one; T = 0 takes the first likeliest."""
     p = np.asarray(probabilities)
-    if temperature == 0:
+    if sampling.greedy:
         return int(p.argmax())
     with np.errstate(divide="ignore"):
-        log_p = np.log(p) / temperature
+        log_p = np.log(p) / sampling.temperature
     mass = np.exp(log_p - log_p.max()).cumsum()
-    u = uniform(np.array([seed], np.uint64), np.zeros(1, np.uint64))[0]
+    seed, first, index = (np.array([value], np.uint64) for value in (sampling.seed, 0, sampling.index))
+    u = uniform(seed, first, index)[0]
     return int(np.searchsorted(mass, u * mass[-1], side="right"))
 
 
-async def chosen(service: Service, ask: Ask, texts: Sequence[str]) -> AsyncGenerator[Piece | Answer, None]:
-    """The answer as `Service.stream` would give it: one piece, then the end."""
-    begin = time.perf_counter()
-    p = await service.decide(ask.prompt, texts, ask.mode, ask.top_k)
-    text = texts[choose(p, ask.sampling.temperature, ask.sampling.seed)]
-    tokens = tuple(service.tokenizer.encode(text))
-    yield Piece(text, tokens, "" if ask.mode in MODES else ask.mode)
-    yield _answer(ask, text, tokens, "stop", time.perf_counter() - begin)
+def chosen(service: Service, asks: Sequence[Ask], texts: Sequence[str]) -> list[AsyncGenerator[Piece | Answer, None]]:
+    """The answers as `Service.stream` would give them, one piece and the end; a prompt is read once for all of its."""
+    reading: dict[Any, asyncio.Task[list[float]]] = {}
+
+    async def one(ask: Ask) -> AsyncGenerator[Piece | Answer, None]:
+        begin = time.perf_counter()
+        if ask.prompt not in reading:
+            reading[ask.prompt] = asyncio.ensure_future(service.decide(ask.prompt, texts, ask.mode, ask.top_k))
+        text = texts[choose(await reading[ask.prompt], ask.sampling)]
+        tokens = tuple(service.tokenizer.encode(text))
+        yield Piece(text, tokens, "" if ask.mode in MODES else ask.mode)
+        yield _answer(ask, text, tokens, "stop", time.perf_counter() - begin)
+
+    return [one(ask) for ask in asks]
 
 
 async def nothing(ask: Ask) -> AsyncGenerator[Piece | Answer, None]:

@@ -73,7 +73,7 @@ class Desk:
         visit, texts = Visit.of(request), allowed(wanted)
         steps: list[Steps]
         if texts is not None:
-            steps = [chosen(self.service, one, texts) for one in ask.asks]
+            steps = chosen(self.service, ask.asks, texts)
         elif wanted.most_tokens == 0:
             steps = [nothing(one) for one in ask.asks]
         else:

@@ -17,6 +17,7 @@ from typing import Any
 import msgspec
 from msgspec import UNSET
 
+from constellation.errors import RunError
 from router.asking import Asked
 from router.openai import ChatRequest, CompletionRequest, Generation
 from router.replies import (
@@ -56,10 +57,14 @@ class Told:
     completion_tokens: int = 0
     answer: Answer | None = None
 
-    def add(self, piece: Piece) -> list[Scored]:
-        """The piece's log-probabilities."""
+    def add(self, piece: Piece, scores: bool) -> list[Scored]:
+        """The piece's log-probabilities, if they were asked for."""
         self.completion_tokens += len(piece.token_ids)
-        new = [Scored(t, p, top) for t, (p, top) in zip(piece.token_ids, piece.logprobs or (), strict=False)]
+        if not scores:
+            return []
+        if piece.logprobs is None:
+            raise RunError(f"kernel {piece.kernel!r} sent no log-probabilities of its tokens")
+        new = [Scored(t, p, top) for t, (p, top) in zip(piece.token_ids, piece.logprobs, strict=True)]
         self.scored += new
         return new
 
@@ -111,7 +116,7 @@ class Telling(ABC):
     def _hear(self, i: int, step: Piece | Answer) -> list[Scored]:
         self.heard(i, step)
         if isinstance(step, Piece):
-            return self.told[i].add(step)
+            return self.told[i].add(step, self.asked.asks[i].sampling.logprobs is not None)
         self.told[i].answer = step
         return []
 

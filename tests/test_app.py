@@ -1,0 +1,610 @@
+"""The service over HTTP, in process: the laws between its answers, its refusals, who is let in, and how it ends."""
+
+import asyncio
+import json
+import math
+
+import httpx
+import numpy as np
+import pytest
+import torch
+
+from constellation.config import OCEAN, Config, Kernel
+from constellation.config import Router as RouterConfig
+from constellation.coordizer.tokenizer import Tokenizer
+from constellation.errors import RunError
+from constellation.kernel.model import KernelLM
+from constellation.kernel.sample import Sampling
+from router import keys
+from router.app import Settings, make_app
+from router.chat import render
+from router.fit import fit
+from router.kernels import LocalAsyncKernels
+from router.keys import Keys, Limits
+from router.limits import Front
+from router.local import LocalKernels
+from router.openai import Message
+from router.service import Service
+from router.session import Request, generate
+
+NAMES = ("heart", "memory", "action")
+TEXTS = [f"the quick brown fox {i} jumps over the lazy dog, naïve café {i}: x = {i} + 1\n" for i in range(40)]
+TOKENIZER = Tokenizer.train(TEXTS, 320)
+KERNEL = Kernel(vocab_size=336, width=24, layers=2, heads=3, hidden=40, context=64, coupling_ref=8)
+CONFIG = Config(kernel=KERNEL, router=RouterConfig(bins=512, dims=8, every=32, max_prefix=256, hysteresis=0.05))
+GROUPS = [[f"{a} number {i} {a}\n" * 8 for i in range(12)] for a in ("the quick brown fox", "def f(x):", "GENESIS 1:1")]
+BYTES = [text.encode() for group in GROUPS for text in group]
+POLICY = fit(BYTES, CONFIG.router, seed=0, names=NAMES, validation=BYTES)
+
+
+def model(seed: int) -> KernelLM:
+    """Random, far from uniform."""
+    made = KernelLM(KERNEL, seed=seed)
+    with torch.no_grad():
+        for weight in made.parameters():
+            weight.mul_(1.6 if weight.dim() == 2 else 1.0)
+    return made
+
+
+MODELS = {name: model(i) for i, name in enumerate((OCEAN, *NAMES), 1)}
+MODES = ("route", "mixture", "barycenter", "heart", OCEAN)
+
+
+class Failing(LocalAsyncKernels):
+    """Kernels that break down after some turns."""
+
+    def __init__(self, kernels, turns):
+        super().__init__(kernels)
+        self.turns_left = turns
+
+    async def turn(self, kernel, packet, budget_bytes):
+        self.turns_left -= 1
+        if self.turns_left < 0:
+            raise RunError(f"kernel {kernel} is away")
+        return await super().turn(kernel, packet, budget_bytes)
+
+
+def service(turns=None):
+    local = LocalKernels(MODELS, TOKENIZER)
+    kernels = LocalAsyncKernels(local) if turns is None else Failing(local, turns)
+    return Service(CONFIG, POLICY, TOKENIZER, kernels, name="constellation", created=1_700_000_000)
+
+
+class Client:
+    """Asks an application; every call is whole, streams too."""
+
+    def __init__(self, settings=None, turns=None):
+        self.service = service(turns)
+        self.app = make_app(self.service, settings)
+
+    def ask(self, method, path, headers=None, **body):
+        async def go():
+            transport = httpx.ASGITransport(self.app)
+            async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
+                content = {"json": body} if body else {}
+                return await client.request(method, path, headers=headers, **content)
+
+        return asyncio.run(go())
+
+    def post(self, path, **body):
+        answer = self.ask("POST", path, **body)
+        assert answer.status_code == 200, answer.text
+        return answer.json()
+
+    def stream(self, path, **body):
+        """The chunks; asserts that [DONE] ends them."""
+        answer = self.ask("POST", path, stream=True, **body)
+        assert answer.status_code == 200, answer.text
+        assert answer.headers["content-type"].startswith("text/event-stream")
+        *events, done, empty = answer.text.split("\n\n")
+        assert (done, empty) == ("data: [DONE]", "")
+        assert all(event.startswith("data: ") and "\n" not in event for event in events)
+        return [json.loads(event.removeprefix("data: ")) for event in events]
+
+
+CLIENT = Client()
+COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
+HI = [{"role": "user", "content": "the quick brown fox number 3"}]
+
+
+# -- texts -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_completion_is_what_the_session_generates(mode):
+    (*_, expected) = generate(
+        POLICY, LocalKernels(MODELS, TOKENIZER), TOKENIZER,
+        [Request("the quick brown fox number 3", Sampling(seed=5, top_p=0.9, max_new_tokens=60), mode)], CONFIG,
+    )  # fmt: skip
+    body = {"prompt": "the quick brown fox number 3", "max_tokens": 60, "seed": 5, "top_p": 0.9, "mode": mode}
+    reply = CLIENT.post(COMPLETIONS, **body, return_token_ids=True)
+    (choice,) = reply["choices"]
+    assert (choice["text"], tuple(choice["token_ids"])) == (expected.text, expected.token_ids)
+    assert reply["usage"]["completion_tokens"] == expected.completion_tokens
+    assert reply["constellation"]["mode"] == mode
+    assert tuple(reply["constellation"]["kernels"]) == expected.kernels
+    assert reply["constellation"]["certificate"] == expected.certificate
+
+
+REQUESTS = [
+    {"prompt": "the quick brown fox", "max_tokens": 50, "seed": 1, "logprobs": 3},
+    {"prompt": "naïve café", "max_tokens": 40, "seed": 2, "logprobs": 0, "echo": True},
+    {"prompt": ["def f(x):", "", "GENESIS"], "n": 2, "max_tokens": 30, "seed": 3, "logprobs": 2, "mode": "heart"},
+    {"prompt": [[17, 30, 40], [100]], "max_tokens": 9, "temperature": 0, "logprobs": 1, "echo": True},
+    {"prompt": "dog", "max_tokens": 60, "seed": 4, "stop": ["e", "zz"], "mode": "mixture"},
+    {"prompt": "dog", "max_tokens": 0, "echo": True, "logprobs": 1},
+    {
+        "prompt": "x = ",
+        "max_tokens": 25,
+        "seed": 6,
+        "frequency_penalty": 1.5,
+        "logit_bias": {"20": -100},
+        "min_p": 0.01,
+    },
+]
+
+
+@pytest.mark.parametrize("body", REQUESTS)
+def test_a_streamed_completion_is_the_whole_one_in_pieces(body):
+    whole = CLIENT.post(COMPLETIONS, **body, return_token_ids=True)
+    chunks = CLIENT.stream(COMPLETIONS, **body, return_token_ids=True, stream_options={"include_usage": True})
+    usage = chunks.pop()
+    assert (usage["choices"], usage["usage"]) == ([], whole["usage"])
+    assert all(chunk["usage"] is None and len(chunk["choices"]) == 1 for chunk in chunks)
+    assert {chunk["id"] for chunk in chunks} == {usage["id"]}
+    for choice in whole["choices"]:
+        pieces = [chunk["choices"][0] for chunk in chunks if chunk["choices"][0]["index"] == choice["index"]]
+        assert "".join(piece["text"] for piece in pieces) == choice["text"]
+        assert [p["finish_reason"] for p in pieces] == [None] * (len(pieces) - 1) + [choice["finish_reason"]]
+        assert [t for p in pieces for t in p.get("token_ids", [])] == choice["token_ids"]
+        assert pieces[0]["prompt_token_ids"] == choice["prompt_token_ids"]
+        if "logprobs" in body:
+            for field in ("tokens", "token_logprobs", "top_logprobs", "text_offset"):
+                assert [x for p in pieces if p["logprobs"] for x in p["logprobs"][field]] == choice["logprobs"][field]
+
+
+@pytest.mark.parametrize("extra", [{}, {"logprobs": True, "top_logprobs": 3}, {"n": 3}, {"stop": "o"}])
+def test_a_streamed_reply_is_the_whole_one_in_pieces(extra):
+    body = {"messages": HI, "max_tokens": 40, "seed": 1, **extra}
+    whole, chunks = CLIENT.post(CHAT, **body), CLIENT.stream(CHAT, **body)
+    assert (whole["object"], {c["object"] for c in chunks}) == ("chat.completion", {"chat.completion.chunk"})
+    assert not any("usage" in chunk for chunk in chunks)
+    for choice in whole["choices"]:
+        pieces = [chunk["choices"][0] for chunk in chunks if chunk["choices"][0]["index"] == choice["index"]]
+        assert pieces[0]["delta"] == {"role": "assistant", "content": ""}
+        assert pieces[-1]["delta"] == {}
+        assert "".join(p["delta"].get("content", "") for p in pieces) == choice["message"]["content"]
+        if "logprobs" in body:
+            found = [one for p in pieces if p["logprobs"] for one in p["logprobs"]["content"]]
+            assert found == choice["logprobs"]["content"]
+            assert len(found) == whole["usage"]["completion_tokens"]
+
+
+def test_a_conversation_is_its_template_as_a_completion():
+    reply = CLIENT.post(CHAT, messages=HI, max_tokens=30, seed=7)
+    text = render([Message("user", HI[0]["content"])])
+    completion = CLIENT.post(COMPLETIONS, prompt=text, max_tokens=30, seed=7, stop=["\n\nUser:", "\n\nSystem:"])
+    assert reply["choices"][0]["message"]["content"] == completion["choices"][0]["text"]
+    assert reply["usage"] == completion["usage"]
+
+
+def test_usage_may_come_with_every_chunk():
+    options = {"include_usage": True, "continuous_usage_stats": True}
+    chunks = CLIENT.stream(COMPLETIONS, prompt="the quick", max_tokens=50, seed=1, stream_options=options)
+    made = [chunk["usage"]["completion_tokens"] for chunk in chunks]
+    assert made == sorted(made) and made[0] > 0 and made[-1] == 50
+    assert len(set(made)) > 2
+    assert all(chunk["usage"]["prompt_tokens"] == 2 for chunk in chunks)
+
+
+def test_chunks_say_who_wrote_them():
+    body = {"prompt": "the quick brown fox number 3", "max_tokens": 60, "seed": 1}
+    *chunks, last = CLIENT.stream(COMPLETIONS, **body)
+    wrote = list(dict.fromkeys(chunk["constellation"]["kernel"] for chunk in chunks))
+    assert wrote == last["constellation"]["kernels"]
+    for look in last["constellation"]["looks"]:
+        assert {"at_bytes", "kernel", "posterior", "distance_rad", "weights"} <= look.keys()
+
+
+def test_every_choice_is_what_it_would_be_alone():
+    prompts, n = ["the quick", "def f(x):"], 3
+    together = CLIENT.post(COMPLETIONS, prompt=prompts, n=n, max_tokens=20, seed=9)["choices"]
+    assert [choice["index"] for choice in together] == list(range(6))
+    for i, prompt in enumerate(prompts):
+        alone = CLIENT.post(COMPLETIONS, prompt=prompt, n=n, max_tokens=20, seed=9)["choices"]
+        assert [c["text"] for c in alone] == [c["text"] for c in together[i * n : i * n + n]]
+        assert len({c["text"] for c in alone}) == n
+
+
+def test_a_seed_fixes_the_answer_and_none_draws_anew():
+    body = {"prompt": "the quick", "max_tokens": 20}
+    texts = [
+        CLIENT.post(COMPLETIONS, **body, **seed)["choices"][0]["text"] for seed in ({"seed": 1}, {"seed": 1}, {}, {})
+    ]
+    assert texts[0] == texts[1]
+    assert texts[2] != texts[3]
+
+
+def test_best_of_keeps_the_likeliest():
+    body = {"prompt": "the quick", "max_tokens": 12, "seed": 3}
+    all_five = CLIENT.post(COMPLETIONS, **body, n=5, logprobs=0)["choices"]
+    ranked = sorted(all_five, key=lambda c: -np.mean(c["logprobs"]["token_logprobs"]))
+    best = CLIENT.post(COMPLETIONS, **body, n=2, best_of=5)
+    assert [c["text"] for c in best["choices"]] == [c["text"] for c in ranked[:2]]
+    assert [c["index"] for c in best["choices"]] == [0, 1]
+    assert best["choices"][0]["logprobs"] is None
+    assert best["usage"]["completion_tokens"] == 5 * 12  # what was made, not what is told
+
+
+def test_the_model_name_chooses_the_kernel():
+    body = {"prompt": "the quick", "max_tokens": 20, "seed": 1}
+    by_name = CLIENT.post(COMPLETIONS, model="constellation/memory", **body)
+    by_mode = CLIENT.post(COMPLETIONS, model="constellation", mode="memory", **body)
+    assert by_name["choices"] == by_mode["choices"]
+    assert by_name["constellation"]["kernels"] == ["memory"]
+    assert by_name["model"] == "constellation/memory"
+
+
+def test_a_long_prompt_is_refused_unless_it_may_be_cut():
+    long = "word " * 100
+    answer = CLIENT.ask("POST", COMPLETIONS, prompt=long)
+    assert (answer.status_code, answer.json()["error"]["code"]) == (400, "context_length_exceeded")
+    tokens = TOKENIZER.encode(long)
+    for kept, left in ((-1, 64), (10, 10), (1000, 64)):
+        body = {"max_tokens": 10, "seed": 1, "return_token_ids": True}
+        cut = CLIENT.post(COMPLETIONS, prompt=long, truncate_prompt_tokens=kept, **body)
+        assert cut["choices"][0]["prompt_token_ids"] == tokens[-left:]
+        assert cut["usage"]["prompt_tokens"] == left
+        assert (
+            cut["choices"][0]["text"] == CLIENT.post(COMPLETIONS, prompt=tokens[-left:], **body)["choices"][0]["text"]
+        )
+
+
+# -- probabilities -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_an_echoed_prompt_is_scored_as_the_service_scores_it(mode):
+    prompts = [TOKENIZER.encode("the quick brown fox number 3 the quick"), [17], TOKENIZER.encode("GENESIS 1:1")]
+    body = {
+        "prompt": prompts,
+        "echo": True,
+        "logprobs": 1,
+        "max_tokens": 1,
+        "temperature": 0,
+        "seed": 1234,
+        "mode": mode,
+    }
+    reply = CLIENT.post(COMPLETIONS, **body)
+    for prompt, choice in zip(prompts, reply["choices"]):
+        found = choice["logprobs"]
+        assert {len(found[name]) for name in found} == {len(prompt) + 1}
+        assert found["token_logprobs"][0] is None and found["top_logprobs"][0] is None
+        expected = asyncio.run(service().score(prompt, mode, 1))
+        assert found["token_logprobs"][1:-1] == [one.log_prob for one in expected[1:]]
+        for log_p, top, one in zip(found["token_logprobs"][1:], found["top_logprobs"][1:], [*expected[1:], None]):
+            assert log_p <= max(top.values()) and log_p in top.values()
+            if one:  # whether a token is the likeliest one can be told by equality
+                assert (log_p == max(top.values())) == (one.log_prob == one.top[0][1])
+        assert found["token_logprobs"][-1] == max(found["top_logprobs"][-1].values())  # greedy
+
+
+def test_log_probabilities_are_of_all_tokens_and_in_order():
+    reply = CLIENT.post(CHAT, messages=HI, max_tokens=20, seed=1, logprobs=True, top_logprobs=20)
+    for one in reply["choices"][0]["logprobs"]["content"]:
+        tops = [top["logprob"] for top in one["top_logprobs"]]
+        assert len(tops) == 20 and tops == sorted(tops, reverse=True)
+        assert 0 < sum(map(math.exp, tops)) <= 1 + 1e-6
+        assert one["logprob"] <= tops[0] <= 0
+        assert bytes(one["bytes"]) in TOKENIZER.token_bytes
+
+
+def test_text_offsets_are_where_tokens_begin():
+    choice = CLIENT.post(COMPLETIONS, prompt="naïve café fox", echo=True, logprobs=0, max_tokens=0)["choices"][0]
+    found, text = choice["logprobs"], choice["text"]
+    assert text == "naïve café fox"
+    for token, begin in zip(found["tokens"], found["text_offset"]):
+        if not token.startswith("bytes:"):
+            assert text[begin:].startswith(token)
+    assert found["text_offset"] == sorted(found["text_offset"])
+
+
+def test_tokens_may_be_named_by_their_ids():
+    body = {"prompt": "naïve", "echo": True, "logprobs": 2, "max_tokens": 3, "seed": 1, "return_token_ids": True}
+    choice = CLIENT.post(COMPLETIONS, **body, return_tokens_as_token_ids=True)["choices"][0]
+    ids = choice["prompt_token_ids"] + choice["token_ids"]
+    assert choice["logprobs"]["tokens"] == [f"token_id:{i}" for i in ids]
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_decision_is_the_normalised_probability_of_each_answer(mode):
+    answers = ["dog", 3, True, None, "café"]
+    reply = CLIENT.post("/v1/decisions", prompt="over the lazy ", answers=answers, mode=mode)
+    texts = ["dog", "3", "true", "null", "café"]
+    expected = asyncio.run(service().decide("over the lazy ", texts, mode))
+    assert [one["probability"] for one in reply["probabilities"]] == expected
+    assert [one["answer"] for one in reply["probabilities"]] == answers
+    assert sum(expected) == pytest.approx(1)
+    assert reply["choice"] == answers[int(np.argmax(expected))] and reply["object"] == "decision"
+
+
+def test_a_choice_is_one_of_its_texts_with_their_probabilities():
+    answers = ["dog", "fox", "quick"]
+    prompt = "the lazy "
+    p = asyncio.run(service().decide(prompt, answers, "route"))
+    body = {"prompt": prompt, "structured_outputs": {"choice": answers}}
+    greedy = CLIENT.post(COMPLETIONS, **body, temperature=0)
+    assert greedy["choices"][0]["text"] == answers[int(np.argmax(p))]
+    assert greedy["choices"][0]["finish_reason"] == "stop"
+    drawn = CLIENT.post(COMPLETIONS, **body, temperature=4.0, n=100, seed=1)["choices"]
+    q = np.array(p) ** (1 / 4.0) / (np.array(p) ** (1 / 4.0)).sum()
+    for answer, expected in zip(answers, q):
+        share = sum(choice["text"] == answer for choice in drawn) / 100
+        assert abs(share - expected) < 5 * math.sqrt(expected * (1 - expected) / 100) + 0.01
+
+
+def test_a_schema_of_few_values_is_always_obeyed():
+    schema = {"type": "object", "properties": {"mood": {"enum": ["good", "bad"]}, "sure": {"type": "boolean"}}}
+    form = {"type": "json_schema", "json_schema": {"name": "mood", "schema": schema}}
+    reply = CLIENT.post(CHAT, messages=HI, response_format=form, n=10, temperature=5.0)
+    for choice in reply["choices"]:
+        value = json.loads(choice["message"]["content"])
+        assert value["mood"] in ("good", "bad") and value["sure"] in (True, False)
+    chunks = CLIENT.stream(CHAT, messages=HI, response_format=form)
+    assert json.loads("".join(c["choices"][0]["delta"].get("content", "") for c in chunks))
+
+
+# -- tokens, models, routes --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("text", ["", "the quick", "naïve café", "<|eos|> inside", "\x00\n"])
+def test_tokens_and_their_text(text):
+    found = CLIENT.post("/tokenize", prompt=text, return_token_strs=True)
+    assert found["tokens"] == TOKENIZER.encode(text)
+    assert found["count"] == len(found["tokens"]) == len(found["token_strs"])
+    assert found["max_model_len"] == 64
+    assert CLIENT.post("/detokenize", tokens=found["tokens"])["prompt"] == text
+
+
+def test_a_client_can_learn_the_end_of_text_and_the_template():
+    info = CLIENT.ask("GET", "/tokenizer_info").json()
+    assert CLIENT.post("/tokenize", prompt=info["eos_token"])["tokens"] == [TOKENIZER.eos] == [info["eos_token_id"]]
+    by_messages = CLIENT.post("/tokenize", messages=HI)["tokens"]
+    assert by_messages == TOKENIZER.encode(render([Message("user", HI[0]["content"])]))
+
+
+def test_models_are_the_constellation_and_its_kernels():
+    listed = CLIENT.ask("GET", "/v1/models").json()
+    assert listed["object"] == "list"
+    assert {m["id"] for m in listed["data"]} == {"constellation", *(f"constellation/{k}" for k in (OCEAN, *NAMES))}
+    for entry in listed["data"]:
+        assert (entry["object"], entry["created"], entry["owned_by"]) == ("model", 1_700_000_000, "constellation")
+        assert CLIENT.ask("GET", f"/v1/models/{entry['id']}").json() == entry
+    missing = CLIENT.ask("GET", "/v1/models/constellation/nobody")
+    assert (missing.status_code, missing.json()["error"]["code"]) == (404, "model_not_found")
+
+
+def test_a_route_is_explained_and_nothing_is_written():
+    for body in ({"prompt": "the quick brown fox number 3"}, {"messages": HI}):
+        text = body.get("prompt") or render([Message("user", HI[0]["content"])])
+        assert CLIENT.post("/route", **body) == json.loads(json.dumps(service().explain(text)))
+
+
+# -- refusals ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "status", "param"),
+    [
+        (COMPLETIONS, {"prompt": "x", "model": "gpt-4"}, 404, "model"),
+        (COMPLETIONS, {"prompt": "x", "mode": "nobody"}, 400, "mode"),
+        (COMPLETIONS, {"prompt": "x", "mode": "heart", "model": "constellation/memory"}, 400, "mode"),
+        (COMPLETIONS, {"prompt": "x", "suffix": "y"}, 400, "suffix"),
+        (COMPLETIONS, {"prompt": "x", "temperature": -1}, 400, "temperature"),
+        (COMPLETIONS, {"prompt": "x", "best_of": 1, "n": 2}, 400, "best_of"),
+        (COMPLETIONS, {"prompt": "x", "best_of": 3, "stream": True}, 400, "best_of"),
+        (COMPLETIONS, {"prompt": "x", "stream_options": {}}, 400, "stream_options"),
+        (COMPLETIONS, {"prompt": "x", "min_tokens": 17}, 400, "min_tokens"),
+        (COMPLETIONS, {"prompt": [999]}, 400, "prompt"),
+        (COMPLETIONS, {"prompt": ["a", 1]}, 400, "prompt"),
+        (COMPLETIONS, {"prompt": "x", "logit_bias": {"1": 1, "01": 2}}, 400, "logit_bias"),
+        (COMPLETIONS, {"prompt": "x", "guided_choice": ["a", "a"]}, 400, "structured_outputs"),
+        (COMPLETIONS, {"prompt": "x", "guided_choice": ["a"], "logprobs": 1}, 400, "logprobs"),
+        (CHAT, {"messages": HI, "tools": [{"type": "function"}]}, 400, "tools"),
+        (CHAT, {"messages": HI, "top_logprobs": 2}, 400, "top_logprobs"),
+        (CHAT, {"messages": HI, "response_format": {"type": "json_object"}}, 400, "response_format.type"),
+        (CHAT, {"messages": [{"role": "user", "content": "word " * 100}]}, 400, "messages"),
+        ("/v1/decisions", {"prompt": "x", "answers": ["a", "a"]}, 400, "answers"),
+        ("/v1/decisions", {"answers": ["a"]}, 400, "prompt"),
+        ("/detokenize", {"tokens": [400]}, 400, None),
+        ("/tokenize", {"prompt": "x", "messages": HI}, 400, "prompt"),
+        ("/v1/embeddings", {"input": "x"}, 404, None),
+    ],
+)
+def test_what_is_refused_is_told_as_openai_tells_it(path, body, status, param):
+    answer = CLIENT.ask("POST", path, **body)
+    assert answer.status_code == status, answer.text
+    error = answer.json()["error"]
+    assert error.keys() == {"message", "type", "param", "code"}
+    assert (error["type"], error["param"]) == ("invalid_request_error", param)
+    assert "\n" not in error["message"] and error["message"]
+
+
+def test_fields_that_nobody_knows_are_told_in_a_header():
+    answer = CLIENT.ask("POST", COMPLETIONS, prompt="x", max_tokens=1, user="me", **{"sürprise\n": 1, "a,b": 2})
+    assert answer.status_code == 200
+    assert answer.headers["x-constellation-ignored"] == "a\\x2cb, s\\xfcrprise\\n, user"
+    assert (
+        "x-constellation-ignored" not in CLIENT.ask("POST", COMPLETIONS, prompt="x", max_tokens=1, suffix=None).headers
+    )
+
+
+def test_other_methods_and_pickles_are_refused():
+    answer = CLIENT.ask("GET", COMPLETIONS)
+    assert (answer.status_code, answer.json()["error"]["type"]) == (405, "invalid_request_error")
+
+    async def pickled():
+        transport = httpx.ASGITransport(CLIENT.app)
+        async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
+            return await client.post(
+                COMPLETIONS, content=b"\x80\x04\x8c\x05posix", headers={"content-type": "application/x-pickle"}
+            )
+
+    assert asyncio.run(pickled()).status_code == 400
+
+
+def test_what_breaks_before_the_first_text_is_a_status_and_midway_an_event():
+    at_once = Client(turns=0).ask("POST", COMPLETIONS, prompt="x", max_tokens=60, stream=True)
+    assert (at_once.status_code, at_once.json()["error"]["type"]) == (500, "server_error")
+    client = Client(turns=2)
+    midway = client.ask("POST", COMPLETIONS, prompt="x", max_tokens=60, seed=1, stream=True, n=1)
+    assert midway.status_code == 200
+    *events, last, empty = midway.text.split("\n\n")
+    assert len(events) == 2 and all(event.startswith("data: {") for event in events) and empty == ""
+    kind, data = last.split("\n")
+    assert kind == "event: error"
+    assert "is away" in json.loads(data.removeprefix("data: "))["error"]["message"]
+    assert "[DONE]" not in midway.text
+    assert client.service._under_way == set()
+
+
+def test_a_bug_of_ours_tells_the_client_nothing_and_the_log_everything(caplog):
+    client = Client()
+    client.service.explain = None  # not callable
+    with pytest.raises(TypeError):  # the transport shows what a server would log
+        client.ask("POST", "/route", prompt="x")
+    assert "a request failed" in caplog.text and "TypeError" in caplog.text
+
+
+# -- who is let in -----------------------------------------------------------------------------------------------------
+
+
+def test_requests_have_ids():
+    named = CLIENT.ask("POST", COMPLETIONS, headers={"X-Request-Id": "mine-7"}, prompt="x", max_tokens=1)
+    assert (named.headers["x-request-id"], named.json()["id"]) == ("mine-7", "cmpl-mine-7")
+    body = CLIENT.ask("POST", COMPLETIONS, prompt="x", max_tokens=1, request_id="body-8")
+    assert body.json()["id"] == "cmpl-body-8"
+    for bad in ("two words", "x" * 200, ""):
+        found = CLIENT.ask("GET", "/health", headers={"X-Request-Id": bad}).headers["x-request-id"]
+        assert len(found) == 32 and found != bad
+    assert CLIENT.ask("GET", "/nowhere").headers["x-request-id"]
+
+
+def test_a_key_is_needed_where_there_is_a_key_file(tmp_path):
+    path = tmp_path / "keys.json"
+    key = keys.add(path, "ada")
+    client = Client(Settings(keys=Keys(path)))
+    for wrong in (None, "", "Bearer", "Bearer ", "Bearer ck-wrong", f"Basic {key}"):
+        answer = client.ask(
+            "POST", COMPLETIONS, headers={"Authorization": wrong} if wrong is not None else None, prompt="x"
+        )
+        assert (answer.status_code, answer.json()["error"]["code"]) == (401, "invalid_api_key")
+        assert client.ask("GET", "/v1/models", headers=None).status_code == 401
+    assert client.ask("POST", COMPLETIONS, headers={"Authorization": f"Bearer {key}"}, prompt="x").status_code == 200
+    for path in ("/health", "/ready", "/metrics", "/"):
+        assert client.ask("GET", path).status_code == 200
+    assert Client().ask("POST", COMPLETIONS, headers={"Authorization": "Bearer "}, prompt="x").status_code == 200
+
+
+def test_too_much_is_told_when_to_come_again(tmp_path):
+    path = tmp_path / "keys.json"
+    key = keys.add(path, "ada", Limits(requests_per_minute=2))
+    client = Client(Settings(keys=Keys(path), front=Front(answers=4, body_bytes=2000)))
+    bearer = {"Authorization": f"Bearer {key}"}
+    answers = [client.ask("POST", COMPLETIONS, headers=bearer, prompt="x", max_tokens=1) for _ in range(3)]
+    assert [a.status_code for a in answers] == [200, 200, 429]
+    assert int(answers[2].headers["retry-after"]) >= 1
+    assert answers[2].json()["error"]["type"] == "rate_limit_error"
+    large = client.ask("POST", COMPLETIONS, headers=bearer, prompt="x" * 3000)
+    assert (large.status_code, large.json()["error"]["code"]) == (413, "request_too_large")
+    many = client.ask("POST", COMPLETIONS, headers=bearer, prompt="x", n=5)
+    assert many.status_code == 400
+    assert "constellation_refused_total" in client.ask("GET", "/metrics").text
+
+
+def test_pages_of_other_origins_may_not_ask_unless_told():
+    origin = {"Origin": "https://example.org", "Access-Control-Request-Method": "POST"}
+    assert "access-control-allow-origin" not in CLIENT.ask("GET", "/health", headers=origin).headers
+    assert CLIENT.ask("OPTIONS", COMPLETIONS, headers=origin).status_code == 405
+    client = Client(Settings(cors=("https://example.org",)))
+    asked = client.ask("OPTIONS", COMPLETIONS, headers=origin)
+    assert (asked.status_code, asked.headers["access-control-allow-origin"]) == (200, "https://example.org")
+
+
+def test_a_door_that_is_closed_lets_nobody_in_and_those_inside_finish():
+    client = Client()
+
+    async def go():
+        transport = httpx.ASGITransport(client.app)
+        async with httpx.AsyncClient(transport=transport, base_url="http://test") as http:
+            body = {"prompt": "the quick", "max_tokens": 60, "seed": 1}
+            inside = asyncio.create_task(http.post(COMPLETIONS, json=body))
+            while not client.service._under_way:
+                await asyncio.sleep(0.001)
+            client.app.state.door.close()
+            late, ready, health = await asyncio.gather(
+                http.post(COMPLETIONS, json=body), http.get("/ready"), http.get("/health")
+            )
+            assert client.app.state.door.inside == 1
+            done = await inside
+            assert client.app.state.door.inside == 0
+            return done, late, ready, health
+
+    done, late, ready, health = asyncio.run(go())
+    assert (done.status_code, late.status_code, ready.status_code, health.status_code) == (200, 503, 503, 200)
+    assert done.json()["usage"]["completion_tokens"] == 60
+    assert late.headers["retry-after"] and ready.headers["retry-after"]
+    assert late.json()["error"]["code"] == "shutting_down"
+
+
+def test_what_happened_is_counted():
+    client = Client()
+    client.post(COMPLETIONS, prompt="the quick", max_tokens=30, seed=1)
+    client.ask("POST", COMPLETIONS, prompt="x", suffix="y")
+    client.ask("GET", "/made/up/path")
+    told = client.ask("GET", "/metrics").text
+    assert f'constellation_requests_total{{endpoint="{COMPLETIONS}",status="200"}} 1.0' in told
+    assert f'constellation_requests_total{{endpoint="{COMPLETIONS}",status="400"}} 1.0' in told
+    assert 'constellation_requests_total{endpoint="other",status="404"} 1.0' in told
+    assert 'constellation_time_to_first_token_seconds_count{mode="route"} 1.0' in told
+    made = [float(line.split()[-1]) for line in told.splitlines() if line.startswith("constellation_tokens_total{")]
+    assert sum(made) == 30
+
+
+SCOPE = {
+    "type": "http", "method": "POST", "path": COMPLETIONS, "raw_path": COMPLETIONS.encode(), "root_path": "",
+    "query_string": b"", "headers": [], "http_version": "1.1", "scheme": "http", "server": ("test", 80),
+    "client": ("test", 1), "asgi": {"version": "3.0", "spec_version": "2.3"},
+}  # fmt: skip
+
+
+def test_who_leaves_takes_the_work_along():
+    """A client that goes while its reply is being made: nothing of it is left, and the log says 499."""
+    client = Client()
+    body = json.dumps({"prompt": "the quick", "max_tokens": 4000, "seed": 1, "ignore_eos": True})
+    for stream in (False, True):
+        sent = []
+
+        async def go(stream=stream, sent=sent):
+            gone = asyncio.Event()
+            messages = [{"type": "http.request", "body": json.dumps({**json.loads(body), "stream": stream}).encode()}]
+
+            async def receive():
+                if messages:
+                    return messages.pop()
+                await gone.wait()
+                return {"type": "http.disconnect"}
+
+            async def send(message):
+                sent.append(message)
+
+            task = asyncio.create_task(client.app(dict(SCOPE), receive, send))
+            while not client.service._under_way or (stream and len(sent) < 3):
+                await asyncio.sleep(0.001)
+            gone.set()
+            await asyncio.wait_for(task, 10)
+            assert client.service._under_way == set()
+
+        asyncio.run(go())
+        assert not any(m["type"] == "http.response.body" and b"[DONE]" in m.get("body", b"") for m in sent)
+    assert f'endpoint="{COMPLETIONS}",status="499"}} 2.0' in client.ask("GET", "/metrics").text
