@@ -23,7 +23,6 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from actors import detached
 from actors.hire import options_of
-from actors.keeper import namespace_of
 from constellation.errors import ConstellationError, RunError
 
 START_S, LOOK_S, SILENCE_S = 60.0, 1.0, 15.0
@@ -52,14 +51,12 @@ class FrontMailbox:
 
     async def listen(self) -> int:
         """The port on which requests are answered from now on; a no-op when they are already."""
-        from actors.application import application
         from actors.listen import Listener, bind
-        from actors.remote import AsyncRayKernels
+        from actors.serve_app import front_of
 
         if self._listener is None:
             place = self._place
-            kernels = AsyncRayKernels(lambda role: ray.get_actor(role, namespace=namespace_of(place.name)))
-            app = application(place.run, kernels, place.key_file)
+            app = front_of(place.run, place.name, place.key_file)
             self._listener = Listener(app, bind(place.host, place.port, place.shared), place.grace_s)
             await self._listener.start()
         return int(self._listener.port)

@@ -14,6 +14,7 @@ from actors.placement import GROWS, check, pack, share
 from constellation import presets
 from constellation.cli import main
 from constellation.config import ROLES
+from constellation.errors import ConfigError
 
 ROOT = Path(__file__).parent.parent
 KUBERAY = sorted((ROOT / "deploy" / "kuberay").glob("*.yaml"))
@@ -27,7 +28,8 @@ def launcher() -> dict[str, Any]:
 
 def cluster_of(manifest: dict[str, Any]) -> dict[str, Any]:
     spec: dict[str, Any] = manifest["spec"]
-    return spec["rayClusterSpec"] if manifest["kind"] == "RayJob" else spec  # type: ignore[no-any-return]
+    inside = {"RayJob": "rayClusterSpec", "RayService": "rayClusterConfig"}.get(manifest["kind"])
+    return spec[inside] if inside else spec  # type: ignore[no-any-return]
 
 
 def test_the_cluster_launcher_accepts_cluster_yaml(launcher: dict[str, Any]) -> None:
@@ -66,7 +68,7 @@ def test_every_start_of_ray_says_how_to_authenticate_and_keeps_the_dashboard_in(
 @pytest.mark.parametrize("path", KUBERAY, ids=lambda path: path.stem)
 def test_a_manifest_asks_for_a_token_and_one_folder_for_all(path: Path) -> None:
     manifest = yaml.safe_load(path.read_text())
-    assert manifest["apiVersion"] == "ray.io/v1" and manifest["kind"] in ("RayCluster", "RayJob")
+    assert manifest["apiVersion"] == "ray.io/v1" and manifest["kind"] in ("RayCluster", "RayJob", "RayService")
     spec = cluster_of(manifest)
     assert spec["authOptions"] == {"mode": "token"}
     head = spec["headGroupSpec"]
@@ -98,3 +100,30 @@ def test_the_job_runs_a_command_that_exists(capsys: pytest.CaptureFixture[str]) 
     with pytest.raises(SystemExit) as end:
         main([*words[1:], "--help"])
     assert end.value.code == 0 and "--resume" in capsys.readouterr().out
+
+
+def test_the_service_deploys_an_application_that_exists_with_arguments_that_it_knows() -> None:
+    from importlib import import_module
+
+    from actors.serve_app import arguments
+
+    config = yaml.safe_load(
+        yaml.safe_load((ROOT / "deploy/kuberay/rayservice.yaml").read_text())["spec"]["serveConfigV2"]
+    )
+    (application,) = config["applications"]
+    module, _, name = application["import_path"].partition(":")
+    assert callable(getattr(import_module(module), name))
+    found = arguments(application["args"])
+    assert found["run"].startswith("/shared/") and int(found["replicas"]) >= 1
+    for wrong, told in (({"rn": "/x"}, "'rn'"), ({}, "'run'"), ({"run": "/x", "replicas": "0"}, "replicas=0")):
+        with pytest.raises(ConfigError, match=told):
+            arguments(wrong)
+
+
+def test_ray_accepts_the_configuration_of_the_service() -> None:
+    try:
+        from ray.serve.schema import ServeDeploySchema
+    except ImportError as error:
+        pytest.skip(f"ray[serve] is not installed: {error}")
+    text = yaml.safe_load((ROOT / "deploy/kuberay/rayservice.yaml").read_text())["spec"]["serveConfigV2"]
+    assert ServeDeploySchema.parse_obj(yaml.safe_load(text)).applications[0].route_prefix == "/"

@@ -190,3 +190,28 @@ def test_serve_uses_what_is_up_and_leaves_it_up(run: Path, up: str) -> None:
 
     assert serve(Place(run, "", "127.0.0.1", 0, shared=False), ready=ports.append, ended=ended, say=silent)
     assert detached.status(run).state == "up"
+
+
+def test_the_same_application_runs_on_ray_serve(run: Path, up: str) -> None:
+    serve_api = pytest.importorskip("ray.serve", reason="ray[serve] is not installed", exc_type=ImportError)
+    from actors.listen import bind
+    from actors.serve_app import app
+
+    with bind("127.0.0.1", 0) as free:
+        port = free.getsockname()[1]
+    serve_api.start(http_options={"host": "127.0.0.1", "port": port})
+    try:
+        serve_api.run(app({"run": str(run), "name": up}), name="constellation", route_prefix="/")
+        url = f"http://127.0.0.1:{port}/v1/completions"
+        text = asked(url, **BODY)["choices"][0]["text"]
+        local = asyncio.run(answers_of(service_of(run, LocalAsyncKernels(LocalKernels.from_run(run))), BODY))
+        assert text == local
+    finally:
+        serve_api.shutdown()
+
+
+async def answers_of(service: Service, body: dict[str, Any]) -> str:
+    ask = Ask(body["prompt"], Sampling(seed=body["seed"], max_new_tokens=body["max_tokens"]))
+    *_, answer = [step async for step in service.stream(ask)]
+    assert isinstance(answer, Answer)
+    return answer.text
