@@ -37,7 +37,7 @@ from constellation.errors import ConfigError
 from constellation.experiments.load import Asked, Load, drive
 from constellation.experiments.served import resident_mb, running, served
 
-FAIR = 0.98  # least index of a closed load
+FAIR, FAIR_ANSWERS = 0.98, 8.0  # least index of a closed load, judged from so many answers a stream on
 GROWTH = 0.02, 8.0  # memory may grow by that part, or by so many MB
 PROMPT_BYTES = (16, 400)
 
@@ -83,7 +83,7 @@ def judge(done: Sequence[Asked], seen: dict[str, Any], load: Load) -> dict[str, 
     fair = jain(by_stream)
     verdicts = {
         "no_error": bool(right) and not errors,
-        "fair": fair >= FAIR if load.rate is None else None,
+        "fair": fair >= FAIR if load.rate is None and len(done) >= FAIR_ANSWERS * load.streams else None,
         "no_leak": growth["mb"] <= max(GROWTH[0] * growth["from_mb"], GROWTH[1]) if growth else None,
         "agrees": counted == tokens if load.leave == 0 and not errors else None,
         "idle": seen["in_flight_after"] == 0,
