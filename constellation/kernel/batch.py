@@ -133,7 +133,11 @@ class Batch:
         for work in [w for w in (*self._waiting, *self._owner) if w is not None]:
             self._leave(work)
             _fail(work, error)
-        self._length[:] = 0
+        self.forget()
+
+    def forget(self) -> None:
+        """Keep nothing of what the free slots hold."""
+        self._length[[owner is None for owner in self._owner]] = 0
 
     @property
     def idle(self) -> bool:
