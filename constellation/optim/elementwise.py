@@ -45,17 +45,21 @@ def diagonal_step(
     adam = group["power"] == 0.5 and group.get("bias_correction", True) and group.get("batch_size", 1) == 1
     on_device = group.get("capturable", False)
     fused = adam and not plain and not group.get("foreach") and curvature is None and params[0].device.type in FUSED_ON
+    device = params[0].device if fused or on_device else torch.device("cpu")
     for p in params:
-        s, device = state[p], p.device if fused or on_device else "cpu"
-        if "fisher" not in s:
-            s["step"] = torch.zeros((), dtype=torch.float32, device=device)
-            s["fisher"] = state_like(p)
-        if "momentum" not in s and (fused or group["momentum"]):
-            s["momentum"] = state_like(p)
-        if curvature is not None and "looks" not in s:
-            s["looks"] = torch.zeros((), dtype=torch.float32)
-        if s["step"].device != torch.device(device):
-            s["step"] = s["step"].to(device)
+        if "fisher" not in state[p]:
+            step = torch.zeros((), dtype=torch.float32, device=p.device if fused or on_device else device)
+            state[p].update({"step": step, "fisher": state_like(p)})
+    first = state[params[0]]
+    if (fused or group["momentum"]) and not all("momentum" in state[p] for p in params):
+        for p in params:
+            state[p].setdefault("momentum", state_like(p))
+    if curvature is not None and not all("looks" in state[p] for p in params):
+        for p in params:
+            state[p].setdefault("looks", torch.zeros((), dtype=torch.float32))
+    if first["step"].device != device:  # loaded from another way to step
+        for p in params:
+            state[p]["step"] = state[p]["step"].to(p.device if fused or on_device else device)
     if fused:
         _fused(params, state, group)
     elif plain or on_device:
@@ -74,7 +78,7 @@ def _fused(params: list[Tensor], state: Any, group: dict[str, Any]) -> None:
         [torch.view_as_real(t) if t.is_complex() else t for t in ts] for ts in (wide, grads, momenta, fishers)
     )
     adamw(
-        thetas, grads, momenta, fishers, [], steps, fused=True, amsgrad=False, beta1=group["momentum"],
+        thetas, grads, momenta, fishers, [], steps, fused=True, foreach=False, amsgrad=False, beta1=group["momentum"],
         beta2=group["alpha"], lr=group["lr"], weight_decay=group["weight_decay"], eps=group["eps"],
         maximize=group.get("maximize", False),
     )  # fmt: skip
@@ -85,8 +89,8 @@ def _fused(params: list[Tensor], state: Any, group: dict[str, Any]) -> None:
 
 def _laid_out(t: Tensor, like: Tensor) -> Tensor:
     """`t`, or a copy of the dtype and strides of `like`: the kernel runs over memory as it lies."""
-    same = t.dtype == like.dtype and t.stride() == like.stride()
-    return t if same else torch.empty_like(like).copy_(t)
+    same = (t.is_contiguous() and like.is_contiguous()) or t.stride() == like.stride()
+    return t if same and t.dtype == like.dtype else torch.empty_like(like).copy_(t)
 
 
 def _plain(p: Tensor, s: dict[str, Any], group: dict[str, Any], curvature: dict[Tensor, Tensor] | None) -> None:
@@ -143,28 +147,32 @@ def _listed(params: list[Tensor], state: Any, group: dict[str, Any], curvature: 
         c1 = c2 = 1.0
         if group.get("bias_correction", True):
             c1, c2 = 1 - b**step, (1 - a**looks) ** power or 1.0
-        numbers: tuple[Any, ...] = (1 - lr * group["weight_decay"], group["eps"] * c2, -lr * c2 / c1)
-        if group.get("compile"):  # as tensors, or every step would be compiled anew
-            numbers = tuple(torch.tensor(x) for x in numbers)
+        keep, gain = 1 - lr * group["weight_decay"], None
+        if fresh:
+            gain = (1 - a) * (group.get("batch_size", 1) if curvature is None else 1)
         sources = [(p.grad if curvature is None else curvature.get(p, p.grad)) for p in some]
         lists: list[list[Any]] = [some, [p.grad for p in some], [state[p].get("momentum") for p in some]]
         lists += [[state[p]["fisher"] for p in some], sources]
         if dtype.is_complex:
             lists = [[t if t is None else torch.view_as_real(t) for t in ts] for ts in lists]
-        update = compiled_update() if group.get("compile") else list_update
         whole = group.get("compile") or device.type != "cpu"
         for thetas, gs, ms, fs, hs in [lists] if whole else blocks(lists):
             if gs[0].dtype != fs[0].dtype:
                 gs, hs = ([x.to(f.dtype) for x, f in zip(xs, fs, strict=True)] for xs in (gs, hs))
             if group.get("maximize"):
                 gs = list(torch._foreach_neg(gs))
-            gain = ((1 - a) * (group.get("batch_size", 1) if curvature is None else 1)) if fresh else None
-            update(thetas, gs, ms if b else gs, fs, hs, b, a, gain, curvature is None, power, *numbers)
+            ms = ms if b else gs
+            if group.get("compile"):  # numbers that change as tensors, or every step would be compiled anew
+                changing = (torch.tensor(x) for x in (keep, 1 / c2, -lr / c1))
+                compiled_update()(thetas, gs, ms, fs, hs, b, a, gain, curvature is None, power, group["eps"], *changing)
+            else:
+                damping, length = group["eps"] * c2, -lr * c2 / c1
+                list_update(thetas, gs, ms, fs, hs, b, a, gain, curvature is None, power, damping, keep, length)
 
 
 def list_update(
     thetas: Any, gs: Any, ms: Any, fs: Any, hs: Any, b: float, a: float, gain: float | None, squared: bool,
-    power: float, keep: Any, damping: Any, length: Any,
+    power: float, damping: float, keep: float, length: float,
 ) -> None:  # fmt: skip
     """theta <- keep theta + length m / (F^power + damping), averages first; lists of tensors alike in dtype."""
     if b:
@@ -180,26 +188,34 @@ def list_update(
     else:
         scale = torch._foreach_sqrt(fs) if power == 0.5 else torch._foreach_pow(fs, power)
         torch._foreach_add_(scale, damping)
-    tensors = isinstance(length, Tensor)
-    if tensors or damping == 0:
-        torch._foreach_clamp_min_(scale, TINY)  # 0 / 0 is no step
-    if tensors or keep != 1:
+    if damping == 0:
+        torch._foreach_clamp_min_(scale, TINY)
+    if keep != 1:
         torch._foreach_mul_(thetas, keep)
-    if tensors:
-        torch._foreach_reciprocal_(scale)
-        torch._foreach_mul_(scale, ms)
-        torch._foreach_mul_(scale, length)
-        torch._foreach_add_(thetas, scale)
-    elif thetas[0].dtype == scale[0].dtype:
+    if thetas[0].dtype == scale[0].dtype:
         torch._foreach_addcdiv_(thetas, ms, scale, length)
     else:
-        delta = torch._foreach_div(ms, scale)
-        torch._foreach_add_(thetas, delta, alpha=length)
+        torch._foreach_add_(thetas, torch._foreach_div(ms, scale), alpha=length)
+
+
+def one_by_one(
+    thetas: Any, gs: Any, ms: Any, fs: Any, hs: Any, b: float, a: float, gain: float | None, squared: bool,
+    power: float, eps: float, keep: Tensor, correct: Tensor, length: Tensor,
+) -> None:  # fmt: skip
+    """The same as a loop that a compiler makes into one pass over each parameter's memory."""
+    for theta, g, m, f, h in zip(thetas, gs, ms, fs, hs, strict=True):
+        if b:
+            m.lerp_(g, 1 - b)
+        if gain is not None:
+            f.mul_(a).add_(gain * (h * h if squared else h))
+        root = f if power == 1 else f.sqrt() if power == 0.5 else f**power
+        scale = root * correct + eps if eps else (root * correct).clamp(min=TINY)
+        theta.mul_(keep).add_(m * length / scale)
 
 
 @cache
 def compiled_update() -> Callable[..., None]:
-    return torch.compile(list_update)
+    return torch.compile(one_by_one)
 
 
 def blocks(lists: list[list[Any]], size: int = BLOCK) -> Iterator[list[list[Any]]]:

@@ -47,7 +47,7 @@ OLD_NAMES = {"kronecker": "kron", "diagonal": "diag"}  # in checkpoints of the f
 LARGEST_NORM = 1e18  # of a gradient whose square is averaged in float32
 KRON: dict[str, Any] = {
     "variant": "muon", "momentum": 0.95, "weight_decay": 0.0, "alpha": 0.95, "eps": 1e-8, "factor_decay": None,
-    "refresh": 10, "refresh_above": 0.0, "max_dim": 1024, "max_aspect": 4.0, "products": "full", "nesterov": True,
+    "refresh": 10, "refresh_above": 0.0, "max_dim": 1024, "max_aspect": 2.0, "products": "full", "nesterov": True,
     "adjust_lr_fn": "match_rms_adamw", "ns_coefficients": NEWTON_SCHULZ, "ns_steps": NEWTON_SCHULZ_STEPS,
     "batched": True, "maximize": False,
 }  # fmt: skip
@@ -74,7 +74,7 @@ class KroneckerNG(NaturalOptimizer):
         refresh: int = 10,  # steps between two looks at the bases
         refresh_above: float = 0.0,  # a basis is left alone while its off-diagonal part is at most this, [0, 1]
         max_dim: int = 1024,  # sides longer than this, or than max_aspect times the other, get no factor
-        max_aspect: float = 4.0,
+        max_aspect: float = 2.0,
         products: str = "full",  # of factors and bases; bfloat16 is several times faster where processors have it
         nesterov: bool = True,
         adjust_lr_fn: str = "match_rms_adamw",  # 0.2 sqrt(max(r, c)); original: sqrt(max(1, r / c))

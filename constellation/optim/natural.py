@@ -39,13 +39,12 @@ def finite(tensors: Sequence[Tensor], largest: float = math.inf) -> bool:
 
     With `largest`, whether the norm is below it.
     """
-    devices: dict[torch.device, list[Tensor]] = {}
-    for t in tensors:
-        devices.setdefault(t.device, []).append(t)
+    kinds = {(t.device, t.dtype) for t in tensors}
+    alike = [[t for t in tensors if (t.device, t.dtype) == kind] for kind in kinds] if len(kinds) > 1 else [tensors]
     return all(
-        _whole(torch.stack([n.float() for n in torch._foreach_norm(same)]).sum()) < largest
+        _whole(torch.stack(torch._foreach_norm(same)).sum()) < largest  # type: ignore[arg-type]
         or (largest == math.inf and all(_whole(torch.isfinite(t).all()) for t in same))
-        for same in devices.values()
+        for same in alike
     )
 
 
