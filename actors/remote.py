@@ -66,7 +66,7 @@ def open_kernels(
 def _on_demand(supervisor: Supervisor, run: Path) -> Iterator[Callable[[str], Any]]:
     """Finds an actor of `run` by role and starts it if it is not there; a thread watches over them meanwhile."""
     hires = {hire.role: hire for hire in servers(supervisor.placement, run.resolve(), supervisor.config)}
-    end, failures = threading.Event(), list[BaseException]()
+    end, failures, one_at_a_time = threading.Event(), list[BaseException](), threading.Lock()
 
     def watch() -> None:
         try:
@@ -78,8 +78,9 @@ def _on_demand(supervisor: Supervisor, run: Path) -> Iterator[Callable[[str], An
     def find(role: str) -> Any:
         if failures:
             raise failures[0]
-        if role not in supervisor.members:
-            supervisor.hire([hires[role]])
+        with one_at_a_time:
+            if role not in supervisor.members:
+                supervisor.hire([hires[role]])
         return supervisor.members[role].actor
 
     thread = threading.Thread(target=watch, daemon=True)
@@ -96,7 +97,7 @@ class RayKernels:
     """The actors of a constellation that is up; `find` gives an actor's handle by its name, ValueError when absent."""
 
     def __init__(self, find: Callable[[str], Any], say: Callable[[str], None] = lambda text: None):
-        self._find, self._say = find, say
+        self.find, self._say = find, say
         self._actors: dict[str, Any] = {}
 
     @property
@@ -143,7 +144,7 @@ class RayKernels:
     def _call(self, name: str, method: str, *arguments: Any) -> Any:
         try:
             if name not in self._actors:
-                self._actors[name] = self._find(name)
+                self._actors[name] = self.find(name)
         except ValueError:
             return None
         return getattr(self._actors[name], method).remote(*arguments)

@@ -128,6 +128,29 @@ def test_a_text_is_scored_token_by_token_as_whole_forward_passes_do(mode: str) -
         assert (one.log_prob == max(p for _, p in one.top)) == (tokens[i] == int(log_p.argmax()))
 
 
+def test_every_mode_scores_a_text_as_the_evaluation_does() -> None:
+    """Oracle: router/evaluate.py on a table of what each kernel says of each token."""
+    from router.evaluate import Scores, answers
+
+    tokens = [*TOKENIZER.encode("the quick brown fox number def f(x): GENESIS 1:1 number GENESIS 1:1 " * 4), 0]
+    made = service()
+
+    def nats(mode: str, top_k: int = 3) -> np.ndarray:
+        return np.array([-one.log_prob for one in asyncio.run(made.score(tokens, mode, top_k=top_k)) if one])
+
+    sizes = np.array([len(TOKENIZER.token_bytes[t]) for t in tokens])
+    table = Scores(
+        NAMES, nats(OCEAN), np.stack([nats(n) for n in NAMES]), np.zeros(len(tokens), np.int64),
+        np.cumsum(sizes) - sizes, np.array([sizes.sum()]), (None,),
+    )  # fmt: skip
+    expected = answers(table, POLICY.trajectories([TOKENIZER.decode(tokens)], 32), 0.05, (2, 3))
+    np.testing.assert_allclose(nats("route"), expected["routed"], atol=1e-5)
+    for k in (2, 3):
+        np.testing.assert_allclose(nats("mixture", k), expected[f"mixture_{k}"], atol=1e-5)
+    np.testing.assert_allclose(nats("barycenter", 1), nats("mixture", 1), atol=1e-5)
+    assert not np.array_equal(nats("barycenter", 3), nats("mixture", 3))
+
+
 def test_the_first_token_is_not_scored_when_it_is_the_end_of_another_text() -> None:
     with_end = asyncio.run(service().score([0, 40, 41], "heart"))
     assert with_end[0] is None and with_end[1:] == asyncio.run(service().score([40, 41], "heart"))

@@ -202,3 +202,28 @@ def serve(
     from constellation.experiments.load import Load
 
     bench_serve.run(url, Load(streams, seconds, tokens, rate, leave, mode, seed), run=run, key=api_key, out=out)
+
+
+@command.command()
+@options.run
+@click.option("--corpus", type=click.Path(path_type=Path, exists=True), default=None, metavar="DIR",
+              help="default: the run's own held-out documents")  # fmt: skip
+@click.option(
+    "--bytes", "most_bytes", default=30_000, show_default=True, type=click.IntRange(1), help="of held-out text"
+)
+@click.option("--answers", default=8, show_default=True, type=click.IntRange(1), help="of each mode, one after another")
+@click.option("--tokens", default=128, show_default=True, type=click.IntRange(1), help="of each answer")
+@options.local
+@out
+def modes(
+    run: Path, corpus: Path | None, most_bytes: int, answers: int, tokens: int, local: bool, out: Path | None
+) -> None:
+    """Ways to answer: held-out bits per byte beside tokens per second; what HTTP and Ray cost a token."""
+    from constellation.experiments import bench_modes
+
+    result = bench_modes.run(
+        run, corpus=corpus, most_bytes=most_bytes, answers=answers, tokens=tokens, over_ray=not local, say=click.echo
+    )
+    if out:
+        bench_modes.save(result, out)
+        click.echo(f"raw result: {out}")
