@@ -134,7 +134,7 @@ def asked(stream: int, due: float, first: float, gaps: list[tuple[float, int]], 
 
 
 SEEN = {"memory_mb": [(float(i), 100.0) for i in range(8)], "tokens_before": 5.0, "tokens_after": 29.0,
-        "in_flight_after": 0.0, "client_cpu_s": 0.1}  # fmt: skip
+        "in_flight_after": 0.0, "client_cpu_s": 0.1, "warm_up_s": 1.0}  # fmt: skip
 
 
 def test_numbers_follow_their_definitions() -> None:

@@ -8,8 +8,9 @@
     agrees           tokens that the service counted = tokens that arrived, unless clients left on purpose
     idle             after the last answer nothing is in flight
 
-The service is at --url, or started here for the run (`--run`) on a free port of the loopback, in one process. The load
-(load.py) is made in this process, on the same machine: its processor time is reported beside the rest.
+The service is at --url, or started here for the run (`--run`) on a free port of the loopback, in one process. Every
+model answers once before the clock starts. The load (load.py) is made in this process, on the same machine: its
+processor time is reported beside the rest.
 """
 
 from __future__ import annotations
@@ -40,6 +41,7 @@ from constellation.experiments.served import resident_mb, running, served
 FAIR, FAIR_ANSWERS = 0.98, 8.0  # least index of a closed load, judged from so many answers a stream on
 GROWTH = 0.02, 8.0  # memory may grow by that part, or by so many MB
 PROMPT_BYTES = (16, 400)
+WARM_UP_S = 60.0  # patience with kernels that are loaded at the first question
 
 
 def run(
@@ -104,6 +106,7 @@ def judge(done: Sequence[Asked], seen: dict[str, Any], load: Load) -> dict[str, 
         "jain": round(fair, 5),
         "tokens_by_stream": by_stream,
         "memory_growth": growth,
+        "warm_up_seconds": seen["warm_up_s"],
         "client_cpu_seconds": round(seen["client_cpu_s"], 2),
         "verdicts": verdicts,
         "raw": {
@@ -135,6 +138,7 @@ def report(result: dict[str, Any]) -> list[str]:
     growth = result["memory_growth"]
     memory = f"{growth['from_mb']:.0f} MB {growth['mb']:+.1f} MB" if growth else "not known"
     facts = (
+        ("warm-up", f"{result['warm_up_seconds']:.1f} s", None),
         ("tokens a second", f"{result['tokens_per_second']:.1f}", None),
         ("answers", f"{result['right']} right of {result['requests']}", "no_error"),
         ("longest gap", "-" if result["longest_gap_ms"] is None else f"{result['longest_gap_ms']:.0f} ms", None),
@@ -152,7 +156,9 @@ async def _measure(
     url: str, load: Load, prompts: Sequence[str], key: str, pid: int | None
 ) -> tuple[list[Asked], dict[str, Any]]:
     """The requests, and what was seen of the service before, during and after them."""
-    async with httpx.AsyncClient(base_url=url, timeout=30.0) as client:
+    headers = {"Authorization": f"Bearer {key}"} if key else {}
+    async with httpx.AsyncClient(base_url=url, headers=headers, timeout=WARM_UP_S) as client:
+        warm_s = await _warm_up(client)
         before = await _metrics(client)
         memory: list[tuple[float, float]] = []
         begin, cpu = time.perf_counter(), time.process_time()
@@ -179,7 +185,19 @@ async def _measure(
         "tokens_after": after.get("constellation_tokens_total", 0.0),
         "in_flight_after": after.get("constellation_in_flight", -1.0),
         "client_cpu_s": cpu,
+        "warm_up_s": round(warm_s, 3),
     }
+
+
+async def _warm_up(client: httpx.AsyncClient) -> float:
+    """Seconds until each model has answered once, all asked at once: kernels may be loaded when first asked."""
+    begin = time.perf_counter()
+    models = await client.get("/v1/models")
+    if models.status_code == 200:  # otherwise the load itself will tell what is wrong
+        names = [model["id"] for model in models.json()["data"]]
+        asks = [{"model": name, "prompt": "x", "max_tokens": 2} for name in names]
+        await asyncio.gather(*(client.post("/v1/completions", json=ask) for ask in asks))
+    return time.perf_counter() - begin
 
 
 async def _metrics(client: httpx.AsyncClient) -> dict[str, float]:
