@@ -1,6 +1,7 @@
 """Every optimizer by its name in a config: it trains a kernel, is stopped anywhere and goes on with the same bits."""
 
 import dataclasses
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -86,6 +87,8 @@ def test_every_optimizer_trains_and_resumes_bit_for_bit_through_fit(case: str, t
         gates = [g[0].pop("gate") for g in groups]
         assert gates[0]["natural_steps"] == gates[1]["natural_steps"] >= 1
         assert gates[0]["curvatures"] == gates[1]["curvatures"]
+        said = json.loads((alone.folder / "summary.json").read_text())["optimizer"]
+        assert said["ng_applications"] == gates[0]["natural_steps"] and said["natural_seconds"] > 0
     assert groups[0] == groups[1]
 
 

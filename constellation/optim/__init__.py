@@ -13,6 +13,17 @@ if TYPE_CHECKING:
     import torch
 
     from constellation.config import Optim
+    from constellation.optim.adaptive import AdaptiveMixedQIG as AdaptiveMixedQIG
+    from constellation.optim.basin import BasinNaturalGrad as BasinNaturalGrad
+    from constellation.optim.diagonal import DiagonalNG as DiagonalNG
+    from constellation.optim.diagonal import QIGDiagonalNG as QIGDiagonalNG
+    from constellation.optim.gate import AdaptiveConfig as AdaptiveConfig
+    from constellation.optim.gate import get_recommended_config_for_phase as get_recommended_config_for_phase
+    from constellation.optim.hybrid import HybridGeometricOptimizer as HybridGeometricOptimizer
+    from constellation.optim.hybrid import MixedQIGOptimizer as MixedQIGOptimizer
+    from constellation.optim.kronecker import KroneckerNG as KroneckerNG
+    from constellation.optim.scaled import CurvatureScaledSGD as CurvatureScaledSGD
+    from constellation.optim.simple import SimpleFisherOptimizer as SimpleFisherOptimizer
 
 _HOME = {  # public name -> file
     "AdaptiveConfig": "gate",

@@ -161,6 +161,9 @@ class HybridGeometricOptimizer(NaturalOptimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self.__dict__.setdefault("_block", BasinOutcome("none"))
+        for group in self.param_groups:
+            for name, value in OPTIONS[group["method"]].items():  # options younger than the state
+                group.setdefault(name, value)
 
 
 MixedQIGOptimizer = HybridGeometricOptimizer  # the seeds' other name

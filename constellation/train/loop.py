@@ -196,7 +196,7 @@ def fit(job: Job, source: Source | None = None) -> Iterator[Step]:
             tokens=min(len(losses), job.steps) * tokens_per_step, first_loss_nats=_first(losses),
             last_loss_nats=_first(losses[::-1]), best_loss_nats=float(losses.min()) if len(losses) else None,
             best_dev_bits_per_byte=best if best < math.inf else None, runtime_s=time.perf_counter() - began,
-            converged=_converged(losses),
+            converged=_converged(losses), **({"optimizer": _stats(optimizer)} if "telemetry" in asked else {}),
         )  # fmt: skip
 
     if start >= job.steps and not folder.is_done():  # killed between the last checkpoint and the summary
@@ -280,6 +280,11 @@ def sample_text(model: KernelLM, job: Job, length: int) -> str | None:
     sampling = Sampling(temperature=0.8, top_p=0.95, seed=job.config.train.seed, max_new_tokens=room)
     tokens = generate(model, [[tokenizer.eos]], [sampling])[0]
     return tokenizer.decode(tokens)[:length].decode("utf-8", "replace")
+
+
+def _stats(optimizer: Any) -> dict[str, float]:
+    """What a gated optimizer says of itself: how often it took its dear step, and what that cost."""
+    return {name: value for name, value in optimizer.get_stats().items() if math.isfinite(value)}
 
 
 def _first(values: np.ndarray) -> float | None:
