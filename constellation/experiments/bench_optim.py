@@ -12,6 +12,7 @@ Everything is a file in the work folder, written whole when done: a second call 
 
 from __future__ import annotations
 
+import hashlib
 import importlib.metadata
 import multiprocessing
 import os
@@ -48,13 +49,14 @@ class Profile:
     baseline_trials: int = 20
     seeds: int = 5
     rungs: int = 9  # at most, the longest ones
+    sizes: tuple[str, ...] = tuple(optim_steps.SIZES)  # of the step-cost table
 
 
 FULL = Profile("full", tuple(TASKS))
 QUICK = Profile(
     "quick", ("char", "digits", "poisson"),
     ("adamw", "qig_diagonal", "diagonal", "kron_muon", "kron_soap", "exact_ng", "muon", "pytorch_optimizer_soap"),
-    scale=0.4, studies=1, trials=4, baseline_trials=6, seeds=3, rungs=3,
+    scale=0.4, studies=1, trials=4, baseline_trials=6, seeds=3, rungs=3, sizes=("0.1 M", "1 M"),
 )  # fmt: skip
 Say = Callable[[str], None]
 
@@ -104,10 +106,10 @@ def run(
             chosen = {row: best([t for t in tuned if t["row"] == row]) for row in rows_of(task, profile)}
             runs = do(confirmation(task, chosen, profile, data))
             found[name] = {"tuning": tuned, "chosen": chosen, "runs": runs}
-        steps = _once(
-            work / f"steps-{profile.name}.json",
-            lambda: pool.submit(optim_steps.measure, profile.name == "full").result(),
-        )
+        key = hashlib.sha256(repr((profile.sizes, profile.rows)).encode()).hexdigest()[:12]
+        if not (costs := work / f"steps.{key}.json").exists():
+            write_json(costs, pool.submit(optim_steps.measure, profile.sizes, profile.rows).result())
+        steps = read_json(costs)
     result = {
         "question": (__doc__ or "").splitlines()[0],
         "profile": asdict(profile),
@@ -192,7 +194,7 @@ def confirmation(task: Task, chosen: dict[str, Any], profile: Profile, data: str
 
 def estimate(profile: Profile) -> float:
     """CPU-seconds of the whole profile, by the tables' step times."""
-    total = 200.0 if profile.name == "full" else 20.0  # step costs and products
+    total = 10.0 * len(profile.sizes) ** 2  # step costs
     for name in profile.tasks:
         task, some = TASKS[name], {"lr": 1.0, "knob": 0.5}
         rows = rows_of(task, profile)
@@ -200,12 +202,6 @@ def estimate(profile: Profile) -> float:
         trials += confirmation(task, dict.fromkeys(rows, some), profile, "")
         total += sum(t.estimate_s() for t in trials)
     return total
-
-
-def _once(path: Path, make: Callable[[], Any]) -> Any:
-    if not path.exists():
-        write_json(path, make())
-    return read_json(path)
 
 
 @contextmanager

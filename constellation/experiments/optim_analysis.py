@@ -90,7 +90,7 @@ def z_below(values: Sequence[float | None], goal: float) -> tuple[float, float] 
         return None
     logs = np.log(known)
     error = float(logs.std(ddof=1)) / math.sqrt(len(logs))
-    if error == 0:
+    if error < 1e-12:
         return None
     z = (math.log(goal) - float(logs.mean())) / error
     return z, float(scipy.stats.t.sf(z, len(logs) - 1))

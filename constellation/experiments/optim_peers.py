@@ -1,8 +1,9 @@
 """The optimizers of `bench optim`, one row each: ours and the peers, built the same way.
 
 Every row is made from (problem, lr, knob). `lr` is drawn log-uniformly around the row's documented default.
-`knob` in [0, 1] is the second number drawn: the memory of the average of squared gradients where a row has
-one, 10 to 1000 steps, 1 / (1 - beta); the damping, a tenth to ten times the default, where it has none.
+`knob` in [0, 1] is the second number drawn: the memory of the average of squared gradients, 10 to 1000 steps, 1 / (1 -
+beta); the momentum, 5 to 30 steps, of those that take a polar factor; the damping, a tenth to ten times the default,
+of the exact one.
 Weight decay is 0 for all. Where an optimizer is meant for the weights of linear maps alone (Muon, Kronecker factors),
 embeddings and vectors go to AdamW(fused) at the same rate, or to DiagonalNG in our own.
 heavyball compiles its steps by default: minutes on a CPU, and a hundred trials would each pay it; it runs
@@ -51,6 +52,7 @@ class Row:
     lr: float  # documented default, the unit of the search
     build: Callable[[Problem, float, float], Optimizer]
     sees: bool = False  # step(logits=..., targets=...): it forms curvature from the likelihood
+    gate: bool = False  # step(telemetry={"loss": ...}) too
     rate: str = "linear"  # linear: up, then down to zero | flat: up, as schedule-free asks | none: always lr, untuned
     cost: float = 1.0  # CPU time of a training step over AdamW's on small models, for the estimate alone
     trials: int | None = None  # fewer trials than the others
@@ -60,6 +62,11 @@ class Row:
 def memory(knob: float) -> float:
     """beta of an average over 10 ** (1 + 2 knob) steps: 10 at 0, 1000 at 1."""
     return float(1 - 10 ** -(1 + 2 * knob))
+
+
+def inertia(knob: float) -> float:
+    """Momentum over 5 steps at 0, 30 at 1."""
+    return float(1 - 0.2 * 6**-knob)
 
 
 def around(default: float, knob: float) -> float:
@@ -102,7 +109,7 @@ def _qig_diagonal(problem: Problem, lr: float, knob: float) -> Optimizer:
 def _diagonal(problem: Problem, lr: float, knob: float) -> Optimizer:
     from constellation.optim import DiagonalNG
 
-    sampled = {"source": "sampled", "refresh": 5} if problem.likelihood == "softmax" else {}
+    sampled: dict[str, Any] = {"source": "sampled", "refresh": 5} if problem.likelihood == "softmax" else {}
     return DiagonalNG(_all(problem), lr=lr, alpha=memory(knob), power=1.0, **sampled)
 
 
@@ -118,7 +125,8 @@ def _kronecker(variant: str) -> Callable[[Problem, float, float], Optimizer]:
 
         linear, rest = matrices(problem.model)
         groups: list[dict[str, Any]] = [{"params": linear}, {"params": rest, "method": "diag"}]
-        return KroneckerNG([g for g in groups if g["params"]], lr=lr, alpha=memory(knob), variant=variant)
+        own: dict[str, Any] = {"momentum": inertia(knob)} if "muon" in variant else {"alpha": memory(knob)}
+        return KroneckerNG([g for g in groups if g["params"]], lr=lr, variant=variant, **own)
 
     return build
 
@@ -161,9 +169,9 @@ def _scaled(problem: Problem, lr: float, knob: float) -> Optimizer:
 
 def _muon(problem: Problem, lr: float, knob: float) -> Optimizer:
     def muon(params: list[Tensor]) -> torch.optim.Optimizer:
-        return torch.optim.Muon(params, lr=lr, weight_decay=0.0, adjust_lr_fn="match_rms_adamw")
+        return torch.optim.Muon(params, lr=lr, momentum=inertia(knob), weight_decay=0.0, adjust_lr_fn="match_rms_adamw")
 
-    return _with_adamw(muon, problem, lr, knob)
+    return _with_adamw(muon, problem, lr, 0.3)  # 40 steps: the middle of what wins elsewhere
 
 
 def _pytorch_optimizer_soap(problem: Problem, lr: float, knob: float) -> Optimizer:
@@ -223,8 +231,8 @@ ROWS = {
         Row("kron_soap_muon", "ours", 1e-3, _kronecker("soap_muon"), cost=1.6),
         Row("exact_ng", "ours", 1.0, _exact_ng, sees=True, rate="none", cost=10.0, trials=5),
         Row("hybrid_diagonal", "ours", 1e-3, _hybrid(False), cost=1.1, claim="MixedQIG (diagonal)"),
-        Row("hybrid_exact", "ours", 1e-3, _hybrid(True), sees=True, cost=2.0, claim="MixedQIG (exact)"),
-        Row("adaptive", "ours", 1e-3, _adaptive, sees=True, cost=1.3, claim="AdaptiveMixedQIG"),
+        Row("hybrid_exact", "ours", 1e-3, _hybrid(True), sees=True, cost=4.5, claim="MixedQIG (exact)"),
+        Row("adaptive", "ours", 1e-3, _adaptive, sees=True, gate=True, cost=1.3, claim="AdaptiveMixedQIG"),
         Row("muon", "torch Muon + AdamW", 1e-3, _muon, cost=1.3),
         Row("pytorch_optimizer_soap", "pytorch_optimizer SOAP + AdamW", 3e-3, _pytorch_optimizer_soap, cost=1.4),
         Row("heavyball_soap", "heavyball SOAP + AdamW", 3e-3, _heavyball_soap, cost=2.5),

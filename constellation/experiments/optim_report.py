@@ -99,7 +99,7 @@ def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
 def readme_table(result: Result) -> str:
     """What README shows: ratios by task, the seed's claims, the goals."""
     summary = result["summary"]
-    names = [n for n in ROWS if any("steps" in part["rows"].get(n, {}) for part in summary.values())]
+    names = [n for n in ROWS if any(n in part["rows"] for part in summary.values())]
     tasks = [n for n in summary if TASKS[n].steps and ("lm" in TASKS[n].tags or n in ("basin", "digits"))]
 
     def cell(name: str, task: str) -> str:

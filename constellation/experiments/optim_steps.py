@@ -15,6 +15,7 @@ import math
 import statistics
 import time
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -37,20 +38,19 @@ PATIENCE_S = 1.5  # a turn longer than this is cut to fewer steps and there are 
 SKIP = ("exact_ng", "hybrid_diagonal", "hybrid_exact", "adaptive")  # they need a basin or a likelihood
 
 
-def measure(full: bool = True) -> dict[str, Any]:
-    """Both parts, on the CPU and on a GPU where there is one."""
+def measure(sizes: Sequence[str], rows: Sequence[str] | None = None) -> dict[str, Any]:
+    """Both parts, on the CPU and on a GPU where there is one; `rows` None: all."""
     torch.set_num_threads(1)
-    sizes = SIZES if full else {"0.1 M": SIZES["0.1 M"], "1 M": SIZES["1 M"]}
     devices = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
-    costs = {d: {size: step_costs(config, d) for size, config in sizes.items()} for d in devices}
+    costs = {d: {size: step_costs(SIZES[size], d, rows) for size in sizes} for d in devices}
     return {"step_costs": costs, "products": products()}
 
 
-def step_costs(config: Kernel, device: str = "cpu", rows: tuple[str, ...] | None = None) -> dict[str, Any]:
+def step_costs(config: Kernel, device: str = "cpu", rows: Sequence[str] | None = None) -> dict[str, Any]:
     """{row: {"ms", "ratio"}} or {row: {"failed"}}; the baseline's ratio is 1."""
     baseline = _stepper(BASELINE, config, device)
     out: dict[str, Any] = {}
-    for name in rows or tuple(r for r in ROWS if r not in SKIP):
+    for name in (r for r in ROWS if r not in SKIP and (rows is None or r in rows)):
         try:
             with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
                 warnings.simplefilter("ignore")

@@ -49,6 +49,14 @@ class Problem:
     likelihood: str  # softmax | bernoulli | gaussian
     jacobian: Callable[[], Tensor] | None = None  # d outputs / d parameters, where cheaper than the graph
 
+    def rows(self, x: Tensor) -> Tensor:
+        """Outputs as rows (N, V), what curvature is formed from."""
+        return self.outputs(x).flatten(0, -2)
+
+    def targets(self, y: Tensor) -> Tensor:
+        """Targets of those rows."""
+        return y.flatten() if self.likelihood == "softmax" else y.flatten(0, -2)
+
 
 @dataclass(frozen=True)
 class Task:
@@ -214,18 +222,18 @@ _KRON = ("kron_muon", "kron_soap", "kron_kl_shampoo", "kron_soap_muon")
 _DIAGONAL = ("qig_diagonal", "diagonal")
 _PEERS = ("muon", "pytorch_optimizer_soap")  # on every noisy task; heavyball's steps are too slow for all of them
 _HEAVYBALL = ("heavyball_soap", "heavyball_psgd")
-_LM = frozenset({"lm"})
+_LM, _LM_SPAN = frozenset({"lm"}), (0.5, 64.0)
 TASKS = {
     task.name: task
     for task in (
         Task("char", "character GPT, 0.12 M", "nats/byte", char,
              ("adamw", *_DIAGONAL, "simple_fisher", "curvature_scaled", *_KRON, *_PEERS, *_HEAVYBALL, "schedulefree"),
-             steps=240, step_ms=17, tags=_LM),
+             steps=220, span=_LM_SPAN, step_ms=18, tags=_LM),
         Task("bpe", "BPE GPT, 0.9 M", "nats/token", bpe, ("adamw", "kron_soap", "kron_soap_muon", *_PEERS),
-             steps=100, rungs=(0.45, 0.65, 1.0), studies=1, step_ms=90, tags=_LM),
+             steps=90, rungs=(0.4, 0.6, 1.0), studies=1, span=_LM_SPAN, step_ms=95, tags=_LM),
         Task("basin", "GPT with a basin block, 0.12 M", "nats/token", basin,
              ("adamw", "qig_diagonal", "hybrid_diagonal", "hybrid_exact", "adaptive", "kron_soap", *_PEERS),
-             steps=200, rungs=(0.45, 0.65, 1.0), studies=2, step_ms=12),
+             steps=200, rungs=(0.45, 0.65, 1.0), studies=2, span=_LM_SPAN, step_ms=14),
         Task("digits", "deep autoencoder of digits", "nats/image", digits,
              ("adamw", *_DIAGONAL, *_KRON, *_PEERS, "heavyball_psgd"),
              steps=300, rungs=(0.15, 0.3, 0.45, 0.65, 1.0), span=(0.25, 32.0), step_ms=2.5),

@@ -123,8 +123,10 @@ def _loop(trial: Trial, task: Task, problem: Problem, optimizer: Optimizer, resu
         loss.backward()
         if row.sees:
             part = max(1, round(task.curvature * len(y)))
-            known = {"jacobian": problem.jacobian} if problem.jacobian and row.rate == "none" else {}
-            optimizer.step(logits=lambda x=x, n=part: problem.outputs(x[:n]), targets=y[:part], **known)
+            known: dict[str, Any] = {"telemetry": {"loss": float(loss.detach())}} if row.gate else {}
+            if problem.jacobian and row.rate == "none":
+                known["jacobian"] = problem.jacobian
+            optimizer.step(logits=lambda x=x, n=part: problem.rows(x[:n]), targets=problem.targets(y[:part]), **known)
         else:
             optimizer.step()
         optimizer.zero_grad()
