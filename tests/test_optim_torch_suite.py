@@ -96,6 +96,20 @@ class Case:
         return [{**part, **rest} for part in parts] if parts and isinstance(parts[0], dict) else [group]
 
 
+def hybrid(method: str) -> Callable[[list[Any], dict[str, Any]], list[dict[str, Any]]]:
+    """Matrices by `method`, the rest by AdamW; without a matrix everything by `method`."""
+
+    def groups(params: list[Any], kwargs: dict[str, Any]) -> list[dict[str, Any]]:
+        tensor = [p[1] if isinstance(p, tuple) else p for p in params]
+        if all(t.dim() != 2 for t in tensor) or all(t.dim() == 2 for t in tensor):
+            return [{"params": params, "method": method if tensor[0].dim() == 2 else "adamw", **kwargs}]
+        matrices = [p for p, t in zip(params, tensor, strict=True) if t.dim() == 2]
+        others = [p for p, t in zip(params, tensor, strict=True) if t.dim() != 2]
+        return [{"params": matrices, "method": method, **kwargs}, {"params": others, "method": "adamw", **kwargs}]
+
+    return groups
+
+
 def by_shape(params: list[Any], kwargs: dict[str, Any]) -> list[dict[str, Any]]:
     """Matrices to the Kronecker step, the rest to the diagonal one."""
     tensor = [p[1] if isinstance(p, tuple) else p for p in params]
@@ -141,6 +155,30 @@ CASES = [
             "soap": [{"refresh": 2}, {"max_dim": 6}, {"products": "bfloat16"}],
             "kl_shampoo": [{"refresh": 2}, {"max_dim": 6}, {"factor_decay": 0.9}],
             "soap_muon": [{"refresh": 2, "refresh_above": 0.1}],
+        }.items()
+    ),
+]  # fmt: skip
+GROUPED: list[dict[str, Any]] = [{}, {"lr": 0.01}, {"weight_decay": 0.1}, {"maximize": True}]
+CASES += [
+    Case(
+        "constellation.optim.scaled", "CurvatureScaledSGD",
+        [*COMMON, {"momentum": 0.9}, {"exponent": 1.0, "eps": 1e-2}], groups=lambda params, kwargs: params,
+        errors=[({"source": "hessian"}, "source='hessian'"), ({"momentum": -1.0}, "momentum=-1.0")],
+    ),
+    Case(
+        "constellation.optim.basin", "BasinNaturalGrad",
+        [*COMMON, {"momentum": 0.5}, {"solver": "cg"}, {"solver": "dense"}, {"kind": "sampled", "seed": 3}],
+        fixed={"likelihood": "gaussian", "damping": 0.1}, sees=True,
+        errors=[({"damping": -1.0}, "damping=-1.0"), ({"kind": "guess"}, "guess"), ({"nonsense": 1}, "nonsense")],
+    ),
+    *(
+        Case(
+            "constellation.optim.hybrid", "HybridGeometricOptimizer", GROUPED, groups=hybrid(method),
+            inner=("lr", "weight_decay", "maximize", *more), fixed=more, sees=method == "exact", plain=False,
+            id=f"HybridGeometricOptimizer-{method}", errors=[({"rest_optimizer": "any"}, "rest_optimizer='any'")],
+        )
+        for method, more in {
+            "diag": {}, "kron": {}, "adamw": {}, "exact": {"likelihood": "gaussian", "damping": 0.1},
         }.items()
     ),
 ]  # fmt: skip
