@@ -14,22 +14,32 @@ from constellation.errors import ConfigError
 from constellation.kernel.sample import PREFILTER, Sampling, Settings, sample, uniform
 
 GOLDEN, ONE, TWO, WORD = 0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB, 2**64 - 1
+EOS = 0
 
 
-def naive_uniform(seed, position):
+def naive_uniform(seed, position, index=0):
     def mix(x):
         x = (x ^ (x >> 30)) * ONE & WORD
         x = (x ^ (x >> 27)) * TWO & WORD
         return x ^ (x >> 31)
 
-    return (mix((mix((seed + GOLDEN) & WORD) + (position + 1) * GOLDEN) & WORD) >> 12) / 2**52
+    stream = mix((seed + GOLDEN) & WORD)
+    if index:
+        stream = mix((stream + index * 0xD1B54A32D192ED03) & WORD)
+    return (mix((stream + (position + 1) * GOLDEN) & WORD) >> 12) / 2**52
 
 
-def naive_distribution(logits, s, seen=()):
+def naive_distribution(logits, s, seen=(), counts=None, position=10**9):
     """[(token, probability)] in the order of the draw, probabilities not yet normalised."""
     x = np.array(logits, dtype=np.float64)
     for i in seen:
         x[i] = x[i] / s.repetition_penalty if x[i] > 0 else x[i] * s.repetition_penalty
+    for i, n in (counts or {}).items():
+        x[i] -= s.presence_penalty + s.frequency_penalty * n
+    for i, value in s.logit_bias:
+        x[i] += value
+    if position < s.min_tokens:
+        x[[*s.stop_token_ids, *([] if s.ignore_eos else [EOS])]] = -np.inf
     p = np.exp((x - x.max()) / s.temperature)
     p /= p.sum()
     if not (s.top_k or s.top_p < 1 or s.min_p):
@@ -46,12 +56,12 @@ def naive_distribution(logits, s, seen=()):
     return [(i, p[i]) for i in kept if p[i] >= s.min_p * p[order[0]]]
 
 
-def naive_sample(logits, s, position, seen=()):
+def naive_sample(logits, s, position, seen=(), counts=None):
     if s.temperature == 0:
         s = dataclasses.replace(s, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0)
-        return max(naive_distribution(logits, s, seen), key=lambda pair: pair[1])[0]
-    pairs = naive_distribution(logits, s, seen)
-    target, mass = naive_uniform(s.seed, position) * sum(p for _, p in pairs), 0.0
+        return max(naive_distribution(logits, s, seen, counts, position), key=lambda pair: pair[1])[0]
+    pairs = naive_distribution(logits, s, seen, counts, position)
+    target, mass = naive_uniform(s.seed, position, s.index) * sum(p for _, p in pairs), 0.0
     for i, p in pairs:
         mass += p
         if mass > target:
@@ -59,12 +69,15 @@ def naive_sample(logits, s, position, seen=()):
     raise AssertionError("fell off the end")
 
 
-def draw(logits_BV, samplings, positions, seen=None):
+def draw(logits_BV, samplings, positions, seen=None, counts=None):
     logits_BV = torch.as_tensor(np.array(logits_BV), dtype=torch.float32)
     marks = torch.zeros_like(logits_BV, dtype=torch.bool)
     for row, ids in enumerate(seen or []):
         marks[row, list(ids)] = True
-    return sample(logits_BV, Settings(samplings), positions, marks).tolist()
+    table = torch.zeros_like(logits_BV)
+    for row, of in enumerate(counts or []):
+        table[row, list(of)] = torch.tensor(list(of.values()), dtype=torch.float32)
+    return sample(logits_BV, Settings(samplings, ends=(EOS,)), positions, marks, table).tolist()
 
 
 samplings = st.builds(
@@ -75,6 +88,16 @@ samplings = st.builds(
     min_p=st.sampled_from([0.0, 0.0001, 0.05, 1.0]),
     repetition_penalty=st.sampled_from([1.0, 1.3, 0.7]),
     seed=st.integers(0, 2**64 - 1),
+    max_new_tokens=st.just(20_000),
+    presence_penalty=st.sampled_from([0.0, 0.0, 1.5, -2.0]),
+    frequency_penalty=st.sampled_from([0.0, 0.0, 0.3, -1.0]),
+    logit_bias=st.dictionaries(st.integers(0, 2), st.sampled_from([-100.0, -1.0, 2.5]), max_size=3).map(
+        lambda bias: tuple(bias.items())
+    ),
+    min_tokens=st.sampled_from([0, 0, 5000]),
+    ignore_eos=st.booleans(),
+    stop_token_ids=st.sampled_from([(), (1,)]),
+    index=st.sampled_from([0, 1, 7, 2**32 - 1]),
 )
 
 
@@ -88,8 +111,11 @@ def test_a_batch_of_different_requests_equals_the_naive_sampler_one_by_one(data)
     logits = (scale * rng.standard_normal((len(batch), vocabulary))).astype(np.float32)
     positions = rng.integers(0, 10_000, len(batch)).tolist()
     seen = [rng.integers(0, vocabulary, 20).tolist() for _ in batch]
-    expected = [naive_sample(x, s, at, set(ids)) for x, s, at, ids in zip(logits, batch, positions, seen)]
-    assert draw(logits, batch, positions, seen) == expected
+    counts = [{i: int(rng.integers(1, 4)) for i in ids[:8]} for ids in seen]
+    expected = [
+        naive_sample(x, s, at, set(ids), of) for x, s, at, ids, of in zip(logits, batch, positions, seen, counts)
+    ]
+    assert draw(logits, batch, positions, seen, counts) == expected
 
 
 @given(st.lists(samplings, min_size=2, max_size=6), st.integers(0, 2**32))
@@ -132,14 +158,21 @@ def test_frequencies_are_the_probabilities(s):
 
 @given(st.integers(0, 2**64 - 1), st.integers(0, 2**40))
 def test_the_uniform_numbers_are_splitmix64_in_plain_integers(seed, position):
-    u = uniform(np.array([seed], np.uint64), np.array([position], np.uint64))
-    assert u.item() == naive_uniform(seed, position)
-    assert 0 <= u.item() < 1
+    for index in (0, 1, 3, 2**32 - 1):
+        u = uniform(*(np.array([x], np.uint64) for x in (seed, position, index)))
+        assert u.item() == naive_uniform(seed, position, index)
+        assert 0 <= u.item() < 1
+    first = uniform(np.array([seed], np.uint64), np.array([position], np.uint64))
+    assert first.item() == naive_uniform(seed, position)
 
 
 def test_the_uniform_numbers_are_uniform_and_independent_along_seeds_and_positions():
     seeds, positions = (a.astype(np.uint64) for a in np.mgrid[0:300, 0:300])
-    u = uniform(seeds, positions)
+    for u in (uniform(seeds, positions), uniform(np.uint64(7) + 0 * seeds, positions, seeds)):  # seeds, then indices
+        _check_uniform(u)
+
+
+def _check_uniform(u):
     assert stats.kstest(u.ravel(), "uniform").pvalue > 1e-3
     assert len(np.unique(u)) == u.size
     for a, b in ((u[1:], u[:-1]), (u[:, 1:], u[:, :-1]), (u[1:, 1:], u[:-1, :-1])):
@@ -195,11 +228,41 @@ def test_the_fallback_is_taken_only_by_rows_that_need_it():
 
 
 @pytest.mark.parametrize(
+    "s", [Sampling(top_p=0.9), Sampling(min_p=0.01, temperature=1.5), Sampling(top_p=0.7, min_p=0.2)]
+)
+@pytest.mark.parametrize("scale", [0.0, 0.01, 1.0])
+def test_prefixes_of_thousands_of_tokens_are_those_of_the_whole_sort(s, scale):
+    rng = np.random.default_rng(0)
+    logits = (scale * rng.standard_normal((3, 5000))).astype(np.float32)
+    logits[:, ::7] = -np.inf
+    for position in range(40):
+        theirs = [naive_sample(x, s, position) for x in logits]
+        mine = draw(logits, [s] * 3, [position] * 3)
+        if scale:
+            assert mine == theirs
+        assert all(x[token] == 0 for x, token in zip(logits, mine) if not scale)  # all equal: any order is right
+
+
+def test_an_end_cannot_come_before_min_tokens_and_may_afterwards():
+    logits = np.zeros((1, 300)) - 9.0
+    logits[:, [EOS, 5]] = 9.0
+    s = Sampling(min_tokens=3, stop_token_ids=(5,), max_new_tokens=9)
+    drawn = [draw(logits, [dataclasses.replace(s, seed=seed)], [at])[0] for at in range(5) for seed in range(20)]
+    assert not {EOS, 5} & set(drawn[:60])
+    assert {EOS, 5} >= set(drawn[60:])
+
+
+@pytest.mark.parametrize(
     ("name", "value"),
     [
         ("temperature", -0.1), ("temperature", math.nan), ("temperature", math.inf), ("temperature", "1"),
         ("top_k", -1), ("top_k", 1.5), ("top_k", True), ("top_p", 0.0), ("top_p", 1.1), ("min_p", -0.1), ("min_p", 2),
         ("repetition_penalty", 0.0), ("seed", -1), ("seed", 2**64), ("seed", 0.5), ("max_new_tokens", 0),
+        ("presence_penalty", 2.1), ("frequency_penalty", -3), ("frequency_penalty", math.nan), ("min_tokens", -1),
+        ("min_tokens", 129), ("ignore_eos", 1), ("stop_token_ids", (-1,)), ("stop_token_ids", tuple(range(65))),
+        ("stop_token_ids", (True,)), ("logprobs", 21), ("logprobs", -1), ("logprobs", True), ("index", -1),
+        ("logit_bias", ((1, 101),)), ("logit_bias", ((1, 2.0, 3),)), ("logit_bias", ((-1, 2.0),)),
+        ("logit_bias", ((1, 2.0), (1, 3.0))), ("logit_bias", tuple((i, 1.0) for i in range(301))), ("logit_bias", {}),
         ("stop", "end"), ("stop", ("",)), ("stop", (b"x",)), ("stop", None),
     ],
 )  # fmt: skip
@@ -213,7 +276,8 @@ def test_an_impossible_setting_is_named(name, value):
 @given(samplings, st.lists(st.text(min_size=1), max_size=3))
 def test_settings_survive_json(s, stop):
     s = dataclasses.replace(s, stop=tuple(stop))
-    assert Sampling.from_json(s.to_json()) == s
+    assert Sampling.from_json(s.to_json()) == s == Sampling.from_json(s.changed())
+    assert Sampling().changed() == {}
 
 
 def test_an_unknown_setting_is_refused_with_the_known_ones():

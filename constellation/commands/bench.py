@@ -32,6 +32,16 @@ def route(centres: int, out: Path | None) -> None:
 
 
 @command.command()
+@click.option("--repeats", default=5, show_default=True, type=click.IntRange(1), help="of each contestant, in turns")
+@out
+def decode(repeats: int, out: Path | None) -> None:
+    """Decoding: tokens per second against transformers and CTranslate2 with equal weights, memory, cold start."""
+    from constellation.experiments import bench_decode
+
+    bench_decode.run(repeats=repeats, out=out)
+
+
+@command.command()
 @click.option("--seconds", default=20.0, show_default=True, type=click.FloatRange(1), help="of each measurement")
 @click.option("--preset", default="small", show_default=True)
 @out

@@ -16,7 +16,8 @@ The filters, in this order, B requests, V tokens, p_(1) >= p_(2) >= ... sorted:
     min-p                those with p_i >= m p_(1) (Nguyen et al. 2024)
 
 The last three each keep a prefix of the sorted tokens, so their intersection is the shortest one and
-256 sorted tokens nearly always suffice; a row whose prefix is longer is sorted whole. The draw inverts
+256 sorted tokens nearly always suffice. A row whose prefix is longer is sorted whole or, on a CPU and without a
+top-k, put into buckets, of which those alone are sorted in which the prefix and the draw end. The draw inverts
 the cumulative distribution, in sorted order with a filter, in the order of ids without one.
 The penalty is that of Keskar et al. (2019), with the sign handled as implementations do since: dividing
 a negative logit would make the repetition likelier.
@@ -38,6 +39,7 @@ from constellation.errors import ConfigError
 
 PREFILTER = 256  # likeliest tokens looked at before a whole row is sorted
 MOST_BIASES, MOST_STOP_TOKENS, MOST_LOGPROBS = 300, 64, 20
+BUCKETS = (0x3F800000 >> 16) + 1  # of probabilities: 1.0 is the largest float of them
 _LARGEST_SEED, _LARGEST_TOKEN = 2**64 - 1, 2**32 - 1
 _COLDEST = torch.finfo(torch.float32).tiny  # a temperature that rounds to zero would give 0 / 0
 
@@ -221,9 +223,10 @@ def sample(
     window, `counts_BV` says how often each was generated; they are needed only when a row has a penalty on them.
     """
     logits_BV = _penalised(logits_BV, settings, np.asarray(positions), seen_BV, counts_BV)
-    tokens = logits_BV.argmax(-1)
     if settings.greedy:
-        return tokens
+        return logits_BV.argmax(-1)
+    mixed = len(settings.plain) + len(settings.filtered) < len(logits_BV)
+    tokens = logits_BV.argmax(-1) if mixed else settings.plain.new_empty(len(logits_BV))
     u = uniform(settings.seeds, np.asarray(positions, dtype=np.uint64), settings.indices)
     u_B1 = torch.from_numpy(u).to(logits_BV.device)[:, None]
     for rows, draw in ((settings.plain, _draw_plain), (settings.filtered, _draw_filtered)):
@@ -287,11 +290,51 @@ def _draw_filtered(
         # the prefix may go on beyond what was sorted, or the mass of the k likeliest is not known yet
         k_B = k_B1[:, 0]
         longer = ((k_B > width) & (keep_BW[:, -1] | (k_B < vocabulary))).nonzero()[:, 0]
-        if len(longer):
-            tokens[longer] = _draw_filtered(
-                x_BV[longer], p_BV[longer], u_B1[longer], settings, rows[longer], vocabulary
-            )
+        whole = longer[k_B[longer] < vocabulary] if x_BV.device.type == "cpu" else longer
+        if len(whole):
+            tokens[whole] = _draw_filtered(x_BV[whole], p_BV[whole], u_B1[whole], settings, rows[whole], vocabulary)
+        wide = longer[k_B[longer] >= vocabulary] if x_BV.device.type == "cpu" else longer[:0]
+        if len(wide):
+            tokens[wide] = _draw_wide(x_BV[wide], p_BV[wide], u_B1[wide, 0], settings, rows[wide])
     return tokens
+
+
+def _draw_wide(x_BV: Tensor, p_BV: Tensor, u_B: Tensor, settings: Settings, rows: Tensor) -> Tensor:
+    """`_draw_filtered` by top-p and min-p of prefixes of any length, without sorting the row.
+
+    A float's leading bits are its bucket, and grow with it: 2^7 buckets for each power of 2. The mass of the buckets
+    before says in which one a cumulative mass is reached; that one is sorted.
+    """
+    bucket_BV = BUCKETS - 1 - (p_BV.view(torch.int32) >> 16).long()  # 0 is that of p = 1
+    at_BV = bucket_BV + BUCKETS * torch.arange(len(p_BV))[:, None]
+    mass = torch.bincount(at_BV.flatten(), p_BV.flatten().double(), BUCKETS * len(p_BV)).view(len(p_BV), BUCKETS)
+    upto_BN = mass.cumsum(-1)
+    tokens = []
+    for x, p, bucket, upto, u, row in zip(x_BV, p_BV, bucket_BV, upto_BN, u_B.tolist(), rows.tolist(), strict=True):
+        kept = float(p[p >= settings.min_p_B1[row] * p.max()].double().sum())
+        if float(settings.top_p_B1[row]) < float(upto[-1]):
+            _, cumulative = _sorted_bucket(x, p, bucket, upto, float(settings.top_p_B1[row]), right=False)
+            last = torch.searchsorted(cumulative, settings.top_p_B1[row])
+            kept = min(kept, float(cumulative[last.clamp(max=len(cumulative) - 1)]))
+        ids, cumulative = _sorted_bucket(x, p, bucket, upto, u * kept, right=True)
+        at = torch.searchsorted(cumulative, u * kept, right=True).clamp(max=len(ids) - 1)
+        tokens.append(int(ids[at]))
+    return torch.tensor(tokens)
+
+
+def _sorted_bucket(
+    x_V: Tensor, p_V: Tensor, bucket_V: Tensor, upto_N: Tensor, mass: float, right: bool
+) -> tuple[Tensor, Tensor]:
+    """The tokens of the bucket in which the cumulative mass reaches (with `right`: exceeds) `mass`, likeliest first,
+    and the mass up to each of them."""
+    n = int(torch.searchsorted(upto_N, mass, right=right).clamp(max=len(upto_N) - 1))
+    ids = (bucket_V == n).nonzero()[:, 0]
+    if not len(ids):  # rounding put the end behind the last bucket that holds a token
+        n = int(bucket_V.max())
+        ids = (bucket_V == n).nonzero()[:, 0]
+    order = x_V[ids].sort(descending=True, stable=True).indices
+    before = upto_N[n - 1] if n else upto_N.new_zeros(())
+    return ids[order], before + p_V[ids[order]].double().cumsum(0)
 
 
 def scored(log_p_TV: Tensor, tokens: Sequence[int], top: int) -> list[Scored]:
