@@ -1,10 +1,12 @@
 """Every optimizer by its name in a config: it trains a kernel, is stopped anywhere and goes on with the same bits."""
 
 import dataclasses
+import inspect
 import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -90,6 +92,41 @@ def test_every_optimizer_trains_and_resumes_bit_for_bit_through_fit(case: str, t
         said = json.loads((alone.folder / "summary.json").read_text())["optimizer"]
         assert said["ng_applications"] == gates[0]["natural_steps"] and said["natural_seconds"] > 0
     assert groups[0] == groups[1]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+@pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("case", CASES)
+def test_every_optimizer_trains_and_is_reloaded_on_a_gpu(case: str, precision: torch.dtype) -> None:
+    settings = config(case)
+    model = KernelLM(settings.kernel).cuda().to(precision)
+    losses: list[float] = []
+    saved: dict[str, Any] = {}
+    for sitting in range(2):
+        optimizer: Any = build(settings.optim, model)
+        if sitting:
+            optimizer.load_state_dict(saved)
+        for step in range(4 * sitting, 4 * sitting + 4):
+            x, y = (torch.from_numpy(a).cuda() for a in Text().at(step))
+            optimizer.zero_grad()
+            loss = torch.nn.functional.cross_entropy(model(x).flatten(0, 1).float(), y.flatten())
+            loss.backward()
+            losses.append(float(loss.detach()))
+            if "logits" in inspect.signature(optimizer.step).parameters:
+                optimizer.step(logits=lambda x=x: model(x[:2]).flatten(0, 1), targets=y[:2].flatten())
+            else:
+                optimizer.step()
+        saved = optimizer.state_dict()
+    assert min(losses[1:]) < losses[0] and all(np.isfinite(losses))
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_asking_for_statistics_changes_nothing_and_gives_plain_numbers(case: str) -> None:
+    optimizer: Any = build(config(case).optim, KernelLM(config(case).kernel))
+    if not isinstance(optimizer, torch.optim.AdamW):
+        assert all(type(value) is float for value in optimizer.get_stats().values())
+    assert not optimizer.state
 
 
 def test_the_names_of_the_config_are_those_that_build_knows() -> None:

@@ -157,7 +157,7 @@ class AdaptiveMixedQIG(HybridGeometricOptimizer):
         """Angle between the mean gradient now and at the last natural step, [0, pi]; pi before there was one."""
         if not self.config.max_staleness:
             return {}
-        held = [self.state[p] for p in self.param_groups[0]["params"] if "gate.mean" in self.state[p]]
+        held = [s for p in self.param_groups[0]["params"] if "gate.mean" in (s := self.state.get(p, {}))]
         if not held or "gate.mean_then" not in held[0]:
             return {"staleness_rad": math.pi}
         now, then = (flatten([s[name] for s in held]) for name in ("gate.mean", "gate.mean_then"))
@@ -210,8 +210,8 @@ class AdaptiveMixedQIG(HybridGeometricOptimizer):
             self._forget()
 
     def _fishers(self) -> list[Tensor]:
-        held = Natural(self.state)
-        return [held[p]["fisher"] for p in self.param_groups[0]["params"] if "fisher" in held[p]]
+        held = [self.state.get(p, {}) for p in self.param_groups[0]["params"]]
+        return [s[name] for s in held if (name := NaturalEntry.prefix + "fisher") in s]
 
     def get_stats(self) -> dict[str, float]:
         """The hybrid's, with natural steps counted over the whole run, their seconds, and the gate's measurements."""

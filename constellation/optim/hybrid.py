@@ -141,7 +141,7 @@ class HybridGeometricOptimizer(NaturalOptimizer):
         return []
 
     def _fishers(self) -> list[Tensor]:
-        held = [self.state[p] for group in self._basin() if group["method"] == "diag" for p in group["params"]]
+        held = [self.state.get(p, {}) for group in self._basin() if group["method"] == "diag" for p in group["params"]]
         return [s["fisher"] for s in held if "fisher" in s]
 
     @property

@@ -41,7 +41,7 @@ def save(optimizer: CurvatureScaledSGD, path: str | Path) -> Path:
     rates = iter(optimizer.learning_rates())
     for group in optimizer.param_groups:
         for p in group["params"]:
-            s = optimizer.state[p]
+            s = optimizer.state.get(p, {})
             if "scale" not in s:
                 raise ConfigError("save_preconditioner: a parameter has no curvature yet; take a step first")
             ((curvature, stderr),) = optimizer.held(group, [p])

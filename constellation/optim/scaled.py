@@ -227,7 +227,7 @@ class CurvatureScaledSGD(NaturalOptimizer):
     def learning_rates(self) -> list[Tensor]:
         """lr_i of every parameter in order, as the next step would use them; zeros before the first look."""
         return [
-            self._rates(group, [p])[0] if "scale" in self.state[p] else state_like(p)
+            self._rates(group, [p])[0] if "scale" in self.state.get(p, {}) else state_like(p)
             for group in self.param_groups
             for p in group["params"]
         ]
@@ -237,7 +237,7 @@ class CurvatureScaledSGD(NaturalOptimizer):
         return [c for group, params in self._looked_at() for c, _ in self.held(group, params)]
 
     def _looked_at(self) -> list[tuple[dict[str, Any], list[Tensor]]]:
-        return [(g, [p for p in g["params"] if "scale" in self.state[p]]) for g in self.param_groups]
+        return [(g, [p for p in g["params"] if "scale" in self.state.get(p, {})]) for g in self.param_groups]
 
     def save_preconditioner(self, path: str | Path) -> Path:
         """precond.npz and its JSON (optim/precond.py); returns the file."""
