@@ -350,6 +350,11 @@ def test_a_step_that_cannot_lower_the_loss_is_undone_and_damped_more() -> None:
     assert optimizer.state[next(net.parameters())]["damping"] > 1e-4
 
 
+def test_momentum_does_not_outlive_a_rejected_step() -> None:
+    losses, optimizer = fit_curve(damping=1e-2, momentum=0.9, solver="dense")
+    assert losses[-1] < losses[0] / 100 and optimizer.get_stats()["natural_steps"] > 30
+
+
 # ---- conventions of torch
 
 
@@ -503,6 +508,22 @@ def test_the_functional_core_takes_the_step_of_the_class() -> None:
     done = basin_step(params, state, {**BASIN_SETTINGS, "params": params, "lr": 0.3}, f, None)
     assert done.moved and str(done) == "converged"
     assert torch.equal(weights(nets[0]), weights(nets[1]))
+
+
+def test_a_compiled_model_gives_its_curvature_through_the_module_it_was_made_from() -> None:
+    net, (x, y) = model(), batch()
+    compiled = torch.compile(net, backend="aot_eager")
+    optimizer = BasinNaturalGrad(net.parameters(), lr=0.3, solver="cg")
+    f = compiled(x)
+    F.cross_entropy(f, y).backward(retain_graph=True)
+    with pytest.raises(ConfigError, match=r"runs the module before torch.compile"):
+        optimizer.step(logits=f)
+    assert torch.equal(weights(net), weights(model()))
+    optimizer.step(logits=lambda: net(x))
+    plain = model()
+    backward(plain, x, y)
+    BasinNaturalGrad(plain.parameters(), lr=0.3, solver="cg").step(logits=lambda: plain(x))
+    assert (weights(net) - weights(plain)).norm() < 1e-12
 
 
 # ---- what is refused

@@ -125,8 +125,10 @@ class BasinNaturalGrad(NaturalOptimizer):
     ) -> Any:
         """One step; returns the closure's loss.
 
-        logits    (..., V) with their graph alive, or a callable that makes them (of a part of the batch, if you like:
-                  F is then that part's), or what closure() -> (loss, logits) returns
+        logits    (..., V) with their graph alive, or a callable that makes them, or what closure() -> (loss, logits)
+                  returns. A callable may take a part of the batch: F is then that part's, cheaper, and knows less, so
+                  that damping must be larger. It must run the module itself, not its compiled form, and is run
+                  without fused attention, neither of which can be differentiated twice
         targets   of those logits: to leave out rows of -100, for the kinds that need them, to measure the loss
         jacobian  d logits / d parameters (..., V, P), or a callable, where known (fisher.jacobian_rows); one group
         """
@@ -306,6 +308,7 @@ def _take(plan: _Plan) -> BasinOutcome:
             actual, kl = plan.measure()
         if not actual > 0 and plan.slope != 0:
             torch._foreach_copy_(plan.params, before)
+            memory["solution"] = torch.zeros_like(plan.x)  # or momentum would bring the same step back for ever
             return done("rejected", False, **stats)
     measured = {"predicted_reduction": predicted(), "actual_reduction": actual, "kl_per_step": kl, "step_size": size}
     return done(plan.outcome, True, **measured)
