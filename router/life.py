@@ -188,7 +188,7 @@ class Life:
         """The packet after a stretch that all of the panel wrote: draft, read, draw."""
         pen = Pen(self.packet, self.opening, self.token_ids, self.tokenizer, self.config.kernel.context)
         window, draft, budget = pen.window, tuple[int, ...](), min(self._budget(), self.draft_bytes)
-        if self.ask.draft and pen.room:
+        if self.ask.draft and pen.room and budget:
             (data,) = yield [Turn(self.packet.kernel, pen.drafting(), budget)]
             draft = _new(self.packet, Packet.decode(data))[: pen.room]
         rows = yield [Reading(name, (*window, *draft), len(draft) + 1) for name, _ in self.panel]
@@ -199,8 +199,9 @@ class Life:
             left -= len(self.tokenizer.token_bytes[token])
             if pen.finish or left <= 0 or at == len(draft) or token != draft[at]:
                 break
-        good = at >= len(draft) or token == draft[at]
-        self.draft_bytes = min(self.every, 2 * budget) if good else max(4, budget // 2)
+        if draft:  # one that is wrong at once costs more than it saves: none until the next look, after a few of them
+            kept = at >= len(draft) or token == draft[at]
+            self.draft_bytes = min(self.every, 2 * budget) if kept else budget if at else budget // 2
         return pen.written()
 
     def _budget(self) -> int:
@@ -215,6 +216,7 @@ class Life:
 
     def _look(self) -> None:
         """Decide who goes on."""
+        self.draft_bytes = max(self.draft_bytes, FIRST // 2)
         self.fresh_bytes, every = 0, self.config.router.every
         self.every = min(FIRST, every) if self.num_bytes < every else every  # as training text is looked at
         if not self.view:

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -72,6 +73,21 @@ def test_ctrl_c_ends_the_service_as_an_interruption(micro_run: Path) -> None:
         process.send_signal(signal.SIGINT)
         assert process.wait(60) == 130
         assert process.stderr and process.stderr.read().endswith("constellation: interrupted\n")
+
+
+@pytest.mark.ray
+def test_on_ray_a_run_that_is_not_up_is_brought_up_and_taken_down_in_the_end(micro_run: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(micro_run, run)
+    with served("--run", str(run), timeout=200) as (url, process):
+        head = json.loads((run / "up.json").read_text())["head"]
+        body = {"model": "constellation/heart", "prompt": "The import statement", "max_tokens": 20, "temperature": 0}
+        assert asked(f"{url}/v1/completions", **body)["usage"]["completion_tokens"] == 20
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(100) == 0
+    assert not (run / "up.json").exists() and not Path(head["folder"]).exists()
+    left = subprocess.run(["ps", "-s", str(head["pid"]), "-o", "args="], capture_output=True, text=True).stdout
+    assert not [line for line in left.splitlines() if "<defunct>" not in line], left  # a container may reap nobody
 
 
 def refusal(*argv: str) -> str:
