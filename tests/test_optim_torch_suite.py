@@ -20,7 +20,10 @@ nothing that torch does not. What does not apply:
     test_compiled_optimizer_parity             the step's inner list function is what is compiled: tests/test_optim.py
     test_tensor_lr, num_dim                    0 and 1 dimensions; more elements are an error input
     test_defaults_changed_to_foreach           asks a mock of torch's for its calls
-    test_param_groups_* on one-group classes   every class has groups
+    test_param_groups_*, *_with_lrscheduler*,
+    test_tensor_lr, *_have_no_grad
+    of AdaptiveMixedQIG                        it makes its groups itself, of named parameters that want a gradient;
+                                               HybridGeometricOptimizer's are the same groups and are here
 """
 
 from __future__ import annotations
@@ -40,6 +43,8 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 from torch.optim import lr_scheduler
+
+from constellation.optim.gate import AdaptiveConfig
 
 pytest.importorskip("expecttest")  # torch.testing._internal wants it
 from torch.testing._internal.common_optimizers import (
@@ -61,6 +66,7 @@ class Case:
     groups: Callable[[list[Any], dict[str, Any]], Any] = lambda params, kwargs: params
     inner: tuple[str, ...] = ()  # options that live in groups alone
     sees: bool = False  # needs the likelihood
+    grouped: bool = True  # takes param groups, each with its lr
     plain: bool = True  # the constructor takes what torch's take
     complex: bool = False
     errors: Sequence[tuple[dict[str, Any], str]] = ()
@@ -108,6 +114,14 @@ def hybrid(method: str) -> Callable[[list[Any], dict[str, Any]], list[dict[str, 
         return [{"params": matrices, "method": method, **kwargs}, {"params": others, "method": "adamw", **kwargs}]
 
     return groups
+
+
+def named(params: list[Any], kwargs: dict[str, Any]) -> list[tuple[str, Any]]:
+    """Names that put matrices into the basin block, or the first parameter where there is none."""
+    tensor = [p[1] if isinstance(p, tuple) else p for p in params]
+    kinds = ["basin" if t.dim() == 2 else "rest" for t in tensor]
+    kinds = kinds if "basin" in kinds else ["basin", *kinds[1:]]
+    return [(f"{kind}.{i}", t) for i, (kind, t) in enumerate(zip(kinds, tensor, strict=True))]
 
 
 def by_shape(params: list[Any], kwargs: dict[str, Any]) -> list[dict[str, Any]]:
@@ -170,6 +184,17 @@ CASES += [
         [*COMMON, {"momentum": 0.5}, {"solver": "cg"}, {"solver": "dense"}, {"kind": "sampled", "seed": 3}],
         fixed={"likelihood": "gaussian", "damping": 0.1}, sees=True,
         errors=[({"damping": -1.0}, "damping=-1.0"), ({"kind": "guess"}, "guess"), ({"nonsense": 1}, "nonsense")],
+    ),
+    *(
+        Case(
+            "constellation.optim.adaptive", "AdaptiveMixedQIG",
+            [{}, {"lr_ng": 1e-3}, {"rest_optimizer": "diagonal_ng"}, {"weight_decay": 0.1}],
+            groups=named, grouped=False, plain=False, sees=exact, id=f"AdaptiveMixedQIG-{'exact' if exact else 'diag'}",
+            fixed={"use_exact_ng": exact, "adaptive_config": AdaptiveConfig(max_overhead=0.0, force_ng_every_n_steps=2),
+                   **({"damping": 0.1, "basin_options": {"likelihood": "gaussian"}} if exact else {})},
+            errors=[({"rest_optimizer": "any"}, "rest_optimizer='any'")],
+        )
+        for exact in (False, True)
     ),
     *(
         Case(
@@ -254,7 +279,7 @@ SCHEDULES: list[list[Callable[[Any], Any]]] = [
 ]
 
 
-@cases()
+@cases(lambda case: case.grouped)
 @pytest.mark.parametrize("schedules", SCHEDULES, ids=["step, plateau", "linear", "exponential, cosine", "one cycle"])
 def test_param_group_with_lrscheduler_goes_right_direction(case: Case, schedules: list[Any]) -> None:
     for config in case.inputs(skip=("differentiable",)):
@@ -271,7 +296,7 @@ def test_param_group_with_lrscheduler_goes_right_direction(case: Case, schedules
         went_right(config, before, loss_of(closure()))
 
 
-@cases()
+@cases(lambda case: case.grouped)
 def test_param_groups_lr(case: Case) -> None:
     for config in case.inputs(skip=("differentiable",)):
         weight, bias, x = pair()
@@ -291,7 +316,7 @@ def test_param_groups_lr(case: Case) -> None:
         assert torch.equal(still, kept)
 
 
-@cases()
+@cases(lambda case: case.grouped)
 def test_param_groups_weight_decay(case: Case) -> None:
     for config in case.inputs(skip=("differentiable",)):
         weight, bias, x = pair()
@@ -303,7 +328,7 @@ def test_param_groups_weight_decay(case: Case) -> None:
         went_right(config, before, loss_of(closure()))
 
 
-@cases(lambda case: not case.id.startswith("torch-SGD"))
+@cases(lambda case: case.grouped and not case.id.startswith("torch-SGD"))
 @pytest.mark.parametrize("dimensions", [0, 1])
 def test_tensor_lr(case: Case, dimensions: int) -> None:
     for config in case.inputs(skip=("differentiable", "foreach")):
@@ -368,7 +393,7 @@ def test_complex(case: Case) -> None:
             torch.testing.assert_close(torch.view_as_real(z) if z.is_complex() else z, r)
 
 
-@cases()
+@cases(lambda case: case.grouped)
 def test_step_is_noop_when_params_have_no_grad(case: Case) -> None:
     params = [torch.randn(2, 3) for _ in range(2)]
     kept = [p.clone() for p in params]
@@ -618,13 +643,12 @@ def test_grad_scaling_autocast_fused_optimizers(case: Case) -> None:
                 scaler.scale(loss).backward(retain_graph=case.sees)
                 if i == 2:  # clipping needs the gradients unscaled before the step
                     scaler.unscale_(optimizer)
-                if i == 4 and enabled:
+                if i == 4:
                     kept = [weight.detach().clone(), bias.detach().clone()]
                     held = copy.deepcopy(optimizer.state_dict()["state"])
                     weight.grad[0, 0] = float("inf")  # type: ignore[index]
-                if i != 4 or enabled:
-                    scaler.step(optimizer, **({"logits": out[None]} if case.sees else {}))
-                if i == 4 and enabled:
+                scaler.step(optimizer, **({"logits": out[None]} if case.sees else {}))
+                if i == 4:  # whether the scaler found it or the optimizer
                     assert torch.equal(weight, kept[0]) and torch.equal(bias, kept[1])
                     torch.testing.assert_close(optimizer.state_dict()["state"], held, rtol=0, atol=0)
                 scaler.update()
@@ -649,7 +673,7 @@ def test_differentiable(case: Case) -> None:
         assert torch.autograd.gradcheck(after, (start.requires_grad_(), grad.requires_grad_()))
 
 
-@cases(torchs=False)
+@cases(lambda case: case.grouped, torchs=False)
 def test_add_param_group_between_steps(case: Case) -> None:
     for config in case.inputs(skip=("differentiable",)):
         weight, bias, x = pair(4, 3)

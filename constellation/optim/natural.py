@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Sequence
+from functools import wraps
 from itertools import chain
 from typing import Any
 
@@ -71,12 +72,30 @@ class NaturalOptimizer(torch.optim.Optimizer):
     """Abstract: a sibling gives `_advance`, the update of parameters whose gradients are in order."""
 
     _step_supports_amp_scaling = True  # GradScaler hands over grad_scale and found_inf
+    _stepping = False
 
     def __init__(self, params: Any, defaults: dict[str, Any]):
         check_range(type(self).__name__, lr=(defaults["lr"], math.inf))
         self._natural_steps = self._skipped_steps = 0
         self._outcome = "none"
         super().__init__(params, defaults)
+
+    @staticmethod
+    def profile_hook_step(func: Callable[..., Any]) -> Callable[..., Any]:
+        """torch's hooks around a step, once: a step that calls its parent's is one step."""
+        hooked = torch.optim.Optimizer.profile_hook_step(func)
+
+        @wraps(func)
+        def step(self: NaturalOptimizer, *args: Any, **kwargs: Any) -> Any:
+            if self._stepping:
+                return func(self, *args, **kwargs)
+            self._stepping = True
+            try:
+                return hooked(self, *args, **kwargs)
+            finally:
+                self._stepping = False
+
+        return step
 
     def step(
         self,
