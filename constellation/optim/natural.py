@@ -26,7 +26,8 @@ def check_range(who: str, **settings: tuple[Any, float]) -> None:
     for name, (value, high) in settings.items():
         if isinstance(value, Tensor) and value.numel() != 1:
             raise ConfigError(f"{who}: Tensor {name} must be 1-element, this one has shape {tuple(value.shape)}")
-        if not 0 <= float(value) <= high or float(value) == math.inf:
+        number = float(value.detach() if isinstance(value, Tensor) else value)
+        if not 0 <= number <= high or number == math.inf:
             raise ConfigError(f"{who}: {name}={value} must be finite and lie in [0, {high}]")
 
 
