@@ -90,8 +90,9 @@ class Answerer:
         before them, and the `top` likeliest tokens in their places; both of one tensor."""
         found: list[list[Scored]] = [[] for _ in windows]
         for window in windows:
-            if len(window) < 2 or not 1 <= (tail or len(window) - 1) < len(window):
-                raise ConfigError(f"a window of {len(window)} tokens: its last {tail or 1} cannot be scored")
+            wanted = max(1, len(window) - 1) if tail is None else tail
+            if not 1 <= wanted < len(window):
+                raise ConfigError(f"a window of {len(window)} tokens: its last {wanted} cannot be scored")
 
         def emit(at: int, first: int, log_p_MV: Tensor) -> None:
             named = list(windows[at])[first + 1 : first + 1 + len(log_p_MV)]

@@ -16,6 +16,7 @@ from router.fit import fit
 from router.packet import BODY_BYTES, COUNTS_BYTES, Packet, pack_counts, unpack_counts
 from router.view import View
 
+LOG_P = st.floats(max_value=0, width=32, allow_nan=False)
 packets = st.builds(
     Packet,
     request=st.text(max_size=20),
@@ -26,6 +27,13 @@ packets = st.builds(
         temperature=st.floats(0, 5),
         seed=st.integers(0, 2**64 - 1),
         stop=st.lists(st.text(min_size=1, max_size=9), max_size=3).map(tuple),
+        presence_penalty=st.floats(-2, 2),
+        logit_bias=st.dictionaries(st.integers(0, 2**32 - 1), st.floats(-100, 100), max_size=300).map(
+            lambda bias: tuple(bias.items())
+        ),
+        stop_token_ids=st.lists(st.integers(0, 2**32 - 1), max_size=5).map(tuple),
+        ignore_eos=st.booleans(),
+        index=st.integers(0, 2**32 - 1),
     ),
     position=st.integers(0, 2**40),
     pending=st.binary(max_size=9),
@@ -35,6 +43,15 @@ packets = st.builds(
     tail=st.binary(max_size=2),
     z=st.binary(max_size=256),
     posterior=st.binary(max_size=32),
+    logprobs=st.none()
+    | st.integers(0, 20).flatmap(
+        lambda top: st.lists(
+            st.tuples(
+                LOG_P, st.lists(st.tuples(st.integers(0, 2**32 - 1), LOG_P), min_size=top, max_size=top).map(tuple)
+            ),
+            max_size=4,
+        ).map(tuple)
+    ),
 )
 
 
@@ -44,7 +61,8 @@ def test_decoding_undoes_encoding_within_four_kilobytes_besides_the_window(packe
     data = packet.encode()
     assert Packet.decode(data) == packet
     assert Packet.decode(data).encode() == data
-    assert len(data) <= BODY_BYTES + 4 * len(packet.tokens) + 64
+    asked = 12 * len(packet.sampling.logit_bias) + sum(4 + 8 * len(top) for _, top in packet.logprobs or ())
+    assert len(data) <= BODY_BYTES + 4 * len(packet.tokens) + asked + 64
 
 
 @given(packets, st.data())
