@@ -641,3 +641,20 @@ def test_it_trains_on_a_gpu() -> None:
         loss, f = backward(net, x, y)
         optimizer.step(logits=f, targets=y)
     assert loss < F.cross_entropy(model(dtype=torch.float32).cuda()(x), y).item()
+
+
+def test_logits_of_sequences_are_rows_in_a_row():
+    torch.manual_seed(0)
+    x_BTD, y_BT = torch.randn(2, 3, 4), torch.tensor([[0, 1, -100], [2, 1, 0]])
+    ends = []
+    for flat in (False, True):
+        layer = torch.nn.Linear(4, 5)
+        torch.nn.init.constant_(layer.bias, 0)
+        torch.nn.init.eye_(layer.weight)
+        optimizer = BasinNaturalGrad(layer.parameters(), lr=0.1)
+        logits = layer(x_BTD.flatten(0, 1) if flat else x_BTD)
+        torch.nn.functional.cross_entropy(logits.flatten(0, -2), y_BT.flatten()).backward(retain_graph=True)
+        optimizer.step(logits=logits, targets=y_BT.flatten() if flat else y_BT)
+        ends.append(layer.weight.detach().clone())
+    assert (ends[0] != torch.eye(5, 4)).any()
+    torch.testing.assert_close(ends[0], ends[1])

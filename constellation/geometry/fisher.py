@@ -115,7 +115,8 @@ class FisherBlock:
         self.params, self.generator = list(params), generator
         self.size = sum(p.numel() for p in self.params)  # P
         self.dtype = flatten([p.new_empty(0) for p in self.params]).dtype
-        outputs = logits.flatten(0, -2)  # (N, V)
+        with torch.enable_grad():  # steps run without gradients, and this belongs to the graph
+            outputs = logits.flatten(0, -2)  # (N, V)
         rows = None if jacobian is None else jacobian.detach().reshape(*outputs.shape, self.size)
         self._keep: Tensor | None = None
         if targets is not None:
@@ -124,7 +125,8 @@ class FisherBlock:
                 raise ConfigError(f"targets of shape {tuple(targets.shape)}: {tuple(wanted)} is wanted")
             targets = targets.detach().flatten() if likelihood == "softmax" else targets.detach().flatten(0, -2)
             if likelihood == "softmax" and not bool((keep := targets != ignore_index).all()):
-                self._keep, outputs, targets = keep, outputs[keep], targets[keep]
+                with torch.enable_grad():
+                    self._keep, outputs, targets = keep, outputs[keep], targets[keep]
                 rows = None if rows is None else rows[keep]
         if not len(outputs):
             raise ConfigError("no row of logits is left: every target is ignored, or the batch is empty")
