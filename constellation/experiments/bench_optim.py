@@ -17,6 +17,7 @@ import importlib.metadata
 import multiprocessing
 import os
 import platform
+import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -55,7 +56,8 @@ class Profile:
 FULL = Profile("full", tuple(TASKS))
 QUICK = Profile(
     "quick", ("char", "digits", "poisson"),
-    ("adamw", "qig_diagonal", "diagonal", "kron_muon", "kron_soap", "exact_ng", "muon", "pytorch_optimizer_soap"),
+    ("adamw", "qig_diagonal", "diagonal", "kron_muon", "kron_soap", "kron_soap_muon", "exact_ng",
+     "muon", "pytorch_optimizer_soap"),
     scale=0.4, studies=1, trials=4, baseline_trials=6, seeds=3, rungs=3, sizes=("0.1 M", "1 M"),
 )  # fmt: skip
 Say = Callable[[str], None]
@@ -82,8 +84,7 @@ def run(
         f"{workers} workers on idle cores like the one the estimate was made on; finished trials in {trials} are kept"
     )
     found: dict[str, Any] = {}
-    context = multiprocessing.get_context("spawn")
-    with _progress(expected, say, live) as advance, ProcessPoolExecutor(workers, mp_context=context) as pool:
+    with _progress(expected, say, live) as advance, _pool(workers) as pool:
 
         def do(batch: Sequence[Trial]) -> list[dict[str, Any]]:
             futures = {pool.submit(perform, t, work / "data", trials): i for i, t in enumerate(batch)}
@@ -204,6 +205,12 @@ def estimate(profile: Profile) -> float:
     return total
 
 
+def _pool(workers: int) -> ProcessPoolExecutor:
+    """Ctrl-C is the driver's: trials in hand are finished and kept."""
+    context = multiprocessing.get_context("spawn")
+    return ProcessPoolExecutor(workers, context, signal.signal, (signal.SIGINT, signal.SIG_IGN))
+
+
 @contextmanager
 def _progress(expected: float, say: Say, live: bool) -> Iterator[Callable[[str, str, float], None]]:
     """A bar on a terminal, lines in a log; counted in expected CPU-seconds."""
@@ -219,9 +226,10 @@ def _progress(expected: float, say: Say, live: bool) -> Iterator[Callable[[str, 
 
         yield line
         return
+    from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
     columns = TextColumn("{task.description:<40}"), BarColumn(bar_width=None), TextColumn("{task.percentage:3.0f} %")
-    with Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn()) as bar:
+    with Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=Console(stderr=True)) as bar:
         whole = bar.add_task("", total=expected)
         yield lambda task, row, cost: bar.update(whole, advance=cost, description=f"{task} {row}")

@@ -75,8 +75,9 @@ def around(default: float, knob: float) -> float:
 
 
 def matrices(model: nn.Module) -> tuple[list[Tensor], list[Tensor]]:
-    """(weights of linear maps, all the rest)."""
-    linear = [m.weight for m in model.modules() if isinstance(m, nn.Linear)]
+    """(weights of linear maps, all the rest); where there is no nn.Linear, every matrix."""
+    linear: list[Tensor] = [m.weight for m in model.modules() if isinstance(m, nn.Linear)]
+    linear = linear or [p for p in model.parameters() if p.dim() == 2]
     taken = {id(p) for p in linear}
     return linear, [p for p in model.parameters() if id(p) not in taken]
 

@@ -73,9 +73,11 @@ def _style(row: str) -> dict[str, Any]:
     """Baseline black, ours solid, peers dotted."""
     if row == BASELINE:
         return {"color": "black"}
+    from matplotlib import colormaps
+
     order = [n for n in ROWS if n != BASELINE]
     own = ROWS[row].source == "ours"
-    return {"color": f"C{order.index(row) % 10}", "ls": "-" if own else ":"}
+    return {"color": colormaps["tab20"](order.index(row) % 20), "ls": "-" if own else ":"}
 
 
 def _enough(runs: list[dict[str, Any]]) -> float:

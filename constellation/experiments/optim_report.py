@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from constellation.atomic import write_bytes, write_json
+from constellation.atomic import write_bytes
 from constellation.errors import ConfigError
 from constellation.experiments.optim_analysis import Ratio, Reached, ratio, reach
 from constellation.experiments.optim_goals import claims, goals, stored
@@ -207,7 +207,7 @@ PROTOCOL = """## How
 
 def save(result: Result, path: Path) -> list[Path]:
     """Raw JSON, tables as Markdown and plots as PNG beside it; the files written."""
-    write_json(path, json.loads(json.dumps(result, default=str)))
+    write_bytes(path, (json.dumps(result, allow_nan=False, default=str) + "\n").encode())
     tables = path.with_suffix(".md")
     write_bytes(tables, (markdown(result) + "\n").encode())
     from constellation.experiments.optim_plots import plot
