@@ -98,7 +98,11 @@ def test_every_row_is_tuned_on_the_same_points_and_gets_its_budget():
     low, high = task.span
     assert all(low <= u <= high and 0 <= knob <= 1 for u, knob in next(iter(units)))
     assert {t.study for t in by["muon"]} == {0, 1, 2} and len({t.knob for t in by["muon"]}) == 15
-    assert {t.steps for t in by["muon"]} == {110} and {t.seed for t in by["muon"]}.isdisjoint(range(FULL.seeds))
+    assert {t.steps for t in by["muon"]} == {110}
+    chosen = {row: {"lr": 1e-3, "knob": 0.5} for row in by}
+    runs = bench_optim.confirmation(task, chosen, FULL, "")
+    assert {t.seed for t in runs} == {1, 2, 3, 4, 5}  # neither the tuning seed nor the one looked at beforehand
+    assert {t.seed for t in by["muon"]} == {bench_optim.TUNING_SEED}
     assert points(5, 0) == points(7, 0)[:5] != points(5, 1)
 
 
