@@ -118,5 +118,8 @@ def _document(app: FastAPI) -> dict[str, Any]:
         document["components"] = {
             "schemas": components(), "securitySchemes": {"key": {"type": "http", "scheme": "bearer"}},
         }  # fmt: skip
+        for methods in document["paths"].values():
+            for says in methods.values():
+                says["responses"].pop("422", None)  # FastAPI's own; here it is 400, in the protocol's form
         app.openapi_schema = document
     return app.openapi_schema

@@ -117,13 +117,13 @@ class Generation(Addressed, kw_only=True):
     stream_options: StreamOptions | None = None
     max_tokens: Whole | None = None
     min_tokens: Whole = 0
-    temperature: Annotated[float, Meta(ge=0)] = 1.0  # 0 is greedy
+    temperature: Annotated[float, Meta(ge=0, le=100)] = 1.0  # 0 is greedy
     top_p: Annotated[float, Meta(gt=0, le=1)] = 1.0
     top_k: Annotated[int, Meta(ge=-1, le=2**31)] = 0  # 0 and -1: all
     min_p: Part01 = 0.0
     presence_penalty: Penalty = 0.0
     frequency_penalty: Penalty = 0.0
-    repetition_penalty: Annotated[float, Meta(gt=0)] = 1.0
+    repetition_penalty: Annotated[float, Meta(ge=0.01, le=100)] = 1.0
     logit_bias: Annotated[
         dict[Annotated[str, Meta(pattern="^[0-9]+$")], Annotated[float, Meta(ge=-100, le=100)]], Meta(max_length=300)
     ] = {}

@@ -50,7 +50,9 @@ def operation(summary: str, request: type | None, reply: type | None, streams: t
     if reply:
         found["responses"]["200"]["content"] = _json(reply)
     if streams:
-        found["responses"]["200"]["content"]["text/event-stream"] = {"schema": {"type": "string"}}
+        found["responses"]["200"]["content"]["text/event-stream"] = {
+            "schema": {"description": f"{streams.__name__}, event by event"}
+        }
     for status, why in _FAILURES.items() if request else ():
         found["responses"][status] = {"description": why, "content": _json(replies.Failure)}
     return found
