@@ -27,7 +27,7 @@ COMMANDS = {
     "down": "stop what `up` started",
     "keys": "make, list and remove API keys of the service",
     "export": "write a plain kernel as a folder for transformers, vLLM, CTranslate2",
-    "bench": "measure: dense | route | train",
+    "bench": "measure: decode | dense | modes | optim | route | serve | train",
     "doctor": "check Python, torch, Ray, GPUs, disk, and run a self-test",
 }
 
