@@ -292,13 +292,13 @@ def _compare(model: str, batch: int, contestants: dict[str, Contestant], repeats
 _START = """
 import time
 {imports}
-import resource, torch
+import torch
 torch.set_num_threads(1)
 {load}
 first = {first}
 started = time.process_time()
 {rest}
-peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+peak = next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmHWM")) / 1024
 print(started, peak)
 """
 

@@ -16,6 +16,7 @@ to the bit. One thread may use a `Batch` (engine.py gives it one).
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
@@ -298,10 +299,9 @@ class Batch:
                 self._finish(work)
 
     def _write(self, writing: list[Writing], logits_NV: Tensor) -> None:
-        finite_N = torch.isfinite(logits_NV.amax(-1))  # -inf is a token that must not come; the largest is no such
-        finite = finite_N.tolist()
+        finite = [math.isfinite(x) for x in logits_NV.amax(-1).tolist()]  # -inf must not come; the largest is no such
         if not all(finite):
-            logits_NV = torch.where(finite_N[:, None], logits_NV, 0.0)
+            logits_NV = torch.where(torch.tensor(finite, device=logits_NV.device)[:, None], logits_NV, 0.0)
         tokens = self._sample(writing, logits_NV)
         self._add_marks([w.slot for w in writing], tokens)
         log_p_NV = None

@@ -20,10 +20,9 @@ _SMALLEST = 1e-30  # a row of zeros has no scale
 
 def quantise(x_NI: Tensor) -> tuple[Tensor, Tensor]:
     """(levels shifted by 128, uint8 (N, I); scale (N, 1)): x is close to (levels - 128) scale."""
-    largest_N1 = torch.linalg.vector_norm(x_NI, float("inf"), dim=-1, keepdim=True).clamp_(min=_SMALLEST)
+    scale_N1 = x_NI.abs().amax(-1, keepdim=True).clamp_(min=_SMALLEST).mul_(1 / LEVELS)
     # the conversion cuts off, so the half makes it round; the shift keeps it above 0
-    levels = torch.addcmul(x_NI.new_full((), SHIFT + 0.5), x_NI, LEVELS / largest_N1).to(torch.uint8)
-    return levels, largest_N1.div_(LEVELS)
+    return (x_NI / scale_N1).add_(SHIFT + 0.5).to(torch.uint8), scale_N1
 
 
 class Product:
@@ -38,12 +37,15 @@ class Product:
         self.bias_O = bias_O
 
     def __call__(self, x_NI: Tensor) -> Tensor:
+        product, scale_N1 = self._unscaled(x_NI)
+        return product.mul_(scale_N1) if self.bias_O is None else torch.addcmul(self.bias_O, product, scale_N1)
+
+    def onto(self, x_NI: Tensor, y_NO: Tensor) -> Tensor:
+        return torch.addcmul(y_NO, *self._unscaled(x_NI))
+
+    def _unscaled(self, x_NI: Tensor) -> tuple[Tensor, Tensor]:
         levels, scale_N1 = quantise(x_NI)
         product: Tensor = torch.ops.onednn.qlinear_pointwise(
             levels, 1.0, SHIFT, self.weight, self.scale_O, self.zero_O, None, 1.0, 0, torch.float32, "none", [], ""
         )
-        product.mul_(scale_N1)
-        return product if self.bias_O is None else product.add_(self.bias_O)
-
-    def onto(self, x_NI: Tensor, y_NO: Tensor) -> Tensor:
-        return self(x_NI).add_(y_NO)
+        return product, scale_N1

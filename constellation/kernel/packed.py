@@ -6,9 +6,10 @@
     look-back    reads a row of zeros after the vocabulary before the first token
     bias         -inf for tokens that must not come, is the head's
 
-A product on a CPU is oneDNN's on weights packed beforehand, a few times faster for few rows than one that packs them
-each time. Its rows do not depend on each other, nor on how many there are, from two rows on (measured: AMD EPYC,
-AVX-512, torch 2.13; the laws of the tests hold every machine to it).
+A large product on a CPU is oneDNN's on weights packed beforehand, a few times faster for few rows than one that packs
+them each time. Rows do not depend on each other, nor on how many there are: of oneDNN's from two rows on, of the plain
+ones (MKL's) from four, of int8 always (measured: AMD EPYC, AVX-512, torch 2.13; the laws of the tests hold every
+machine to it). So a pass in fp32 takes at least four.
 Shapes: N rows, each one token of one request; D width, H heads, K head size, V vocabulary, C context.
 """
 
@@ -27,6 +28,7 @@ from constellation.kernel import int8
 from constellation.kernel.model import _EPS, Attention, Block, KernelLM, SwiGLU, inverse_temperature
 
 PRECISIONS = ("fp32", "int8")
+FEW = 2**16  # weights, below which a plain product is over before oneDNN has begun
 
 
 class Product(Protocol):
@@ -47,30 +49,29 @@ class Packed32:
     def __init__(self, weight_OI: Tensor, bias_O: Tensor | None = None):
         self.weight, self.bias_O = torch.ops.mkldnn._reorder_linear_weight(weight_OI.contiguous(), 16), bias_O
 
-    def __call__(self, x_NI: Tensor, unary: str = "none") -> Tensor:
-        product: Tensor = torch.ops.mkldnn._linear_pointwise(x_NI, self.weight, self.bias_O, unary, [], "")
+    def __call__(self, x_NI: Tensor) -> Tensor:
+        product: Tensor = torch.ops.mkldnn._linear_pointwise(x_NI, self.weight, self.bias_O, "none", [], "")
         return product
 
-    def onto(self, x_NI: Tensor, y_NO: Tensor, binary: str = "add") -> Tensor:
-        product: Tensor = torch.ops.mkldnn._linear_pointwise.binary(x_NI, y_NO, self.weight, self.bias_O, binary)
-        return product
+    def onto(self, x_NI: Tensor, y_NO: Tensor) -> Tensor:
+        return self(x_NI).add_(y_NO)  # oneDNN's own sum takes longer
 
 
 class Plain32:
     """float32 by whatever the device has."""
 
     def __init__(self, weight_OI: Tensor, bias_O: Tensor | None = None):
-        self.weight_OI, self.bias_O = weight_OI.contiguous(), bias_O
+        self.weight_OI, self.bias_O = weight_OI.clone(), bias_O
 
     def __call__(self, x_NI: Tensor) -> Tensor:
         return F.linear(x_NI, self.weight_OI, self.bias_O)
 
     def onto(self, x_NI: Tensor, y_NO: Tensor) -> Tensor:
-        return F.linear(x_NI, self.weight_OI, self.bias_O).add_(y_NO)
+        return torch.addmm(y_NO, x_NI, self.weight_OI.t())
 
 
 class Gated:
-    """silu(x G^T) * (x U^T) of one product with both."""
+    """silu(x G^T) * (x U^T), one product with both; two that end in silu and in the multiplication take longer."""
 
     def __init__(self, gate_up: Product):
         self.gate_up = gate_up
@@ -80,21 +81,11 @@ class Gated:
         return F.silu(gate).mul_(up)
 
 
-class GatedPacked32:
-    """The same of two products that end in silu and in the multiplication."""
-
-    def __init__(self, weight_OI: Tensor):
-        self.gate, self.up = (Packed32(half) for half in weight_OI.chunk(2))
-
-    def __call__(self, x_ND: Tensor) -> Tensor:
-        return self.up.onto(x_ND, self.gate(x_ND, "swish"), "mul")
-
-
 @dataclasses.dataclass
 class Layer:
     qkv: Product
     out: Product
-    gated: Gated | GatedPacked32
+    gated: Gated
     down: Product
     norm_2H1: tuple[Tensor, Tensor] | None  # eps / c^2 and 1 / c^2 of q (c = c_h) and k (c = 1); None: no norm
 
@@ -106,14 +97,12 @@ class Packed:
         if precision not in PRECISIONS:
             raise ConfigError(f"precision={precision!r}: choose one of {', '.join(PRECISIONS)}")
         config, self.device = model.config, model.embedding.weight.device
-        onednn = self.device.type == "cpu" and torch.backends.mkldnn.is_available()
-        if precision == "int8" and not onednn:
+        self.precision, self.onednn = precision, self.device.type == "cpu" and torch.backends.mkldnn.is_available()
+        if precision == "int8" and not self.onednn:
             raise ConfigError(f"precision='int8' needs a CPU with oneDNN, not {self.device.type}; choose 'fp32'")
         self.width, self.heads, self.size = config.width, config.heads, config.width // config.heads
         self.context, self.vocabulary, self.layers_count = config.context, config.vocab_size, config.layers
-        self.min_rows = 2 if onednn else 4 if self.device.type == "cpu" else 1
-        self.product: type[int8.Product] | type[Packed32] | type[Plain32]
-        self.product = int8.Product if precision == "int8" else Packed32 if onednn else Plain32
+        self.min_rows = 1 if self.device.type != "cpu" or precision == "int8" else 4
         with torch.no_grad(), torch.autocast(self.device.type, enabled=False):
             table_VD = model.embedding.weight
             self.embedding_VD = torch.cat((table_VD, table_VD.new_zeros(1, self.width)))
@@ -123,7 +112,12 @@ class Packed:
             self.rotary_C21K = self._rotary(model)
 
     def _after(self, gain_D: Tensor, weight_OD: Tensor, bias_O: Tensor | None = None) -> Product:
-        return self.product(weight_OD * (gain_D * math.sqrt(self.width)), bias_O)
+        return self._product(weight_OD * (gain_D * math.sqrt(self.width)), bias_O)
+
+    def _product(self, weight_OI: Tensor, bias_O: Tensor | None = None) -> Product:
+        if self.precision == "int8":
+            return int8.Product(weight_OI, bias_O)
+        return (Packed32 if self.onednn and weight_OI.numel() >= FEW else Plain32)(weight_OI, bias_O)
 
     def _layer(self, block: torch.nn.Module) -> Layer:
         assert isinstance(block, Block)
@@ -136,12 +130,13 @@ class Packed:
         if attention.metric == "fidelity":
             c_2H1 = torch.stack((attention.log_c.exp(), torch.ones_like(attention.log_c)))[..., None]
             norm = (_EPS / c_2H1**2, 1 / c_2H1**2)
-        gate_up = mlp.gate_up.weight * (block.norm_mlp.weight * math.sqrt(self.width))
-        gated = GatedPacked32(gate_up) if self.product is Packed32 else Gated(self.product(gate_up))
         return Layer(
             self._after(block.norm_attention.weight, qkv),
-            self.product(attention.out.weight), gated, self.product(mlp.out.weight), norm,
-        )  # fmt: skip
+            self._product(attention.out.weight),
+            Gated(self._after(block.norm_mlp.weight, mlp.gate_up.weight)),
+            self._product(mlp.out.weight),
+            norm,
+        )
 
     def _rotary(self, model: KernelLM) -> Tensor:
         """e^{i angle} of every position for q, the row's factor in it, and for k: (C, 2, 1, K/2) complex."""

@@ -10,6 +10,7 @@ Shapes as in packed.py; S slots.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 
 import numpy as np
@@ -47,6 +48,7 @@ class Slots:
         self.held = held.unbind(0)
         self._flat = [kv.view(count * self.columns, 2 * packed.width) for kv in self.held]
         self._column_C = torch.arange(self.columns, device=packed.device)
+        self._views = functools.lru_cache(maxsize=64)(self._look)  # most passes look where the one before looked
 
     def copy(self, source: int, target: int, length: int) -> None:
         """The first `length` columns of one slot into another."""
@@ -72,12 +74,13 @@ class Slots:
         masks = [self._mask(position_N[run.first : run.first + run.count], run.columns) for run in runs]
         if spare:  # a product needs them; what they say is not looked at
             x_ND = torch.cat((x_ND, x_ND[:1].expand(spare, -1)))
-        for layer, kv, flat in zip(packed.layers, self.held, self._flat, strict=True):
+        views = [self._views(run.slot, run.count, run.spread, run.columns) for run in runs]
+        for at, (layer, flat) in enumerate(zip(packed.layers, self._flat, strict=True)):
             qkv = layer.qkv(packed.normal(x_ND))
             mine = qkv[:count]
             packed.turned(layer, mine, rotary_N21K)
             flat.index_copy_(0, at_N, mine[:, packed.width :])
-            parts = [self._attend(mine, kv, run, mask) for run, mask in zip(runs, masks, strict=True)]
+            parts = [self._attend(mine, run, kv[at], mask) for run, kv, mask in zip(runs, views, masks, strict=True)]
             if spare:
                 parts.append(qkv[count:, : packed.width])
             y_ND = torch.cat(parts) if len(parts) > 1 else parts[0]
@@ -90,12 +93,18 @@ class Slots:
         unseen = self._column_C[:columns] > position_N[:, None]
         return torch.zeros_like(unseen, dtype=torch.float32).masked_fill_(unseen, float("-inf"))[:, None, None]
 
-    def _attend(self, qkv_N3D: Tensor, kv_SC2HK: Tensor, run: Run, mask: Tensor) -> Tensor:
-        packed, rows = self.packed, run.count
-        q = qkv_N3D[run.first : run.first + rows, : packed.width].view(rows, packed.heads, 1, packed.size)
-        kv = kv_SC2HK[run.slot : run.slot + (rows if run.spread else 1), : run.columns]
-        k, v = kv.permute(2, 0, 3, 1, 4).expand(2, rows, -1, -1, -1).unbind(0)
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=1.0).view(rows, packed.width)
+    def _look(self, slot: int, rows: int, spread: bool, columns: int) -> list[tuple[Tensor, Tensor]]:
+        """The keys and values (rows, H, columns, K) of each layer."""
+        found = []
+        for kv in self.held:
+            k, v = kv[slot : slot + (rows if spread else 1), :columns].permute(2, 0, 3, 1, 4).unbind(0)
+            found.append((k, v) if spread else (k.expand(rows, -1, -1, -1), v.expand(rows, -1, -1, -1)))
+        return found
+
+    def _attend(self, qkv_N3D: Tensor, run: Run, kv: tuple[Tensor, Tensor], mask: Tensor) -> Tensor:
+        packed = self.packed
+        q = qkv_N3D[run.first : run.first + run.count, : packed.width].view(-1, packed.heads, 1, packed.size)
+        return F.scaled_dot_product_attention(q, *kv, attn_mask=mask, scale=1.0).view(-1, packed.width)
 
     def logits(self, x_ND: Tensor) -> Tensor:
         """(N, V) of the last layer's output."""
