@@ -1,6 +1,6 @@
 """A kernel's weights laid out for decoding: the same function of the tokens in fewer and faster operations.
 
-    gains        of RMSNorm, and sqrt(D), go into the matrix that follows, so that a norm is x / |(x, sqrt(D eps))|
+    gains        of RMSNorm, and sqrt(D), go into the matrix that follows, so that a norm is x / hypot(|x|, sqrt(D eps))
     rotations    act on pairs of neighbours, by a permutation of q and k within a head: one complex product turns both
     factors      of a row (coupling, 1 / sqrt(K)) go into its rotation
     look-back    reads a row of zeros after the vocabulary before the first token
@@ -62,12 +62,13 @@ class Plain32:
 
     def __init__(self, weight_OI: Tensor, bias_O: Tensor | None = None):
         self.weight_OI, self.bias_O = weight_OI.clone(), bias_O
+        self.weight_IO = self.weight_OI.t()
 
     def __call__(self, x_NI: Tensor) -> Tensor:
         return F.linear(x_NI, self.weight_OI, self.bias_O)
 
     def onto(self, x_NI: Tensor, y_NO: Tensor) -> Tensor:
-        return torch.addmm(y_NO, x_NI, self.weight_OI.t())
+        return torch.addmm(y_NO, x_NI, self.weight_IO)
 
 
 class Gated:
@@ -110,6 +111,7 @@ class Packed:
             self.layers = [self._layer(block) for block in model.blocks]
             self.head = self._after(model.norm.weight, table_VD, bias_V)
             self.rotary_C21K = self._rotary(model)
+            self.eps_root = self.embedding_VD.new_tensor(math.sqrt(self.width * _EPS))
 
     def _after(self, gain_D: Tensor, weight_OD: Tensor, bias_O: Tensor | None = None) -> Product:
         return self._product(weight_OD * (gain_D * math.sqrt(self.width)), bias_O)
@@ -155,13 +157,13 @@ class Packed:
         return x_ND.addcmul_(self.look_back_D, self.embedding_VD.index_select(0, before_N))
 
     def normal(self, x_ND: Tensor) -> Tensor:
-        """x / sqrt(|x|^2 + D eps): RMSNorm but for its gain and sqrt(D), which are in the next matrix."""
-        return x_ND * torch.linalg.vecdot(x_ND, x_ND).add_(self.width * _EPS).rsqrt_()[:, None]
+        """x / hypot(|x|, sqrt(D eps)): RMSNorm but for its gain and sqrt(D), which are in the next matrix."""
+        return x_ND / torch.hypot(torch.linalg.vector_norm(x_ND, dim=-1, keepdim=True), self.eps_root)
 
     def turned(self, layer: Layer, qkv_N3D: Tensor, rotary_N21K: Tensor) -> None:
         """q and k in `qkv_N3D` become what the attention compares."""
         qk_N2HK = qkv_N3D[:, : 2 * self.width].view(-1, 2, self.heads, self.size)
-        if layer.norm_2H1:
+        if layer.norm_2H1 is not None:
             square_N2H1 = torch.linalg.vecdot(qk_N2HK, qk_N2HK)[..., None]
             qk_N2HK.mul_(torch.addcmul(layer.norm_2H1[0], square_N2H1, layer.norm_2H1[1]).rsqrt_())
         torch.view_as_complex(qk_N2HK.unflatten(-1, (-1, 2))).mul_(rotary_N21K)
