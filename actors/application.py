@@ -47,7 +47,7 @@ def application(run: Path, kernels: AsyncKernels, key_file: Path | None = None) 
     """The application in front of a run; without a key file everyone may ask."""
     try:
         from router.app import Settings, make_app
-        from router.keys import Keys
+        from router.http.keys import Keys
     except ModuleNotFoundError as error:
         raise ConfigError(f"serving needs {error.name}: pip install 'constellation[serve]'") from None
     return make_app(service_of(run, kernels), Settings(keys=Keys(key_file)))

@@ -14,7 +14,7 @@ from constellation.errors import ConfigError, RunError
 if TYPE_CHECKING:
     from fastapi import FastAPI
 
-    from router.server import Server
+    from router.http.server import Server
 
 BACKLOG = 2048
 
@@ -80,7 +80,7 @@ class Listener:
 
 
 def _server(app: FastAPI, grace_s: float) -> Server:
-    from router.server import Server
+    from router.http.server import Server
 
     class Unsignalled(Server):
         @contextlib.contextmanager

@@ -25,15 +25,15 @@ from starlette.responses import Response
 from starlette.types import ASGIApp
 
 from constellation import __version__
-from router import page, replies
-from router.asking import MODES
-from router.desk import Desk
-from router.door import Door
-from router.failures import HANDLED, handle
-from router.keys import Keys
-from router.limits import Admission, Front
-from router.metrics import Metrics
-from router.openai import (
+from router.http import page, replies
+from router.http.asking import MODES
+from router.http.desk import Desk
+from router.http.door import Door
+from router.http.failures import HANDLED, handle
+from router.http.keys import Keys
+from router.http.limits import Admission, Front
+from router.http.metrics import Metrics
+from router.http.openai import (
     ChatRequest,
     CompletionRequest,
     DecisionRequest,
@@ -41,7 +41,7 @@ from router.openai import (
     RouteRequest,
     TokenizeRequest,
 )
-from router.openapi import components, operation
+from router.http.openapi import components, operation
 from router.service import Service
 
 

@@ -15,15 +15,15 @@ from constellation.coordizer.tokenizer import Tokenizer
 from constellation.errors import RunError
 from constellation.kernel.model import KernelLM
 from constellation.kernel.sample import Sampling
-from router import keys
 from router.app import Settings, make_app
-from router.chat import render
 from router.fit import fit
+from router.http import keys
+from router.http.chat import render
+from router.http.keys import Keys, Limits
+from router.http.limits import Front
+from router.http.openai import Message
 from router.kernels import LocalAsyncKernels
-from router.keys import Keys, Limits
-from router.limits import Front
 from router.local import LocalKernels
-from router.openai import Message
 from router.service import Service
 from router.session import Request, generate
 

@@ -29,12 +29,12 @@ from actors.plan import open_plan
 from constellation.config import ROLES
 from constellation.coordizer.tokenizer import Tokenizer
 from router.app import make_app
+from router.http.server import Server
+from router.http.stream_events import DONE
 from router.kernels import LocalAsyncKernels
 from router.local import LocalKernels
 from router.route import Router
-from router.server import Server
 from router.service import Ask, Service
-from router.stream_events import DONE
 
 PROMPT = "The import statement"
 HI = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "What is a class?"}]

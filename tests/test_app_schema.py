@@ -14,11 +14,11 @@ from constellation.coordizer.tokenizer import Tokenizer
 from constellation.kernel.model import KernelLM
 from router.app import Settings, make_app
 from router.fit import fit
+from router.http.limits import Front
+from router.http.openai import ChatRequest, CompletionRequest
+from router.http.openapi import components
 from router.kernels import LocalAsyncKernels
-from router.limits import Front
 from router.local import LocalKernels
-from router.openai import ChatRequest, CompletionRequest
-from router.openapi import components
 from router.service import Service
 
 NAMES = ("heart", "memory")

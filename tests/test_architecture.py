@@ -104,3 +104,13 @@ def test_the_public_names_of_the_package_are_few() -> None:
 def test_top_level_is_what_the_user_fixed() -> None:
     for name in ("pyproject.toml", "constellation", "actors", "router", "tune", "tests", "cluster.yaml"):
         assert (ROOT / name).exists(), name
+
+
+def test_http_stays_behind_its_door() -> None:
+    """FastAPI in one file; of the router, only that file and its folder know HTTP."""
+    for path in sources():
+        name, found = str(path.relative_to(ROOT)), imports(path)
+        if any(module.split(".")[0] == "fastapi" for module in found):
+            assert name == "router/app.py"
+        if name.startswith("router/") and not name.startswith("router/http/") and name != "router/app.py":
+            assert not {module for module in found if module.startswith("router.http")}, name

@@ -13,8 +13,8 @@ import pytest
 
 from constellation.cli import run
 from constellation.errors import ArtifactError, ConfigError
-from router import keys
-from router.keys import Keys, Limits
+from router.http import keys
+from router.http.keys import Keys, Limits
 
 
 def test_a_key_is_found_by_its_owner_and_stands_in_no_file(tmp_path: Path) -> None:

@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from router.keys import Key, Limits
-from router.limits import Admission, Bucket, Front, Refused, Ticket
+from router.http.keys import Key, Limits
+from router.http.limits import Admission, Bucket, Front, Refused, Ticket
 
 S = 10**9  # nanoseconds
 TIMES = st.lists(st.tuples(st.integers(0, 40 * S), st.integers(0, 12)), min_size=1, max_size=40)

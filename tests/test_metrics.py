@@ -10,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from prometheus_client.parser import text_string_to_metric_families
 
+from router.http.metrics import CLIENT_LEFT, SECONDS, Metrics
 from router.life import Answer, HandOff
-from router.metrics import CLIENT_LEFT, SECONDS, Metrics
 from router.view import Look
 
 

@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 from openai.types import completion_create_params as completion_params
 from openai.types.chat import completion_create_params as chat_params
 
-from router.chat import JINJA, render
-from router.finite import MOST, texts_of
-from router.openai import (
+from router.http.chat import JINJA, render
+from router.http.finite import MOST, texts_of
+from router.http.openai import (
     LABELS,
     ChatRequest,
     CompletionRequest,

@@ -11,7 +11,7 @@ import pytest
 
 from constellation.config import ROLES
 from constellation.geometry import e8
-from router import page
+from router.http import page
 from router.route import Router
 
 

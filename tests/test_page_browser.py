@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 from constellation.config import ROLES
-from router import keys, page
+from router.http import keys, page
 from router.route import Router
 
 CHROMIUM, DRIVER = Path("/usr/bin/chromium"), Path("/usr/bin/chromedriver")
@@ -106,9 +106,9 @@ def serving(run: Path, **settings: Any) -> Iterator[str]:
     from actors.plan import open_plan
     from constellation.coordizer.tokenizer import Tokenizer
     from router.app import Settings, make_app
+    from router.http.server import Server
     from router.kernels import LocalAsyncKernels
     from router.local import LocalKernels
-    from router.server import Server
     from router.service import Service
 
     plan = open_plan(run)

@@ -62,7 +62,6 @@ def _samples(run: Path) -> None:
         names = sorted(requests, key=lambda n: (*constellation.router.names, n).index(n))
         answers = [p for p in constellation.ask_all([requests[n] for n in names]) if isinstance(p, Answer)]
         for name, answer in zip(names, sorted(answers, key=lambda a: a.request), strict=True):
-            prompt = requests[name].prompt
             click.secho(f"\n{' -> '.join(answer.kernels)}", bold=True)
-            click.echo(click.style(prompt, dim=True) + answer.text)
+            click.echo(click.style(str(requests[name].prompt), dim=True) + answer.text)
     click.echo()

@@ -30,7 +30,7 @@ def add(
     file: Path, name: str, requests_per_minute: int | None, tokens_per_minute: int | None, concurrent: int | None
 ) -> None:
     """Make a key and print it: this once. The file is made when it is not there, with mode 0600."""
-    from router import keys
+    from router.http import keys
 
     click.echo(keys.add(file, name, keys.Limits(requests_per_minute, tokens_per_minute, concurrent)))
     click.echo(f"the key of {name}: write it down, it cannot be shown again", err=True)
@@ -41,7 +41,7 @@ def add(
 @options.as_json
 def list_(file: Path, as_json: bool) -> None:
     """Names, dates and limits."""
-    from router import keys
+    from router.http import keys
 
     found = keys.read(file)
     if as_json:
@@ -59,7 +59,7 @@ def list_(file: Path, as_json: bool) -> None:
 @name
 def remove(file: Path, name: str) -> None:
     """Remove a key; a service that runs refuses it from then on."""
-    from router import keys
+    from router.http import keys
 
     keys.remove(file, name)
     click.echo(f"removed the key of {name}", err=True)

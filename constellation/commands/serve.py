@@ -55,7 +55,7 @@ def command(
 
     bind(host, port).close()  # told before anything is started
     if api_key_file is not None:
-        from router.keys import Keys
+        from router.http.keys import Keys
 
         Keys(api_key_file)
     if api_key_file is None and not _loopback(host):

@@ -13,7 +13,7 @@ from typing import Any
 
 import msgspec
 
-from router.openai import Refusal
+from router.http.openai import Refusal
 
 MOST = 256  # texts, as many as /v1/decisions takes answers
 _PARAM = "response_format"

@@ -19,7 +19,7 @@ from __future__ import annotations
 from collections.abc import AsyncIterable
 from dataclasses import dataclass, field
 
-from router.keys import Key
+from router.http.keys import Key
 
 _MINUTE_NS = 60 * 10**9
 _PAST = 9  # weight of the past in the mean time an answer takes, beside 1 of the latest

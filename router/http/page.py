@@ -1,7 +1,7 @@
 """The page at `/`: a prompt, the answer in the colours of the kernels that wrote it, its place among E8's roots.
 
-The files lie in the package (page/) as they are served. One is made here, page/map.json: the 240 roots seen along the
-Coxeter plane, in which E8 shows its thirtyfold symmetry (Coxeter 1973, section 12.6): eight rings of 30 points.
+The files lie in page_files/ as they are served. One is made here, page/map.json: the 240 roots seen along the Coxeter
+plane, in which E8 shows its thirtyfold symmetry (Coxeter 1973, section 12.6): eight rings of 30 points.
 
     C = product of the eight simple reflections      order 30, one plane in which it turns by 2 pi / 30
     P (2, 8)                                         orthonormal basis of that plane
@@ -54,7 +54,7 @@ class File:
 def files(policy: Policy | None, modes: Sequence[str]) -> dict[str, File]:
     """Path -> file, all that the page needs besides the API; `modes`: what a request may ask for, the default first."""
     found = {}
-    for entry in sorted(resources.files("router").joinpath("page").iterdir(), key=lambda entry: entry.name):
+    for entry in sorted(resources.files("router.http").joinpath("page_files").iterdir(), key=lambda entry: entry.name):
         name, kind = entry.name, _KINDS.get(entry.name.rpartition(".")[2])
         if kind:
             found["/" if name == "index.html" else f"/page/{name}"] = File(entry.read_bytes(), f"{kind}; charset=utf-8")

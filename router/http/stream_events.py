@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from router.door import Visit
+from router.http.door import Visit
 
 T = TypeVar("T")
 DONE = b"data: [DONE]\n\n"

@@ -18,9 +18,9 @@ import msgspec
 from msgspec import UNSET
 
 from constellation.errors import RunError
-from router.asking import Asked
-from router.openai import ChatRequest, CompletionRequest, Generation
-from router.replies import (
+from router.http.asking import Asked
+from router.http.openai import ChatRequest, CompletionRequest, Generation
+from router.http.replies import (
     FINISHES,
     ChatChunk,
     ChatCompletion,
@@ -38,8 +38,8 @@ from router.replies import (
     Usage,
     telemetry,
 )
+from router.http.stream_events import DONE, event, merged
 from router.service import Answer, Piece, Service
-from router.stream_events import DONE, event, merged
 
 Steps = AsyncGenerator[Piece | Answer, None]
 _ENCODE = msgspec.json.Encoder().encode

@@ -16,15 +16,15 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from constellation.coordizer.tokenizer import SPECIALS
-from router import replies
-from router.asking import Asked, asked, text, tokens, who
-from router.chat import JINJA
-from router.choosing import allowed, chosen, nothing
-from router.door import Door, Visit, ending
-from router.failures import error_json, refusal_of
-from router.limits import Admission, Refused, Ticket
-from router.metrics import CLIENT_LEFT, Metrics
-from router.openai import (
+from router.http import replies
+from router.http.asking import Asked, asked, text, tokens, who
+from router.http.chat import JINJA
+from router.http.choosing import allowed, chosen, nothing
+from router.http.door import Door, Visit, ending
+from router.http.failures import error_json, refusal_of
+from router.http.limits import Admission, Refused, Ticket
+from router.http.metrics import CLIENT_LEFT, Metrics
+from router.http.openai import (
     Addressed,
     ChatRequest,
     CompletionRequest,
@@ -36,10 +36,10 @@ from router.openai import (
     TokenizeRequest,
     read,
 )
-from router.replies import Names, Scored
+from router.http.replies import Names, Scored
+from router.http.stream_events import EventStream, error_event, first_of, while_connected
+from router.http.telling import ChatTelling, CompletionTelling, Steps, Telling
 from router.service import Answer, Piece, Service
-from router.stream_events import EventStream, error_event, first_of, while_connected
-from router.telling import ChatTelling, CompletionTelling, Steps, Telling
 
 R = TypeVar("R", bound=Addressed)
 

@@ -19,10 +19,10 @@ from starlette.requests import Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from constellation.errors import ConstellationError
-from router.failures import later, refusal_of, response
-from router.keys import Key, Keys
-from router.metrics import CLIENT_LEFT, Metrics, Watch
-from router.openai import Refusal
+from router.http.failures import later, refusal_of, response
+from router.http.keys import Key, Keys
+from router.http.metrics import CLIENT_LEFT, Metrics, Watch
+from router.http.openai import Refusal
 
 RETRY_AFTER_S = 5  # a service that ends is replaced within seconds, or not at all
 _ALWAYS = {"/health", "/ready", "/metrics"}  # answered while draining too

@@ -18,9 +18,9 @@ import msgspec
 import numpy as np
 
 from constellation.kernel.sample import Sampling, uniform
-from router.asking import MODES
-from router.finite import texts_of
-from router.openai import ChatRequest, Generation, Refusal
+from router.http.asking import MODES
+from router.http.finite import texts_of
+from router.http.openai import ChatRequest, Generation, Refusal
 from router.service import Answer, Ask, Piece, Service
 
 # what shapes a text token by token has no meaning for a text that is chosen whole

@@ -12,8 +12,8 @@ import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from router.chat import STOPS, render
-from router.openai import (
+from router.http.chat import STOPS, render
+from router.http.openai import (
     Addressed,
     ChatRequest,
     CompletionRequest,

@@ -10,7 +10,7 @@ from typing import Any
 
 import msgspec
 
-from router import openai, replies
+from router.http import openai, replies
 
 _REF = "#/components/schemas/{name}"
 REQUESTS = (

@@ -16,8 +16,8 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from constellation.errors import ConstellationError
-from router.openai import Refusal
-from router.replies import Error, Failure
+from router.http.openai import Refusal
+from router.http.replies import Error, Failure
 
 _LOG = logging.getLogger("constellation.http")
 _TYPES = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
