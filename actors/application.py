@@ -27,9 +27,9 @@ def servable(run: Path, changes: Mapping[str, Any] | None = None) -> Config:
     if not (plan.router / "router.json").exists() or absent:
         missing = "the router" if not absent else ", ".join(absent)
         raise ConfigError(f"{run}: {missing} not trained yet; constellation train --run {run} --resume")
-    foreign = [key for key in changes or {} if not key.startswith("cluster.")]
+    foreign = [key for key in changes or {} if not key.startswith(("cluster.", "decode."))]
     if foreign:
-        raise ConfigError(f"{foreign[0]}: a trained constellation can change cluster.* only")
+        raise ConfigError(f"{foreign[0]}: a trained constellation can change cluster.* and decode.* only")
     return override(plan.config, changes or {})
 
 

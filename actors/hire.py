@@ -74,7 +74,9 @@ def servers(placement: Placement, run: Path, config: Config, namespace: str | No
     hires = [Hire(ROUTER, RouterActor, (run / ROUTER,), options_of({}, 1, "DEFAULT"), ("report", 0))]
     for role, (number, part) in rooms.items():
         options = options_of(part, threads, placement.strategy(number))
-        hires.append(Hire(role, KernelActor, (role, part.get("GPU", 0.0)), options, ("serve", run, threads)))
+        hires.append(
+            Hire(role, KernelActor, (role, part.get("GPU", 0.0)), options, ("serve", run, threads, config.decode))
+        )
     if namespace is None:
         return hires
     return [Hire(**{**vars(h), "lasting": {"name": h.role, "namespace": namespace}}) for h in hires]

@@ -25,6 +25,7 @@ import ray
 
 from actors.exclusive import exclusive
 from actors.messages import BUSY, Report
+from constellation.config import Decode
 from constellation.errors import ConfigError, ConstellationError
 
 if TYPE_CHECKING:  # torch is imported in the actor's process only
@@ -62,10 +63,10 @@ class Engine:
         if self._begin(job, "training"):
             self._thread.submit(self._train, job)
 
-    def serve(self, run: Path, threads: int) -> Future[None]:
+    def serve(self, run: Path, threads: int, decode: Decode) -> Future[None]:
         """Load this role's model from its newest checkpoint in `run`, to answer with it."""
         if self._begin(run, "idle"):
-            self._loaded = self._thread.submit(self._load, run, threads)
+            self._loaded = self._thread.submit(self._load, run, threads, decode)
         return self._loaded
 
     @property
@@ -131,7 +132,7 @@ class Engine:
         except BaseException as error:
             self._fail(error)
 
-    def _load(self, run: Path, threads: int) -> None:
+    def _load(self, run: Path, threads: int, decode: Decode) -> None:
         """The very class that answers without Ray, with one model, so that both give the same tokens."""
         try:
             import torch
@@ -143,7 +144,8 @@ class Engine:
             torch.set_num_threads(threads)
             device = "cuda" if torch.cuda.is_available() else "cpu"
             model = checkpoint.load_model(run / self.role, device)
-            self._answerer = Answerer(model, Tokenizer.load(run / "tokenizer.json"))
+            tokenizer = Tokenizer.load(run / "tokenizer.json")
+            self._answerer = Answerer(model, tokenizer, slots=decode.slots, precision=decode.precision)
             self._step = checkpoint.steps_on_disk(run / self.role)[-1]
             self.checkpoint = checkpoint.folder_of(run / self.role, self._step).name
             self.state = "serving"
@@ -180,9 +182,9 @@ class KernelMailbox:
         self._engine.train(job)
 
     @ray.method(concurrency_group="control")
-    async def serve(self, run: Path, threads: int) -> None:
+    async def serve(self, run: Path, threads: int, decode: Decode) -> None:
         """Returns when it can answer."""
-        await asyncio.wrap_future(self._engine.serve(run, threads))
+        await asyncio.wrap_future(self._engine.serve(run, threads, decode))
 
     @ray.method(concurrency_group="control")
     async def report(self, since: int, patience_s: float = 0.0) -> Report:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import contextlib
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -158,6 +158,7 @@ def serve(
     *,
     fronts: int = 1,
     address: str | None = None,
+    changes: Mapping[str, Any] | None = None,
     ready: Callable[[int], None] = lambda port: None,
     ended: Callable[[float], bool],
     say: Callable[[str], None] = print,
@@ -169,7 +170,7 @@ def serve(
     with contextlib.ExitStack() as stack:
         record = detached.read_record(place.run)
         ours = record is None or bool(record.unreachable())
-        detached.up(place.run, address=address, say=say)
+        detached.up(place.run, address=address, changes=changes, say=say)
         if ours:
             stack.callback(detached.down, place.run, say=say)
         record = detached.read_record(place.run)

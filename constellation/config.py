@@ -172,6 +172,14 @@ class Router:
 
 
 @dataclass(frozen=True)
+class Decode:
+    """How a kernel writes (kernel/engine.py)."""
+
+    precision: str = "fp32"  # of the products: fp32 | int8, CPUs alone, faster and not the same text
+    slots: int = 32  # requests of one kernel under way at once; others wait
+
+
+@dataclass(frozen=True)
 class Cluster:
     """What Ray is asked for (actors/)."""
 
@@ -189,6 +197,7 @@ class Config:
     train: Train = field(default_factory=Train)
     data: Data = field(default_factory=Data)
     router: Router = field(default_factory=Router)
+    decode: Decode = field(default_factory=Decode)
     cluster: Cluster = field(default_factory=Cluster)
     roles: dict[str, dict[str, Any]] = field(default_factory=dict)  # role -> dotted overrides of it alone
 
@@ -203,6 +212,7 @@ class Config:
 _CHOICES = {
     "kernel.metric": ("fidelity", "dot"),
     "kernel.coupling": ("fixed", "off", "learned"),
+    "decode.precision": ("fp32", "int8"),
     "optim.name": OPTIMIZERS,
     "optim.variant": ("muon", "soap", "kl_shampoo", "soap_muon"),
     "optim.rest_optimizer": ("adamw", "diagonal_ng", "kron"),
@@ -260,7 +270,7 @@ def override(config: Config, changes: Mapping[str, Any]) -> Config:
             flat[name] = _parse(name, value)
     changed = dataclasses.replace(_build(flat), roles=roles)
     for role, own in roles.items():  # a role's changes must be valid together with the rest
-        bad = [n for n in own if n.startswith(("kernel.", "data.", "router.", "cluster.", "preset"))]
+        bad = [n for n in own if n.startswith(("kernel.", "data.", "router.", "decode.", "cluster.", "preset"))]
         if bad:
             raise ConfigError(f"{role}.{bad[0]}: a role may change optim.* and train.* only; kernels share the rest")
         _build({**flat, **own})

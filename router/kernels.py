@@ -68,6 +68,11 @@ class LocalAsyncKernels:
     def names(self) -> tuple[str, ...]:
         return self._kernels.names
 
+    async def load(self) -> None:
+        """All of them now, so that nobody's first token waits for it."""
+        for name in self.names:
+            await self._answerer(name)
+
     async def turn(self, kernel: str, packet: bytes, budget_bytes: int) -> bytes:
         answerer = await self._answerer(kernel)
         return await asyncio.wrap_future(answerer.submit(packet, budget_bytes))

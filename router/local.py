@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from constellation.config import OCEAN, ROLES
+from constellation.config import OCEAN, ROLES, Decode
 from constellation.coordizer.tokenizer import Tokenizer
 from constellation.errors import ConfigError
 from constellation.kernel.model import KernelLM
@@ -23,28 +23,20 @@ class LocalKernels:
         self,
         models: Mapping[str, KernelLM | Callable[[], KernelLM]],
         tokenizer: Tokenizer,
-        *,
-        slots: int = 32,
-        precision: str = "fp32",
+        decode: Decode | None = None,
     ):
-        self._models, self._tokenizer = dict(models), tokenizer
-        self._slots, self._precision = slots, precision
+        self._models, self._tokenizer, self._decode = dict(models), tokenizer, decode or Decode()
         self._answerers: dict[str, Answerer] = {}
 
     @classmethod
-    def from_run(cls, run: Path, device: str = "cpu", *, slots: int = 32, precision: str = "fp32") -> LocalKernels:
-        """The kernels of a run folder that have a checkpoint; `slots` requests each at once, in fp32 or int8."""
+    def from_run(cls, run: Path, device: str = "cpu", decode: Decode | None = None) -> LocalKernels:
+        """The kernels of a run folder that have a checkpoint."""
         trained = [name for name in (OCEAN, *ROLES) if steps_on_disk(run / name)]
 
         def loader(name: str) -> Callable[[], KernelLM]:
             return lambda: load_model(run / name, device)
 
-        return cls(
-            {name: loader(name) for name in trained},
-            Tokenizer.load(run / "tokenizer.json"),
-            slots=slots,
-            precision=precision,
-        )
+        return cls({name: loader(name) for name in trained}, Tokenizer.load(run / "tokenizer.json"), decode)
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -69,5 +61,7 @@ class LocalKernels:
                 raise ConfigError(f"no kernel {name!r}; there is {', '.join(self.names)}")
             model = self._models[name]
             model = model if isinstance(model, KernelLM) else model()
-            self._answerers[name] = Answerer(model, self._tokenizer, slots=self._slots, precision=self._precision)
+            self._answerers[name] = Answerer(
+                model, self._tokenizer, slots=self._decode.slots, precision=self._decode.precision
+            )
         return self._answerers[name]

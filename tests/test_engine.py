@@ -124,6 +124,22 @@ def test_logits_are_the_same_bits_read_in_one_piece_in_many_and_beside_others():
     torch.testing.assert_close(logits, MODEL(torch.tensor([tokens]))[0].detach(), rtol=1e-4, atol=1e-4)
 
 
+def test_a_step_over_all_slots_gives_the_same_tokens():
+    """What a GPU replays as a graph, without a graph."""
+    works = [ask(i, length, count) for i, (length, count) in enumerate(((3, 14), (20, 5), (1, 18), (9, 9)))]
+    wanted = [alone(work)[0] for work in works]
+    found = drain(Batch(MODEL, slots=3, chunk=4, wide=True), *works)
+    assert [work.tokens for work in found] == wanted
+
+
+@pytest.mark.gpu
+def test_a_graph_gives_the_tokens_of_its_step():
+    model = mini().cuda()
+    works = [[ask(i, length, 12) for i, length in enumerate((3, 20, 9))] for _ in range(2)]
+    plain, graph = (drain(Batch(model, slots=3, wide=wide), *some) for wide, some in zip((False, True), works))
+    assert [work.tokens for work in plain] == [work.tokens for work in graph]
+
+
 def test_a_turn_that_comes_back_is_not_read_again():
     batch, work = Batch(MODEL), writing(window(20), 6, room=6, seed=4)
     drain(batch, work)

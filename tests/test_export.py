@@ -9,16 +9,13 @@ from constellation.cli import run as cli
 from constellation.config import Kernel
 from constellation.coordizer.tokenizer import Tokenizer
 from constellation.errors import ConfigError
+from constellation.experiments.bench_decode import load_transformers
 from constellation.kernel.decode import generate
 from constellation.kernel.export import export_llama, llama_weights
 from constellation.kernel.model import KernelLM
 from constellation.kernel.sample import Sampling
 
-transformers = pytest.importorskip("transformers")
-try:
-    from transformers import LlamaForCausalLM
-except Exception as error:  # it imports torchvision when there is one, which fails unless it is of this torch
-    pytest.skip(f"transformers cannot import its Llama here: {error}", allow_module_level=True)
+transformers = load_transformers()
 
 PLAIN = Kernel(vocab_size=336, width=48, layers=3, heads=4, hidden=100, context=64, metric="dot", coupling="off",
                look_back=0, rope_base=5000.0)  # fmt: skip
@@ -45,7 +42,7 @@ def folder(tmp_path_factory):
 
 def test_transformers_computes_the_same_logits(folder):
     theirs = transformers.AutoModelForCausalLM.from_pretrained(folder / "llama").eval()
-    assert type(theirs) is LlamaForCausalLM
+    assert type(theirs) is transformers.LlamaForCausalLM
     tokens = torch.randint(336, (3, 64), generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
         assert (theirs(tokens).logits - plain()(tokens)).abs().max() < 1e-5

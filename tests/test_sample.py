@@ -255,7 +255,8 @@ def test_an_end_cannot_come_before_min_tokens_and_may_afterwards():
 @pytest.mark.parametrize(
     ("name", "value"),
     [
-        ("temperature", -0.1), ("temperature", math.nan), ("temperature", math.inf), ("temperature", "1"),
+        ("temperature", -0.1), ("temperature", math.nan), ("temperature", math.inf), ("temperature", 1e31),
+        ("repetition_penalty", 1e-3), ("repetition_penalty", 101.0), ("temperature", "1"),
         ("top_k", -1), ("top_k", 1.5), ("top_k", True), ("top_p", 0.0), ("top_p", 1.1), ("min_p", -0.1), ("min_p", 2),
         ("repetition_penalty", 0.0), ("seed", -1), ("seed", 2**64), ("seed", 0.5), ("max_new_tokens", 0),
         ("presence_penalty", 2.1), ("frequency_penalty", -3), ("frequency_penalty", math.nan), ("min_tokens", -1),

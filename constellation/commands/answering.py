@@ -48,7 +48,7 @@ class Answering:
             from router.local import LocalKernels
 
             torch.set_num_threads(self.config.train.threads)
-            return contextlib.nullcontext(LocalKernels.from_run(self.run))
+            return contextlib.nullcontext(LocalKernels.from_run(self.run, decode=self.config.decode))
         from actors.remote import open_kernels
 
         return open_kernels(self.run, address=self.address, say=lambda text: click.echo(text, err=True))

@@ -65,11 +65,11 @@ def sampling(command: Callable[..., Any]) -> Callable[..., Any]:
     """The sampler's options, in the order of `Settings`."""
     some = (
         click.option("--max-new-tokens", default=128, show_default=True, type=click.IntRange(1), metavar="N"),
-        click.option("--temperature", default=0.8, show_default=True, type=click.FloatRange(0), help="0: greedy"),
+        click.option("--temperature", default=0.8, show_default=True, type=click.FloatRange(0, 1e30), help="0: greedy"),
         click.option("--top-k", default=0, type=click.IntRange(0), help="likeliest tokens kept; 0: all"),
         click.option("--top-p", default=0.95, show_default=True, type=click.FloatRange(0, 1, min_open=True)),
         click.option("--min-p", default=0.0, type=click.FloatRange(0, 1), help="of the likeliest token's probability"),
-        click.option("--repetition-penalty", default=1.0, type=click.FloatRange(0, min_open=True), help="1: none"),
+        click.option("--repetition-penalty", default=1.0, type=click.FloatRange(0.01, 100), help="1: none"),
         click.option("--seed", default=0, show_default=True, type=click.IntRange(0, 2**64 - 1), metavar="S"),
         click.option("--stop", multiple=True, metavar="TEXT", help="end before this text; may be given again"),
     )

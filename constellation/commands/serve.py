@@ -14,7 +14,7 @@ from types import FrameType
 import click
 
 from constellation.commands import options
-from constellation.config import Config
+from constellation.config import Config, parse_assignments
 from constellation.errors import ConfigError, RunError
 
 
@@ -31,6 +31,7 @@ from constellation.errors import ConfigError, RunError
               help="seconds for those who are being answered when the service ends")  # fmt: skip
 @options.local
 @options.address
+@options.overrides
 def command(
     run: Path,
     host: str,
@@ -40,17 +41,20 @@ def command(
     grace: float,
     local: bool,
     address: str | None,
+    overrides: tuple[str, ...],
 ) -> None:
     """Answer OpenAI clients over HTTP, until Ctrl-C or SIGTERM; those who are being answered then are answered.
 
     A constellation that is `up` is used, else it is brought up and taken down in the end. With --local the
-    kernels run in this process, without Ray; the tokens are the same.
+    kernels run in this process, without Ray; the tokens are the same. KEY=VALUE may change cluster.* and
+    decode.* settings of a constellation that is brought up here, such as decode.precision=int8.
     """
     if local and (address or fronts > 1):
         raise ConfigError("--local is one process without Ray; leave out --address and --fronts")
     from actors.application import servable
 
-    config = servable(run)
+    changes = parse_assignments(overrides)
+    config = servable(run, changes)
     from actors.listen import bind
 
     bind(host, port).close()  # told before anything is started
@@ -65,7 +69,7 @@ def command(
         if local:
             whole = asyncio.run(_in_this_process(run, config, host, port, api_key_file, grace, ends))
         else:
-            whole = _on_ray(run, host, port, api_key_file, fronts, grace, address, ends)
+            whole = _on_ray(run, host, port, api_key_file, fronts, grace, address, ends, changes)
         if not whole:
             raise RunError(f"some who were being answered were cut off after {grace:g} s; --grace gives them longer")
         if ends.pressed:
@@ -107,13 +111,21 @@ class Ends:
 
 
 def _on_ray(
-    run: Path, host: str, port: int, keys: Path | None, fronts: int, grace: float, address: str | None, ends: Ends
+    run: Path,
+    host: str,
+    port: int,
+    keys: Path | None,
+    fronts: int,
+    grace: float,
+    address: str | None,
+    ends: Ends,
+    changes: dict[str, str],
 ) -> bool:
     from actors import serve
 
     place = serve.Place(run.resolve(), "", host, port, fronts > 1, keys.resolve() if keys else None, grace)
     return serve.serve(
-        place, fronts=fronts, address=address, ready=ends.say_ready, ended=ends.event.wait,
+        place, fronts=fronts, address=address, changes=changes, ready=ends.say_ready, ended=ends.event.wait,
         say=lambda text: click.echo(text, err=True),
     )  # fmt: skip
 
@@ -129,7 +141,9 @@ async def _in_this_process(
     from router.local import LocalKernels
 
     torch.set_num_threads(config.train.threads)
-    app = application(run, LocalAsyncKernels(LocalKernels.from_run(run)), keys)
+    kernels = LocalAsyncKernels(LocalKernels.from_run(run, decode=config.decode))
+    await kernels.load()
+    app = application(run, kernels, keys)
     listener = Listener(app, bind(host, port), grace)
     await listener.start()
     ends.say_ready(listener.port)

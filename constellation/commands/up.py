@@ -20,7 +20,7 @@ def command(run: Path, address: str | None, name: str | None, as_json: bool, ove
     """Keep a trained constellation alive on Ray, so that queries find loaded kernels.
 
     Without --address a Ray head is started on this machine, on loopback, and `constellation down` stops it.
-    KEY=VALUE may change cluster.* settings, such as cluster.gpus_per_kernel=0.
+    KEY=VALUE may change cluster.* and decode.* settings, such as decode.precision=int8.
     """
     changes = parse_assignments(overrides)
     from actors import detached

@@ -57,7 +57,7 @@ COLD_START_S = 2.0
 
 def run(*, out: Path | None = None, repeats: int = 5, compiled: bool = True) -> dict[str, Any]:
     """Measure, print the table, write the raw result to `out`."""
-    transformers = _transformers()
+    transformers = load_transformers()
     torch.set_num_threads(1)
     result: dict[str, Any] = {
         "question": __doc__.splitlines()[0] if __doc__ else "",
@@ -207,12 +207,18 @@ def _convert(source: Path, target: Path, names: list[str], quantization: str) ->
     spec.save(str(target))
 
 
-def _transformers() -> Any:
+def load_transformers() -> Any:
+    """transformers, kept from torchvision: it imports the one it finds, and one made for another torch fails."""
+    hidden = {name: sys.modules.pop(name) for name in list(sys.modules) if name.partition(".")[0] == "torchvision"}
+    sys.modules["torchvision"] = None  # type: ignore[assignment]  # not there, says Python to whoever looks
     try:
         import transformers
         from transformers import LlamaForCausalLM  # noqa: F401
-    except Exception as error:  # it imports what else it finds, a torchvision of another torch for one
+    except ImportError as error:
         raise ConfigError(f"bench decode needs transformers: {error}; pip install transformers") from None
+    finally:
+        del sys.modules["torchvision"]
+        sys.modules.update(hidden)
     transformers.logging.set_verbosity_error()
     return transformers
 
@@ -320,7 +326,7 @@ def _processes(llama: Path, model: KernelLM, scratch: Path) -> dict[str, dict[st
         rest=f"tokens({NEW})",
     )
     theirs = _START.format(
-        imports="from transformers import LlamaForCausalLM",
+        imports="import sys\nsys.modules['torchvision'] = None\nfrom transformers import LlamaForCausalLM",
         load=f"model = LlamaForCausalLM.from_pretrained({str(llama)!r}).eval()\n"
         "def tokens(n): return model.generate(torch.arange(32)[None], do_sample=False, max_new_tokens=n, "
         "eos_token_id=None, pad_token_id=0)",

@@ -36,8 +36,8 @@ def reach(points: Sequence[Point], target: float, log_metric: bool = False) -> R
         if metric is not None and metric <= target:
             if before is None:
                 return Reached(steps, cpu, bound=True)
-            if before[2] is None:  # nothing is known between a run that diverged and one that arrived
-                return Reached(steps, cpu)
+            if before[2] is None or (log_metric and metric == 0.0):  # diverged before, or arrived where no logarithm is
+                return Reached(steps, cpu)  # the later of the two: nothing is known between them
             scale = math.log if log_metric else float
             high, low, goal = scale(before[2]), scale(metric), scale(target)
             part = (high - goal) / (high - low)

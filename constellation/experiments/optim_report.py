@@ -85,7 +85,7 @@ def _summarise(task: Task, part: Mapping[str, Any]) -> dict[str, Any]:
             "cpu": ratio([f.cpu_s / b["cpu_s"] if f else None for f, b in zip(found, bases)], bounds).to_json(),
             "step_ms": statistics.fmean(costs),
             "step_cost": ratio([a / b for a, b in zip(costs, base_costs)]).to_json(),
-            "gap": ratio([f and b["metric"] / f for f, b in zip(final, bases)]).to_json(),
+            "gap": ratio([b["metric"] / f if f else None for f, b in zip(final, bases)]).to_json(),
             "stats": (longest[name, seeds[0]].get("stats") or {}) if seeds else {},
         }
     return {"title": task.title, "metric": task.metric, "seeds": seeds, "rows": out}

@@ -27,6 +27,7 @@ import torch
 from torch import Tensor
 
 from constellation.errors import ConfigError, RunError
+from constellation.kernel.graph import Graph, Wide
 from constellation.kernel.model import KernelLM
 from constellation.kernel.packed import Packed
 from constellation.kernel.sample import Sampling, Scored, Settings, sample, scored
@@ -79,12 +80,16 @@ class Batch:
 
     def __init__(
         self, model: KernelLM, *, slots: int = 32, chunk: int = 64, precision: str = "fp32",
-        bias_V: Tensor | None = None, ends: Sequence[int] = (),
+        bias_V: Tensor | None = None, ends: Sequence[int] = (), wide: bool | None = None,
     ):  # fmt: skip
         if slots < 1 or chunk < 1:
             raise ConfigError(f"slots={slots}, chunk={chunk}: both must be at least 1")
         self.packed = Packed(model, precision, bias_V)
-        self.slots, self.chunk, self.ends = Slots(self.packed, slots), chunk, tuple(ends)
+        on_gpu = self.packed.device.type == "cuda"
+        wide = on_gpu if wide is None else wide
+        self.slots, self.chunk, self.ends = Slots(self.packed, slots, spare=wide), chunk, tuple(ends)
+        with torch.inference_mode():
+            self._wide = (Graph if on_gpu else Wide)(self.slots) if wide else None
         self.context = self.packed.context
         self._waiting: deque[Work] = deque()
         self._reading: deque[Work] = deque()  # windows being read
@@ -228,14 +233,28 @@ class Batch:
         rows = [*((w, w.fed, 1) for w in writing), *reading]
         if not rows:
             return
-        x_ND = self._forward(rows, len(writing))
         self.steps += 1
-        at = len(writing)
+        logits_NV, at = None, len(writing)
+        if writing and self._wide is not None:
+            logits_NV, rows, at = self._step_wide(writing, self._wide), reading, 0
+        x_ND = self._forward(rows, at) if rows else torch.empty(0)
         for work, position, count in reading:
             self._read(work, position, x_ND[at : at + count])
             at += count
         if writing:
-            self._write(writing, self.slots.logits(x_ND[: len(writing)]))
+            self._write(writing, self.slots.logits(x_ND[: len(writing)]) if logits_NV is None else logits_NV)
+
+    def _step_wide(self, writing: Sequence[Writing], wide: Wide) -> Tensor:
+        """The same by a pass over all slots, which a GPU replays as one graph."""
+        at, slots = [w.fed for w in writing], [w.slot for w in writing]
+        tokens = [w.tokens[w.start + w.fed] for w in writing]
+        before = [w.tokens[w.start + w.fed - 1] if w.fed else self.packed.vocabulary for w in writing]
+        logits_NV = wide(tokens, before, at, slots)
+        self._held[slots, at] = tokens
+        for work in writing:
+            work.fed += 1
+            self._length[work.slot] = work.fed
+        return logits_NV
 
     def _pieces(self) -> list[tuple[Work, int, int]]:
         """(request, position, rows) of the windows that are read in this step."""

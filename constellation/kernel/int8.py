@@ -3,9 +3,8 @@
     y_no = s_n t_o sum_i round(x_ni / s_n) round(w_oi / t_o) + b_o      s_n = max_i |x_ni| / 127, t_o alike
 
 A row's result depends on that row alone, to the bit, as sums of integers have no order. Rounding errors are at most
-half a scale for each factor; what they do to the logits and to held-out bits per byte, `constellation bench decode`
-and the tests measure. The instructions (VNNI) multiply unsigned by signed, so x is shifted by 128 and oneDNN takes
-128 times the sum of the weights off again.
+half a scale for each factor; what they do to greedy text `constellation bench decode` measures. The instructions
+(VNNI) multiply unsigned by signed, so x is shifted by 128 and oneDNN takes 128 times the sum of the weights off again.
 """
 
 from __future__ import annotations

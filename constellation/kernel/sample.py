@@ -50,11 +50,11 @@ Scored = tuple[float, tuple[tuple[int, float], ...]]  # a token's log-probabilit
 class Sampling:
     """What one request asks of the sampler."""
 
-    temperature: float = 1.0  # T, >= 0; 0 is greedy
+    temperature: float = 1.0  # T, [0, 1e30]; 0 is greedy
     top_k: int = 0  # tokens, 0: all
     top_p: float = 1.0  # mass, (0, 1]
     min_p: float = 0.0  # part of the likeliest token's probability, [0, 1]
-    repetition_penalty: float = 1.0  # r, > 0; 1: none
+    repetition_penalty: float = 1.0  # r, [0.01, 100]; 1: none
     seed: int = 0  # 0..2^64-1
     stop: tuple[str, ...] = ()  # texts that end the answer and are not part of it
     max_new_tokens: int = 128  # >= 1
@@ -68,11 +68,12 @@ class Sampling:
     index: int = 0  # of the answers to one question, each with random numbers of its own, 0..2^32-1
 
     def __post_init__(self) -> None:
-        _check_number("temperature", self.temperature, lambda x: x >= 0, "at least 0; 0 is greedy")
+        _check_number("temperature", self.temperature, lambda x: 0 <= x <= 1e30, "from 0 to 1e30; 0 is greedy")
         _check_whole("top_k", self.top_k, 0, None)
         _check_number("top_p", self.top_p, lambda x: 0 < x <= 1, "above 0 and at most 1; 1 keeps every token")
         _check_number("min_p", self.min_p, lambda x: 0 <= x <= 1, "from 0 to 1; 0 keeps every token")
-        _check_number("repetition_penalty", self.repetition_penalty, lambda x: x > 0, "above 0; 1 is none")
+        wanted = "from 0.01 to 100; 1 is none"
+        _check_number("repetition_penalty", self.repetition_penalty, lambda x: 0.01 <= x <= 100, wanted)
         _check_whole("seed", self.seed, 0, _LARGEST_SEED)
         _check_whole("max_new_tokens", self.max_new_tokens, 1, None)
         if not isinstance(self.stop, tuple) or not all(isinstance(s, str) and s for s in self.stop):

@@ -35,11 +35,11 @@ class Run:
 
 
 class Slots:
-    """`count` slots of `packed.context` columns."""
+    """`count` slots of `packed.context` columns, and a spare one where graph.py wants it."""
 
-    def __init__(self, packed: Packed, count: int):
-        self.packed, self.count = packed, count
-        self.columns = _blocks(packed.context)
+    def __init__(self, packed: Packed, count: int, spare: bool = False):
+        self.packed, self.count, self.spare = packed, count, packed.context
+        self.columns = _blocks(packed.context + spare)
         shape = (packed.layers_count, count, self.columns, 2, packed.heads, packed.size)
         if packed.device.type == "cpu":  # from numpy, whose zeros take no memory before they are written to
             held = torch.from_numpy(np.zeros(shape, np.float32))
@@ -69,7 +69,7 @@ class Slots:
         count = len(tokens_N)
         spare = max(0, packed.min_rows - count)
         x_ND = packed.embed(tokens_N, before_N)
-        rotary_N21K = packed.rotary_C21K.index_select(0, position_N)
+        rotary_N21K = packed.rotary_C21K.index_select(0, position_N.clamp(max=packed.context - 1))
         at_N = slot_N * self.columns + position_N
         masks = [self._mask(position_N[run.first : run.first + run.count], run.columns) for run in runs]
         if spare:  # a product needs them; what they say is not looked at
