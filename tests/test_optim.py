@@ -45,8 +45,12 @@ def test_power_half_is_adam_bit_for_bit() -> None:
 @pytest.mark.parametrize("shape", [(7, 5), (3, BLOCK)], ids=["small", "cut into blocks"])
 @pytest.mark.parametrize("kwargs", [{}, {"lr": 0.1, "alpha": 0.9, "eps": 1e-3}, {"maximize": True}])
 def test_qig_is_rmsprop_bit_for_bit(shape: tuple[int, ...], kwargs: dict[str, Any]) -> None:
-    ours = run(lambda p: QIGDiagonalNG(p, **kwargs), shape=shape)
-    assert torch.equal(ours, run(lambda p: torch.optim.RMSprop(p, **{"lr": 1e-3, **kwargs}), shape=shape))
+    ours = run(lambda p: QIGDiagonalNG(p, **kwargs, foreach=True), shape=shape)
+    theirs = run(lambda p: torch.optim.RMSprop(p, **{"lr": 1e-3, **kwargs}), shape=shape)
+    assert torch.equal(ours, theirs)
+    fused = run(lambda p: QIGDiagonalNG(p, **kwargs), 20, torch.float64, shape)
+    listed = run(lambda p: QIGDiagonalNG(p, **kwargs, foreach=True), 20, torch.float64, shape)
+    assert torch.allclose(fused, listed, rtol=0, atol=1e-12)  # another order of the same operations
 
 
 def test_adamw_step_is_adamw_bit_for_bit() -> None:
@@ -64,7 +68,8 @@ def test_adamw_step_is_adamw_bit_for_bit() -> None:
 @pytest.mark.parametrize(
     "kwargs",
     [{}, {"power": 0.5}, {"power": 0.7}, {"momentum": 0.0}, {"bias_correction": False}, {"batch_size": 5.0},
-     {"weight_decay": 0.1, "maximize": True}, {"power": 0.5, "foreach": True}],
+     {"weight_decay": 0.1, "maximize": True}, {"power": 0.5, "foreach": True}, {"power": 0.5, "bias_correction": False},
+     {"power": 0.5, "momentum": 0.0, "bias_correction": False}, {"power": 0.5, "momentum": 0.0, "maximize": True}],
     ids=str,
 )  # fmt: skip
 def test_every_path_is_the_plain_formula(kwargs: dict[str, Any], shape: tuple[int, ...]) -> None:

@@ -118,9 +118,10 @@ class DiagonalNG(NaturalOptimizer):
 
 
 class QIGDiagonalNG(DiagonalNG):
-    """The seeds' diagonal optimizer, g / (sqrt F + eps): torch.optim.RMSprop, bit for bit at weight_decay = 0.
+    """The seeds' diagonal optimizer, g / (sqrt F + eps): torch.optim.RMSprop at weight_decay = 0.
 
-    Not a natural gradient, which divides by F: that is DiagonalNG. Weight decay is decoupled, RMSprop's is not.
+    Bit for bit with foreach=True; the default, torch's fused kernel, rounds in another order. Not a natural
+    gradient, which divides by F: that is DiagonalNG. Weight decay is decoupled, RMSprop's is not.
     """
 
     def __init__(

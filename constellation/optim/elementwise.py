@@ -2,7 +2,7 @@
 
     plain   parameter by parameter, every intermediate a tensor: differentiable, capturable, the oracle
     listed  torch._foreach operations, on a CPU in blocks that stay in the cache; optionally compiled
-    fused   power 1/2 with bias correction: torch's own AdamW kernel, to the bit
+    fused   power 1/2: torch's own AdamW kernel; without bias correction it is told that many steps have passed
 
 `diagonal_step(params, state, group)` is what mixed optimizers call on their groups. `group` holds lr, alpha,
 eps, momentum, power and weight_decay, and may hold DiagonalNG's other options.
@@ -22,6 +22,7 @@ from constellation.optim.natural import state_like
 
 BLOCK = 2**17  # elements that a CPU's cache holds of parameter, gradient, averages and denominator
 FUSED_ON = ("cpu", "cuda", "xpu", "mps")
+SETTLED = 2.0**24  # a step count, the largest that float32 adds 1 to in vain: 1 - a^SETTLED = 1
 TINY = 1e-30  # least denominator when damping is 0: 0 / 0 is no step
 
 
@@ -42,7 +43,8 @@ def diagonal_step(
     if not params:
         return
     plain = group.get("foreach") is False or group.get("differentiable", False)
-    adam = group["power"] == 0.5 and group.get("bias_correction", True) and group.get("batch_size", 1) == 1
+    adam = group["power"] == 0.5 and group.get("batch_size", 1) == 1
+    adam = adam and bool(group["momentum"] or not group.get("maximize"))  # its mean is the gradient, of other sign here
     on_device = group.get("capturable", False)
     fused = adam and not plain and not group.get("foreach") and curvature is None and params[0].device.type in FUSED_ON
     device = params[0].device if fused or on_device else torch.device("cpu")
@@ -51,7 +53,7 @@ def diagonal_step(
             step = torch.zeros((), dtype=torch.float32, device=p.device if fused or on_device else device)
             state[p].update({"step": step, "fisher": state_like(p)})
     first = state[params[0]]
-    if (fused or group["momentum"]) and not all("momentum" in state[p] for p in params):
+    if group["momentum"] and not all("momentum" in state[p] for p in params):
         for p in params:
             state[p].setdefault("momentum", state_like(p))
     if curvature is not None and not all("looks" in state[p] for p in params):
@@ -70,10 +72,17 @@ def diagonal_step(
 
 
 def _fused(params: list[Tensor], state: Any, group: dict[str, Any]) -> None:
-    """Power 1/2 in torch's kernel; half-precision parameters pass through float32."""
-    fishers, momenta, steps = ([state[p][name] for p in params] for name in ("fisher", "momentum", "step"))
+    """Power 1/2 in torch's kernel; half-precision parameters pass through float32.
+
+    Without momentum the gradient is its own mean, b = 0 writes it over itself.
+    """
+    fishers, steps = ([state[p][name] for p in params] for name in ("fisher", "step"))
     wide = [_laid_out(p, f) for p, f in zip(params, fishers, strict=True)]
     grads = [_laid_out(p.grad, f) for p, f in zip(params, fishers, strict=True) if p.grad is not None]
+    momenta = [state[p]["momentum"] for p in params] if group["momentum"] else grads
+    if not group.get("bias_correction", True):
+        torch._foreach_add_(steps, 1.0)
+        steps = [torch.full((), SETTLED, device=steps[0].device)] * len(steps)
     thetas, grads, momenta, fishers = (
         [torch.view_as_real(t) if t.is_complex() else t for t in ts] for ts in (wide, grads, momenta, fishers)
     )
