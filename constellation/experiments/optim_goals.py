@@ -45,7 +45,7 @@ def goals(result: Result) -> list[dict[str, str]]:
     goal("product error, all four kinds", "<= 1e-12", f"{worst:.1e}", worst <= 1e-12)
     for device, limit in (("cpu", 1.0), ("cuda", 1.1)):
         sizes = result["steps"]["step_costs"].get(device, {})
-        for name in ("qig_diagonal", "diagonal", "diagonal_compiled"):
+        for name in ("qig_diagonal", "qig_diagonal_bare", "diagonal", "diagonal_bare"):
             known = {size: s["rows"][name]["ratio"] for size, s in sizes.items() if "ratio" in s["rows"].get(name, {})}
             shown = ", ".join(f"{r:.2f} at {size}" for size, r in known.items()) or "no such device here"
             what = f"{name}: step against AdamW(fused), {device.upper()}"

@@ -222,7 +222,7 @@ _KRON = ("kron_muon", "kron_soap", "kron_kl_shampoo", "kron_soap_muon")
 _DIAGONAL = ("qig_diagonal", "diagonal")
 _PEERS = ("muon", "pytorch_optimizer_soap")  # on every noisy task; heavyball's steps are too slow for all of them
 _HEAVYBALL = ("heavyball_soap", "heavyball_psgd")
-_LM, _LM_SPAN = frozenset({"lm"}), (0.5, 64.0)
+_LM, _LM_SPAN = frozenset({"lm"}), (0.5, 128.0)
 TASKS = {
     task.name: task
     for task in (
