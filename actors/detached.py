@@ -105,7 +105,8 @@ def up(
                 if _supervisor(name) is not None:
                     raise ConfigError(f"a constellation named {name} is up in this cluster; choose another --name")
                 record = Record(name, ray.get_runtime_context().gcs_address, head)
-                write_json(run / RECORD, {"schema": SCHEMA, **dataclasses.asdict(record)})
+                # private: it holds Ray's token
+                write_json(run / RECORD, {"schema": SCHEMA, **dataclasses.asdict(record)}, private=True)
                 options = options_of({}, 1, "DEFAULT") | {"name": SUPERVISOR, "namespace": namespace_of(name)}
                 actor = SupervisorActor.options(**options, lifetime="detached").remote(run.resolve(), name, config)
                 return _until_up(actor, run, say)

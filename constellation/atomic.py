@@ -1,12 +1,12 @@
-"""Files that are either whole or absent: write beside, flush to disk, rename."""
+"""Files that are either whole or absent: write beside, flush to disk, rename. The umask says who may read them."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import os
+import secrets
 import shutil
-import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -33,11 +33,16 @@ def sync(path: Path) -> None:
         os.close(handle)
 
 
-def write_bytes(path: Path, data: bytes) -> None:
-    """Replace `path` by `data`, or leave it as it was."""
+def _beside(path: Path) -> Path:
+    return path.with_name(f".{path.name}.{secrets.token_hex(6)}")
+
+
+def write_bytes(path: Path, data: bytes, *, private: bool = False) -> None:
+    """Replace `path` by `data`, or leave it as it was. `private`: only the owner may read it."""
     with _disk(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        name = _beside(path)
+        handle = os.open(name, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600 if private else 0o666)
         try:
             with os.fdopen(handle, "wb") as file:
                 file.write(data)
@@ -45,13 +50,13 @@ def write_bytes(path: Path, data: bytes) -> None:
                 os.fsync(file.fileno())
             os.replace(name, path)
         except BaseException:
-            Path(name).unlink(missing_ok=True)
+            name.unlink(missing_ok=True)
             raise
         sync(path.parent)
 
 
-def write_json(path: Path, data: Any) -> None:
-    write_bytes(path, (json.dumps(data, indent=1, allow_nan=False, default=str) + "\n").encode())
+def write_json(path: Path, data: Any, *, private: bool = False) -> None:
+    write_bytes(path, (json.dumps(data, indent=1, allow_nan=False, default=str) + "\n").encode(), private=private)
 
 
 def read_json(path: Path) -> Any:
@@ -67,7 +72,8 @@ def write_folder(path: Path, fill: Callable[[Path], None]) -> None:
     """Make the folder `path` out of what `fill(temporary folder)` writes: all of it or nothing."""
     with _disk(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
+        temporary = _beside(path)
+        temporary.mkdir()
         try:
             fill(temporary)
             for file in temporary.iterdir():

@@ -23,6 +23,18 @@ def test_writing_replaces_whole_and_leaves_no_other_file(tmp_path: Path) -> None
     assert read_json(tmp_path / "a.json") == {"x": 2} and os.listdir(tmp_path) == ["a.json"]
 
 
+def test_the_umask_says_who_reads_and_secrets_are_the_owners(tmp_path: Path) -> None:
+    before = os.umask(0o027)
+    try:
+        write_json(tmp_path / "open.json", {})
+        write_json(tmp_path / "secret.json", {}, private=True)
+        write_folder(tmp_path / "folder", lambda folder: write_bytes(folder / "x", b""))
+    finally:
+        os.umask(before)
+    modes = {path.name: path.stat().st_mode & 0o777 for path in tmp_path.iterdir()}
+    assert modes == {"open.json": 0o640, "secret.json": 0o600, "folder": 0o750}
+
+
 def test_a_failing_writer_leaves_the_old_folder(tmp_path: Path) -> None:
     write_folder(tmp_path / "f", lambda p: (p / "x").write_text("old"))  # type: ignore[func-returns-value,arg-type]
 

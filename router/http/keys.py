@@ -163,7 +163,7 @@ def _entry(row: dict[str, Any]) -> Key:
 
 def _write(path: Path, keys: list[Key]) -> None:
     # written beside with mode 0600 and renamed: the hashes are never open to others, the file is never half a file
-    atomic.write_json(path, {"schema": SCHEMA, "keys": [key.to_json() for key in keys]})
+    atomic.write_json(path, {"schema": SCHEMA, "keys": [key.to_json() for key in keys]}, private=True)
 
 
 @contextmanager
