@@ -5,11 +5,11 @@ BIN := .venv/bin
 RUN ?= runs/demo-$(PRESET)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow check bench clean
+.PHONY: help demo test test-slow test-clients check bench clean
 
 help:
 	@echo "make demo    set up, train the constellation on Python's own documentation, print samples and the results table (PRESET=tiny|small)"
-	@echo "make test    set up, run the test suite (under ten minutes on two cores); make test-slow runs the long ones"
+	@echo "make test    set up, run the test suite (under ten minutes on two cores); make test-slow runs the long ones, make test-clients those with other people's clients"
 	@echo "make check   format, lint, types"
 	@echo "make bench   the quick benchmarks: route, train"
 	@echo "make clean   remove .venv and caches; runs/ stays"
@@ -29,6 +29,18 @@ test: .venv/installed
 
 test-slow: .venv/installed
 	@$(BIN)/python -m pytest -m slow
+
+# langchain, litellm and lm-eval against the service, each in an environment of its own
+test-clients: .venv/clients/langchain .venv/clients/litellm .venv/clients/lm_eval
+	@CONSTELLATION_CLIENTS=$(CURDIR)/.venv/clients $(BIN)/python -m pytest tests/test_app_clients.py -m "slow or not slow"
+
+.venv/clients/langchain: PACKAGE = langchain-openai
+.venv/clients/litellm: PACKAGE = litellm
+.venv/clients/lm_eval: PACKAGE = lm-eval[api] torch==2.13.0
+.venv/clients/%: .venv/installed
+	@rm -rf $@
+	@$(PYTHON) -m venv $@
+	@$@/bin/python -m pip install --quiet --disable-pip-version-check $(PACKAGE) || (rm -rf $@; exit 1)
 
 check: .venv/installed
 	@$(BIN)/ruff format --check .

@@ -260,6 +260,11 @@ class Life:
             at = next(i for i, hand_off in enumerate(self.hand_offs) if hand_off.bits_lost is None)
             self.hand_offs[at] = replace(self.hand_offs[at], bits_lost=bits[0] - bits[1])
 
+    def judged(self) -> Answer:
+        """An answer of no tokens: those who were to write have judged what is written."""
+        self.kernels = [name for name, _ in self.panel]
+        return replace(self._answer(), finish_reason="stop")
+
     def _answer(self) -> Answer:
         return Answer(
             request=self.number,

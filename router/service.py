@@ -13,7 +13,7 @@ import contextlib
 import uuid
 from collections.abc import AsyncGenerator, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -29,9 +29,16 @@ from router.reading import Scored, joint, panels
 from router.route import Router
 from router.view import View
 
-__all__ = ["ROUTE", "Answer", "Ask", "Piece", "Service", "numbered"]
+__all__ = ["ROUTE", "Answer", "Ask", "Decision", "Piece", "Service", "numbered"]
 
 CANCEL_S = 5.0  # a kernel that does not hear of a cancellation within is left to notice by itself
+
+
+class Decision(NamedTuple):
+    """How likely each allowed answer is; who judged, and why, as an answer in which nothing is written."""
+
+    probabilities: list[float]
+    told: Answer
 
 
 class Service:
@@ -105,7 +112,7 @@ class Service:
 
     async def decide(
         self, prompt: str | tuple[int, ...], answers: Sequence[str], mode: str = ROUTE, top_k: int = 3
-    ) -> list[float]:
+    ) -> Decision:
         """Probability that the text goes on with each of `answers`, normalised over them; nothing is decoded.
 
         All answers are read in one batch by the kernel, or kernels, that the prompt belongs to. An answer is
@@ -126,7 +133,7 @@ class Service:
         log_p_BTV = await joint(self.kernels, windows, longest, life.panel, mode)
         log_p = np.array([rows[range(len(one)), one].sum() for rows, one in zip(log_p_BTV, asked)], np.float64)
         p = np.exp(log_p - log_p.max())
-        return [float(x) for x in p / p.sum()]
+        return Decision([float(x) for x in p / p.sum()], life.judged())
 
     def explain(self, text: str) -> dict[str, Any]:
         """Who would answer `text` and why: `Choice.to_json`, the router's hash and a certificate of the decision."""

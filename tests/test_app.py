@@ -321,7 +321,9 @@ def test_a_decision_is_the_normalised_probability_of_each_answer(mode):
     answers = ["dog", 3, True, None, "café"]
     reply = CLIENT.post("/v1/decisions", prompt="over the lazy ", answers=answers, mode=mode)
     texts = ["dog", "3", "true", "null", "café"]
-    expected = asyncio.run(service().decide("over the lazy ", texts, mode))
+    expected, told = asyncio.run(service().decide("over the lazy ", texts, mode))
+    assert reply["constellation"]["kernels"] == list(told.kernels) and len(told.kernels) >= 1
+    assert reply["constellation"]["certificate"] == told.certificate
     assert [one["probability"] for one in reply["probabilities"]] == expected
     assert [one["answer"] for one in reply["probabilities"]] == answers
     assert sum(expected) == pytest.approx(1)
@@ -331,11 +333,12 @@ def test_a_decision_is_the_normalised_probability_of_each_answer(mode):
 def test_a_choice_is_one_of_its_texts_with_their_probabilities():
     answers = ["dog", "fox", "quick"]
     prompt = "the lazy "
-    p = asyncio.run(service().decide(prompt, answers, "route"))
+    p, told = asyncio.run(service().decide(prompt, answers, "route"))
     body = {"prompt": prompt, "structured_outputs": {"choice": answers}}
     greedy = CLIENT.post(COMPLETIONS, **body, temperature=0)
     assert greedy["choices"][0]["text"] == answers[int(np.argmax(p))]
     assert greedy["choices"][0]["finish_reason"] == "stop"
+    assert greedy["constellation"]["kernels"] == list(told.kernels)
     drawn = CLIENT.post(COMPLETIONS, **body, temperature=4.0, n=100, seed=1)["choices"]
     q = np.array(p) ** (1 / 4.0) / (np.array(p) ** (1 / 4.0)).sum()
     for answer, expected in zip(answers, q):

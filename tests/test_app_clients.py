@@ -1,8 +1,8 @@
 """Clients over a real socket: openai, httpx, curl; langchain-openai, litellm and lm-eval where they are installed.
 
 The last three live in environments of their own, for litellm wants another openai: CONSTELLATION_CLIENTS names the
-folder that holds `langchain/`, `litellm/` and `lm_eval/`, each made by `python -m venv`. Without it these tests look
-for the packages beside this one, and skip when they are not there.
+folder that holds `langchain/`, `litellm/` and `lm_eval/`; `make test-clients` makes and names it. Without it these
+tests look for the packages beside this one, and skip when they are not there.
 """
 
 import asyncio

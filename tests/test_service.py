@@ -173,7 +173,8 @@ def test_a_long_text_is_scored_in_windows_that_see_half_a_context_at_least() -> 
 
 def test_a_decision_is_the_normalised_probability_of_each_answer() -> None:
     made, prompt, answers = service(), "the quick brown", [" fox", " dog, naïve", "="]
-    found = asyncio.run(made.decide(prompt, answers, "heart"))
+    found, told = asyncio.run(made.decide(prompt, answers, "heart"))
+    assert (told.kernels, told.text, told.mode) == (("heart",), "", "heart")
     tokens = [TOKENIZER.encode(a) for a in answers]
     assert len({len(t) for t in tokens}) > 1
     sums = [

@@ -104,7 +104,7 @@ def run(
         rows[mode.name] = asyncio.run(_measure(service, kernels, mode, texts, prompts, tokens))
         say(_line(mode.name, rows[mode.name]))
     result: dict[str, Any] = {
-        "run": str(run), "preset": config.preset, "corpus": str(corpus) if corpus else "held out by the run",
+        "run": run.name, "preset": config.preset, "corpus": corpus.name if corpus else "held out by the run",
         "documents": len(texts), "bytes": sum(map(len, texts)), "prompts": len(prompts), "tokens": tokens,
         "every_bytes": config.router.every, "temperature": TEMPERATURE, "top_p": TOP_P, "worth_bits": WORTH,
         "machine": {"processor": platform.processor(), "python": platform.python_version(), "torch": torch.__version__},

@@ -12,16 +12,16 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncGenerator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import msgspec
 import numpy as np
 
 from constellation.kernel.sample import Sampling, uniform
-from router.http.asking import MODES
 from router.http.finite import texts_of
 from router.http.openai import ChatRequest, Generation, Refusal
-from router.service import Answer, Ask, Piece, Service
+from router.service import Answer, Ask, Decision, Piece, Service
 
 # what shapes a text token by token has no meaning for a text that is chosen whole
 _PLAIN = (
@@ -63,28 +63,27 @@ def choose(probabilities: Sequence[float], sampling: Sampling) -> int:
 
 def chosen(service: Service, asks: Sequence[Ask], texts: Sequence[str]) -> list[AsyncGenerator[Piece | Answer, None]]:
     """The answers as `Service.stream` would give them, one piece and the end; a prompt is read once for all of its."""
-    reading: dict[Any, asyncio.Task[list[float]]] = {}
+    reading: dict[Any, asyncio.Task[Decision]] = {}
 
     async def one(ask: Ask) -> AsyncGenerator[Piece | Answer, None]:
         begin = time.perf_counter()
         if ask.prompt not in reading:
             reading[ask.prompt] = asyncio.ensure_future(service.decide(ask.prompt, texts, ask.mode, ask.top_k))
-        text = texts[choose(await reading[ask.prompt], ask.sampling)]
-        tokens = tuple(service.tokenizer.encode(text))
-        yield Piece(text, tokens, "" if ask.mode in MODES else ask.mode)
-        yield _answer(ask, text, tokens, "stop", time.perf_counter() - begin)
+        probabilities, told = await reading[ask.prompt]
+        text = texts[choose(probabilities, ask.sampling)]
+        tokens, seconds = tuple(service.tokenizer.encode(text)), time.perf_counter() - begin
+        yield Piece(text, tokens, told.kernels[0])
+        yield replace(
+            told, request=ask.request, text=text, token_ids=tokens, completion_tokens=len(tokens), seconds=seconds,
+            seconds_per_token=seconds / len(tokens),
+        )  # fmt: skip
 
     return [one(ask) for ask in asks]
 
 
 async def nothing(ask: Ask) -> AsyncGenerator[Piece | Answer, None]:
     """The answer of no tokens, for who wants the prompt scored and no more."""
-    yield _answer(ask, "", (), "length", 0.0)
-
-
-def _answer(ask: Ask, text: str, tokens: tuple[int, ...], finish: str, seconds: float) -> Answer:
-    return Answer(
-        request=ask.request, text=text, token_ids=tokens, finish_reason=finish, prompt_tokens=len(ask.prompt),
-        completion_tokens=len(tokens), mode=ask.mode, kernels=(), looks=(), hand_offs=(), seconds=seconds,
-        seconds_per_token=seconds / max(1, len(tokens)),
+    yield Answer(
+        request=ask.request, text="", token_ids=(), finish_reason="length", prompt_tokens=len(ask.prompt),
+        completion_tokens=0, mode=ask.mode, kernels=(), looks=(), hand_offs=(), seconds=0.0, seconds_per_token=0.0,
     )  # fmt: skip

@@ -150,14 +150,15 @@ class Desk:
         with contextlib.ExitStack() as leave:
             leave.callback(lambda: ticket.leave(used, time.monotonic_ns()))
             work = self.service.decide(prompt, texts, mode, wanted.top_kernels)
-            p = await while_connected(work, request.receive)
-        if p is None:
+            decided = await while_connected(work, request.receive)
+        if decided is None:
             return _left(visit)
+        p, told = decided
         decision = replies.Decision(
             id=f"decision-{wanted.request_id or visit.request_id}", created=int(time.time()),
             model=wanted.model or self.service.name, choice=wanted.answers[p.index(max(p))],
             probabilities=[replies.Probability(answer, one) for answer, one in zip(wanted.answers, p)],
-            usage=replies.Usage.of(len(prompt), 0),
+            usage=replies.Usage.of(len(prompt), 0), constellation=replies.telemetry(told),
         )  # fmt: skip
         return _json(decision, headers)
 

@@ -140,6 +140,7 @@ class Decision(Struct, kw_only=True):
     choice: str | bool | int | float | None  # the likeliest; of equals the first
     probabilities: list[Probability]  # in the order of the request
     usage: Usage
+    constellation: dict[str, Any]
 
 
 class Model(Struct, kw_only=True):
