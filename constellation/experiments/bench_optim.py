@@ -163,9 +163,7 @@ def tuning(task: Task, row: str, profile: Profile, data: str) -> Iterator[Trial]
     low, high = task.span
     whole = baseline and task.steps > 0
     length = _length(task, profile, 1.0 if whole else task.tune)
-    number = (
-        max(profile.trials, round(profile.baseline_trials * studies / profile.studies)) if baseline else profile.trials
-    )
+    number = profile.baseline_trials if baseline else profile.trials
     if (own := ROWS[row].trials) is not None:
         number, studies = min(number, own), 1
     for study in range(1 if baseline else studies):

@@ -15,7 +15,7 @@ from typing import Any
 from constellation.atomic import write_bytes
 from constellation.errors import ConfigError
 from constellation.experiments.optim_analysis import Ratio, Reached, ratio, reach
-from constellation.experiments.optim_goals import claims, goals, stored
+from constellation.experiments.optim_goals import claims, goals, stored, tried
 from constellation.experiments.optim_peers import BASELINE, ROWS
 from constellation.experiments.optim_tasks import TASKS, Task
 
@@ -99,8 +99,8 @@ def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
 def readme_table(result: Result) -> str:
     """What README shows: ratios by task, the seed's claims, the goals."""
     summary = result["summary"]
-    names = [n for n in ROWS if any(n in part["rows"] for part in summary.values())]
     tasks = [n for n in summary if TASKS[n].steps and ("lm" in TASKS[n].tags or n in ("basin", "digits"))]
+    names = [n for n in ROWS if any(n in summary[task]["rows"] for task in tasks)]
 
     def cell(name: str, task: str) -> str:
         row = summary[task]["rows"].get(name)
@@ -137,7 +137,11 @@ def _claims(result: Result) -> list[str]:
 
 def _goals(result: Result) -> list[str]:
     keys = ("goal", "threshold", "measured", "verdict")
-    return _table(keys, ([g[k] if k != "verdict" else f"**{g[k]}**" for k in keys] for g in result["goals"]))
+    table = _table(keys, ([g[k] if k != "verdict" else f"**{g[k]}**" for k in keys] for g in result["goals"]))
+    missed: dict[str, list[str]] = {}  # by what was tried
+    for goal in (g["goal"] for g in result["goals"] if g["verdict"] == "missed"):
+        missed.setdefault(tried(goal), []).append(goal.split(":")[0])
+    return [*table, *(f"- Missed ({', '.join(names)}): {text}" for text, names in missed.items() if text), ""]
 
 
 def markdown(result: Result) -> str:
