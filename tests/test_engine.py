@@ -20,7 +20,8 @@ from constellation.kernel.engine import Engine
 from constellation.kernel.model import KernelLM
 from constellation.kernel.sample import Sampling
 
-MINI = Kernel(vocab_size=300, width=24, layers=2, heads=3, hidden=40, context=48, coupling_ref=8)
+MINI = Kernel(vocab_size=300, width=32, layers=2, heads=2, hidden=40, context=48, coupling_ref=8)
+PATHS = {"native": {"native": True}, "torch": {"native": False}, "int8": {"precision": "int8"}}
 
 
 def mini(**changes):
@@ -85,17 +86,17 @@ requests = st.lists(
 )
 
 
-@pytest.mark.parametrize("precision", ["fp32", "int8"])
+@pytest.mark.parametrize("path", PATHS)
 @given(asked=requests, slots=st.integers(1, 6), chunk=st.sampled_from([1, 5, 16, 64]))
 @settings(deadline=None, max_examples=8)
 def test_a_request_does_not_depend_on_its_neighbours_its_admission_the_chunks_or_what_was_kept(
-    precision, asked, slots, chunk
+    path, asked, slots, chunk
 ):
     works = [
         ask(seed, n, count, temperature=seed % 3 / 2, presence_penalty=seed % 2 / 2) for seed, n, count, _ in asked
     ]
-    expected = [alone(work, precision=precision) for work in works]
-    batch = Batch(MODEL, slots=slots, chunk=chunk, precision=precision)
+    expected = [alone(work, **PATHS[path]) for work in works]
+    batch = Batch(MODEL, slots=slots, chunk=chunk, **PATHS[path])
     later = sorted(zip([at for *_, at in asked], works), key=lambda pair: pair[0])
     step = 0
     while later or not batch.idle:
@@ -108,12 +109,15 @@ def test_a_request_does_not_depend_on_its_neighbours_its_admission_the_chunks_or
         assert work.scored == scores  # floats, compared to the bit
 
 
-def test_logits_are_the_same_bits_read_in_one_piece_in_many_and_beside_others():
+@pytest.mark.parametrize("native", [True, False])
+def test_logits_are_the_same_bits_read_in_one_piece_in_many_and_beside_others(native):
     tokens = window(48)
-    (whole,) = drain(Batch(MODEL, chunk=64), reading(tokens))
-    (pieces,) = drain(Batch(MODEL, chunk=3), reading(tokens))
-    crowd = drain(Batch(MODEL, chunk=48), reading(window(30, 1)), reading(tokens), writing(window(9, 2)))[1]
-    batch = Batch(MODEL)
+    (whole,) = drain(Batch(MODEL, chunk=64, native=native), reading(tokens))
+    (pieces,) = drain(Batch(MODEL, chunk=3, native=native), reading(tokens))
+    crowd = drain(
+        Batch(MODEL, chunk=48, native=native), reading(window(30, 1)), reading(tokens), writing(window(9, 2))
+    )[1]
+    batch = Batch(MODEL, native=native)
     drain(batch, writing(tokens[:20]))
     (reused,) = drain(batch, reading(tokens, first=25))
     assert batch.reused == 20
@@ -127,7 +131,7 @@ def test_logits_are_the_same_bits_read_in_one_piece_in_many_and_beside_others():
 def test_a_step_over_all_slots_gives_the_same_tokens():
     """What a GPU replays as a graph, without a graph."""
     works = [ask(i, length, count) for i, (length, count) in enumerate(((3, 14), (20, 5), (1, 18), (9, 9)))]
-    wanted = [alone(work)[0] for work in works]
+    wanted = [alone(work, native=False)[0] for work in works]
     found = drain(Batch(MODEL, slots=3, chunk=4, wide=True), *works)
     assert [work.tokens for work in found] == wanted
 

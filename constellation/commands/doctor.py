@@ -24,6 +24,7 @@ def command(as_json: bool) -> None:
     """Check Python, torch, Ray, GPUs and disk, then run a self-test: train a few steps, save, load, call an actor."""
     checks = (
         ("python", _python), ("torch", _torch), ("ray", _ray), ("gpus", _gpus), ("disk", _disk),
+        ("decoding", _decoding),
         ("self-test: geometry", _geometry), ("self-test: train, save, load", _train), ("self-test: ray actor", _actor),
     )  # fmt: skip
     rows, failed = [], []
@@ -76,6 +77,16 @@ def _disk() -> str:
         if size < NEEDED_DISK:
             raise RuntimeError(f"{folder}: {size / 2**30:.1f} GiB free, at least {NEEDED_DISK / 2**30:.0f} are needed")
     return ", ".join(f"{folder}: {size / 2**30:.0f} GiB free" for folder, size in sorted(free.items()))
+
+
+def _decoding() -> str:
+    from constellation.kernel.native import Unavailable, library
+
+    try:
+        library()
+    except Unavailable as error:  # slower, not broken
+        return f"by torch's operations: {error}"
+    return "native"
 
 
 def _geometry() -> str:

@@ -29,6 +29,7 @@ from torch import Tensor
 from constellation.errors import ConfigError, RunError
 from constellation.kernel.graph import Graph, Wide
 from constellation.kernel.model import KernelLM
+from constellation.kernel.native import NativeSlots, Panels, available, suits
 from constellation.kernel.packed import Packed
 from constellation.kernel.sample import Sampling, Scored, Settings, sample, scored
 from constellation.kernel.slots import BLOCK, Run, Slots
@@ -80,14 +81,17 @@ class Batch:
 
     def __init__(
         self, model: KernelLM, *, slots: int = 32, chunk: int = 64, precision: str = "fp32",
-        bias_V: Tensor | None = None, ends: Sequence[int] = (), wide: bool | None = None,
+        bias_V: Tensor | None = None, ends: Sequence[int] = (), wide: bool | None = None, native: bool | None = None,
     ):  # fmt: skip
         if slots < 1 or chunk < 1:
             raise ConfigError(f"slots={slots}, chunk={chunk}: both must be at least 1")
-        self.packed = Packed(model, precision, bias_V)
-        on_gpu = self.packed.device.type == "cuda"
+        on_gpu = model.embedding.weight.device.type == "cuda"
         wide = on_gpu if wide is None else wide
-        self.slots, self.chunk, self.ends = Slots(self.packed, slots, spare=wide), chunk, tuple(ends)
+        if native is None:
+            native = not wide and precision == "fp32" and suits(model) and available()
+        self.packed = Packed(model, precision, bias_V, Panels if native else None)
+        self.slots = NativeSlots(self.packed, slots) if native else Slots(self.packed, slots, spare=wide)
+        self.chunk, self.ends = chunk, tuple(ends)
         with torch.inference_mode():
             self._wide = (Graph if on_gpu else Wide)(self.slots) if wide else None
         self.context = self.packed.context
@@ -161,6 +165,7 @@ class Batch:
             "prompt_tokens": self.fed,
             "reused_tokens": self.reused,
             "occupancy": self.sampled / self.steps if self.steps else 0.0,
+            "native": isinstance(self.slots, NativeSlots),
         }
 
     def _admit(self) -> None:

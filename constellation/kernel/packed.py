@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Callable
 from typing import Protocol
 
 import torch
@@ -92,9 +93,12 @@ class Layer:
 
 
 class Packed:
-    """The weights of `model` as they are now; `bias_V` is added to all logits."""
+    """The weights of `model` as they are now; `bias_V` is added to all logits. `product`: other ones for fp32."""
 
-    def __init__(self, model: KernelLM, precision: str = "fp32", bias_V: Tensor | None = None):
+    def __init__(
+        self, model: KernelLM, precision: str = "fp32", bias_V: Tensor | None = None,
+        product: Callable[[Tensor, Tensor | None], Product] | None = None,
+    ):  # fmt: skip
         if precision not in PRECISIONS:
             raise ConfigError(f"precision={precision!r}: choose one of {', '.join(PRECISIONS)}")
         config, self.device = model.config, model.embedding.weight.device
@@ -103,7 +107,8 @@ class Packed:
             raise ConfigError(f"precision='int8' needs a CPU with oneDNN, not {self.device.type}; choose 'fp32'")
         self.width, self.heads, self.size = config.width, config.heads, config.width // config.heads
         self.context, self.vocabulary, self.layers_count = config.context, config.vocab_size, config.layers
-        self.min_rows = 1 if self.device.type != "cpu" or precision == "int8" else 4
+        self.min_rows = 1 if self.device.type != "cpu" or precision == "int8" or product else 4
+        self.hidden, self._other = config.hidden, product
         with torch.no_grad(), torch.autocast(self.device.type, enabled=False):
             table_VD = model.embedding.weight
             self.embedding_VD = torch.cat((table_VD, table_VD.new_zeros(1, self.width)))
@@ -119,6 +124,8 @@ class Packed:
     def _product(self, weight_OI: Tensor, bias_O: Tensor | None = None) -> Product:
         if self.precision == "int8":
             return int8.Product(weight_OI, bias_O)
+        if self._other:
+            return self._other(weight_OI, bias_O)
         return (Packed32 if self.onednn and weight_OI.numel() >= FEW else Plain32)(weight_OI, bias_O)
 
     def _layer(self, block: torch.nn.Module) -> Layer:

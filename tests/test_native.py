@@ -1,0 +1,94 @@
+"""native.c against torch: its products, whole kernels of every kind, and machines on which it cannot be made."""
+
+import dataclasses
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from constellation.config import Kernel
+from constellation.kernel.model import KernelLM
+from constellation.kernel.native import NativeSlots, Panels, suits
+from constellation.kernel.packed import Packed
+
+SMALL = Kernel(vocab_size=300, width=48, layers=2, heads=3, hidden=100, context=40, coupling_ref=8)
+
+
+@given(rows=st.integers(1, 15), inputs=st.integers(1, 70), outputs=st.integers(1, 150), biased=st.booleans())
+@settings(deadline=None)
+def test_a_product_is_the_one_of_torch_and_rows_do_not_depend_on_each_other(rows, inputs, outputs, biased):
+    generator = torch.Generator().manual_seed(rows + 100 * inputs + 10_000 * outputs)
+    x, w = (torch.randn(n, inputs, generator=generator) for n in (rows, outputs))
+    bias = torch.randn(outputs, generator=generator) if biased else None
+    made = Panels(w, bias)
+    wanted = torch.nn.functional.linear(x.double(), w.double(), None if bias is None else bias.double())
+    torch.testing.assert_close(made(x).double(), wanted, rtol=1e-5, atol=1e-5)
+    assert torch.equal(torch.cat([made(x[i : i + 1]) for i in range(rows)]), made(x))
+    if not biased:
+        y = torch.randn(rows, outputs, generator=generator)
+        torch.testing.assert_close(made.onto(x, y), y + made(x), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("metric", ["fidelity", "dot"])
+@pytest.mark.parametrize("coupling", ["off", "fixed", "learned"])
+@pytest.mark.parametrize("look_back", [0, 1])
+def test_a_kernel_of_any_kind_gives_the_logits_of_its_model(metric, coupling, look_back):
+    model = KernelLM(dataclasses.replace(SMALL, metric=metric, coupling=coupling, look_back=look_back), seed=3)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(0.3 * torch.randn(p.shape, generator=generator) if p.dim() == 1 else 0.0)
+    tokens = torch.randint(300, (40,), generator=generator).tolist()
+    slots = NativeSlots(Packed(model, product=Panels), 3)
+    with torch.inference_mode():
+        logits = slots.logits(slots.read(tokens, [300, *tokens[:-1]], list(range(40)), [2] * 40, []))
+        torch.testing.assert_close(logits, model(torch.tensor([tokens]))[0], rtol=1e-4, atol=1e-4)
+
+
+def test_heads_that_do_not_fill_vectors_are_left_to_torch():
+    assert suits(KernelLM(SMALL))
+    assert not suits(KernelLM(dataclasses.replace(SMALL, heads=2)))
+
+
+FALLBACK = """
+from constellation.config import Kernel
+from constellation.kernel.batch import Batch
+from constellation.kernel.model import KernelLM
+from constellation.kernel.native import Unavailable, library
+print(Batch(KernelLM(Kernel(vocab_size=300, width=32, layers=1, heads=2, hidden=40, context=16))).stats()["native"])
+try:
+    library()
+except Unavailable as error:
+    print(error)
+"""
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [({"CC": "no-such-compiler"}, "no C compiler"), ({"CC": "false"}, "cannot compile native.c"),
+     ({"XDG_CACHE_HOME": "/dev/null"}, "set XDG_CACHE_HOME")],
+    ids=["none", "broken", "no cache"],
+)  # fmt: skip
+def test_without_the_library_torch_decodes_and_the_reason_is_known(changes, reason, tmp_path):
+    environment = {**os.environ, "XDG_CACHE_HOME": str(tmp_path), **changes}
+    done = subprocess.run([sys.executable, "-c", FALLBACK], env=environment, capture_output=True, text=True, check=True)
+    native, error = done.stdout.splitlines()
+    assert native == "False" and reason in error
+
+
+def test_the_library_is_made_once(tmp_path):
+    environment = {**os.environ, "XDG_CACHE_HOME": str(tmp_path)}
+    made = []
+    for _ in range(2):
+        both = [
+            subprocess.Popen([sys.executable, "-c", FALLBACK], env=environment, stdout=subprocess.PIPE, text=True)
+            for _ in range(2)
+        ]
+        assert [process.communicate()[0] for process in both] == ["True\n"] * 2
+        (library,) = (tmp_path / "constellation").glob("*.so")
+        made.append(library.stat().st_mtime_ns)
+    assert made[0] == made[1]
