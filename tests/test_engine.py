@@ -21,7 +21,11 @@ from constellation.kernel.model import KernelLM
 from constellation.kernel.sample import Sampling
 
 MINI = Kernel(vocab_size=300, width=32, layers=2, heads=2, hidden=40, context=48, coupling_ref=8)
-PATHS = {"native": {"native": True}, "torch": {"native": False}, "int8": {"precision": "int8"}}
+PATHS = {
+    f"{precision}, {'C' if native else 'torch'}": {"precision": precision, "native": native}
+    for precision in ("fp32", "int8")
+    for native in (True, False)
+}
 
 
 def mini(**changes):

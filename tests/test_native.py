@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from constellation.config import Kernel
 from constellation.kernel.model import KernelLM
-from constellation.kernel.native import NativeSlots, Panels, suits
+from constellation.kernel.native import NativeSlots, Panels, Panels8, suits
 from constellation.kernel.packed import Packed
 
 SMALL = Kernel(vocab_size=300, width=48, layers=2, heads=3, hidden=100, context=40, coupling_ref=8)
@@ -31,6 +31,11 @@ def test_a_product_is_the_one_of_torch_and_rows_do_not_depend_on_each_other(rows
     if not biased:
         y = torch.randn(rows, outputs, generator=generator)
         torch.testing.assert_close(made.onto(x, y), y + made(x), rtol=1e-5, atol=1e-5)
+    rounded = Panels8(w, bias)
+    step = w.abs().amax(1, keepdim=True) / 127
+    near = torch.nn.functional.linear(x, (w / step).round() * step, bias)
+    torch.testing.assert_close(rounded(x), near, rtol=1e-4, atol=1e-4)
+    assert torch.equal(torch.cat([rounded(x[i : i + 1]) for i in range(rows)]), rounded(x))
 
 
 @pytest.mark.parametrize("metric", ["fidelity", "dot"])

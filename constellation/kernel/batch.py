@@ -29,7 +29,7 @@ from torch import Tensor
 from constellation.errors import ConfigError, RunError
 from constellation.kernel.graph import Graph, Wide
 from constellation.kernel.model import KernelLM
-from constellation.kernel.native import NativeSlots, Panels, available, suits
+from constellation.kernel.native import NativeSlots, Panels, Panels8, available, suits
 from constellation.kernel.packed import Packed
 from constellation.kernel.sample import Sampling, Scored, Settings, sample, scored
 from constellation.kernel.slots import BLOCK, Run, Slots
@@ -88,8 +88,9 @@ class Batch:
         on_gpu = model.embedding.weight.device.type == "cuda"
         wide = on_gpu if wide is None else wide
         if native is None:
-            native = not wide and precision == "fp32" and suits(model) and available()
-        self.packed = Packed(model, precision, bias_V, Panels if native else None)
+            native = not wide and suits(model) and available()
+        product = {"fp32": Panels, "int8": Panels8}.get(precision) if native else None
+        self.packed = Packed(model, precision, bias_V, product)
         self.slots = NativeSlots(self.packed, slots) if native else Slots(self.packed, slots, spare=wide)
         self.chunk, self.ends = chunk, tuple(ends)
         with torch.inference_mode():

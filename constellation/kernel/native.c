@@ -2,7 +2,9 @@
 
    product   y = x W^T in panels of 64 outputs: a panel's weights lie input by input, so that an accumulator is a vector
              of outputs and no sum crosses its lanes. Inputs are added one after another, whatever rows are computed
-             together: a row's result does not depend on its neighbours.
+             together: a row's result does not depend on its neighbours. (What is added to comes first: a product
+             behind the loop that an addition follows is contracted in some loops and not in others.) Weights are float, or int8 with a scale for
+             each output: reading them is what a single row waits for.
    attend    a row's query against the columns 0..position of its slot, head by head
 
    Vectors are GCC's and Clang's, of 16 floats; the compiler makes of them what the machine has. */
@@ -21,12 +23,18 @@
 
 typedef float vec __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
 typedef int ivec __attribute__((vector_size(4 * LANES)));
+typedef int packed __attribute__((vector_size(4 * LANES), aligned(1), may_alias));
 typedef float half8 __attribute__((vector_size(32)));
 typedef float half4 __attribute__((vector_size(16)));
 
+struct panels {
+    const void *weights; /* (panels, inputs, 64); of int8 byte 4 j + v belongs to output 16 v + j of the panel */
+    const float *scale;  /* of each output, and the weights are int8; or 0, and they are float */
+};
+
 struct layer {
-    const float *qkv, *out, *gate_up, *down; /* panels */
-    const float *norm;                       /* (2, 2, heads): eps / c^2, then 1 / c^2, of q and of k; or 0 */
+    struct panels qkv, out, gate_up, down;
+    const float *norm; /* (2, 2, heads): eps / c^2, then 1 / c^2, of q and of k; or 0 */
 };
 
 struct kernel {
@@ -37,17 +45,27 @@ struct kernel {
     const struct layer *layer;
 };
 
-static inline long panels(long outputs) { return (outputs + PANEL - 1) / PANEL; }
+static inline long padded(long outputs) { return (outputs + PANEL - 1) / PANEL * PANEL; }
 
 static inline __attribute__((always_inline)) void tile(
-    const int rows, const float *x, long x_stride, const float *w, long inputs, float *y, long y_stride, int onto)
+    const int rows, const int bytes, const float *x, long x_stride, const char *w, const float *scale, long inputs,
+    float *y, long y_stride, int onto)
 {
     vec sum[ROWS][VECTORS];
     for (int r = 0; r < rows; r++)
-        for (int v = 0; v < VECTORS; v++) sum[r][v] = (vec){0};
-    for (long i = 0; i < inputs; i++, w += PANEL) {
+        for (int v = 0; v < VECTORS; v++) {
+            sum[r][v] = (vec){0};
+            if (onto) sum[r][v] = *(const vec *)(y + r * y_stride + v * LANES);
+            if (onto && bytes == 1) sum[r][v] /= *(const vec *)(scale + v * LANES);
+        }
+    for (long i = 0; i < inputs; i++, w += bytes * PANEL) {
         vec weights[VECTORS];
-        for (int v = 0; v < VECTORS; v++) weights[v] = *(const vec *)(w + v * LANES);
+        for (int v = 0; v < VECTORS; v++) {
+            if (bytes == 1)
+                weights[v] = __builtin_convertvector((ivec)*(const packed *)w << (24 - 8 * v) >> 24, vec);
+            else
+                weights[v] = *(const vec *)(w + bytes * v * LANES);
+        }
         for (int r = 0; r < rows; r++) {
             const float value = x[r * x_stride + i];
             for (int v = 0; v < VECTORS; v++) sum[r][v] += weights[v] * value;
@@ -55,24 +73,34 @@ static inline __attribute__((always_inline)) void tile(
     }
     for (int r = 0; r < rows; r++)
         for (int v = 0; v < VECTORS; v++) {
-            vec *to = (vec *)(y + r * y_stride + v * LANES);
-            if (onto) *to += sum[r][v];
-            else *to = sum[r][v];
+            if (bytes == 1) sum[r][v] *= *(const vec *)(scale + v * LANES);
+            *(vec *)(y + r * y_stride + v * LANES) = sum[r][v];
         }
 }
 
+static inline __attribute__((always_inline)) void panel(
+    const int bytes, const float *x, long x_stride, long rows, const char *w, const float *scale, long inputs, float *y,
+    long y_stride, int onto)
+{
+    long r = 0;
+    for (; r + ROWS <= rows; r += ROWS)
+        tile(ROWS, bytes, x + r * x_stride, x_stride, w, scale, inputs, y + r * y_stride, y_stride, onto);
+    for (; r + 2 <= rows; r += 2)
+        tile(2, bytes, x + r * x_stride, x_stride, w, scale, inputs, y + r * y_stride, y_stride, onto);
+    for (; r < rows; r++) tile(1, bytes, x + r * x_stride, x_stride, w, scale, inputs, y + r * y_stride, y_stride, onto);
+}
+
 /* y (rows, outputs padded to whole panels) = x W^T, or += it. */
-void product(const float *x, long x_stride, long rows, const float *w, long inputs, long outputs, float *y,
+void product(const float *x, long x_stride, long rows, const struct panels *w, long inputs, long outputs, float *y,
              long y_stride, int onto)
 {
-    for (long p = 0; p < panels(outputs); p++, w += inputs * PANEL, y += PANEL) {
-        long r = 0;
-        for (; r + ROWS <= rows; r += ROWS)
-            tile(ROWS, x + r * x_stride, x_stride, w, inputs, y + r * y_stride, y_stride, onto);
-        for (; r + 2 <= rows; r += 2)
-            tile(2, x + r * x_stride, x_stride, w, inputs, y + r * y_stride, y_stride, onto);
-        for (; r < rows; r++) tile(1, x + r * x_stride, x_stride, w, inputs, y + r * y_stride, y_stride, onto);
-    }
+    const long step = inputs * PANEL;
+    const char *weights = w->weights;
+    for (long o = 0; o < outputs; o += PANEL, y += PANEL)
+        if (w->scale)
+            panel(1, x, x_stride, rows, weights + o / PANEL * step, w->scale + o, inputs, y, y_stride, onto);
+        else
+            panel(4, x, x_stride, rows, weights + o / PANEL * step * 4, 0, inputs, y, y_stride, onto);
 }
 
 static inline float total(vec v)
@@ -161,7 +189,7 @@ static void attend(const float *q, const float *kv, long position, const struct 
 void forward(const struct kernel *k, const long *rows_4N, long rows, float *const *held, float *x, long x_stride,
              float *scratch)
 {
-    const long width = k->width, wide = panels(3 * width) * PANEL, gates = panels(2 * k->hidden) * PANEL;
+    const long width = k->width, wide = padded(3 * width), gates = padded(2 * k->hidden);
     const long hidden = (k->hidden + LANES - 1) / LANES * LANES;
     const long *token = rows_4N, *before = token + rows, *position = before + rows, *slot = position + rows;
     float *mean = scratch, *qkv = mean + rows * width, *gate = qkv + rows * wide, *act = gate + rows * gates;
@@ -176,7 +204,7 @@ void forward(const struct kernel *k, const long *rows_4N, long rows, float *cons
     for (long l = 0; l < k->layers; l++) {
         const struct layer *layer = k->layer + l;
         normal(x, x_stride, rows, width, k->eps2, mean);
-        product(mean, width, rows, layer->qkv, width, 3 * width, qkv, wide, 0);
+        product(mean, width, rows, &layer->qkv, width, 3 * width, qkv, wide, 0);
         for (long r = 0; r < rows; r++) {
             float *mine = qkv + r * wide;
             const float *rotary = k->rotary + position[r] * 2 * k->size;
@@ -186,14 +214,14 @@ void forward(const struct kernel *k, const long *rows_4N, long rows, float *cons
         }
         for (long r = 0; r < rows; r++)
             attend(qkv + r * wide, held[l] + slot[r] * k->columns * 2 * width, position[r], k, score, mean + r * width);
-        product(mean, width, rows, layer->out, width, width, x, x_stride, 1);
+        product(mean, width, rows, &layer->out, width, width, x, x_stride, 1);
         normal(x, x_stride, rows, width, k->eps2, mean);
-        product(mean, width, rows, layer->gate_up, width, 2 * k->hidden, gate, gates, 0);
+        product(mean, width, rows, &layer->gate_up, width, 2 * k->hidden, gate, gates, 0);
         for (long r = 0; r < rows; r++)
             for (long i = 0; i < k->hidden; i += LANES) {
                 const vec g = *(const vec *)(gate + r * gates + i), u = *(const vec *)(gate + r * gates + k->hidden + i);
                 *(vec *)(act + r * hidden + i) = g / (exponential(-g) + 1.0f) * u;
             }
-        product(act, hidden, rows, layer->down, k->hidden, width, x, x_stride, 1);
+        product(act, hidden, rows, &layer->down, k->hidden, width, x, x_stride, 1);
     }
 }

@@ -1,4 +1,4 @@
-"""The forward pass of decoding in float32 on a CPU as one call of native.c, instead of a hundred operations of torch.
+"""The forward pass of decoding on a CPU as one call of native.c, instead of a hundred operations of torch.
 
 The C compiler of the machine (CC, or cc, gcc, clang) makes the library once for this source, compiler and processor,
 in a second or two; it is kept in XDG_CACHE_HOME, ~/.cache without. Where there is no compiler kernels decode by
@@ -21,6 +21,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from constellation.errors import ConfigError
@@ -33,8 +34,12 @@ PANEL, LANES = 64, 16  # of native.c
 FLAGS = ("-O3", "-ffp-contract=fast", "-fno-math-errno", "-shared", "-fPIC", "-lm")
 
 
+class _Panels(ctypes.Structure):
+    _fields_ = [(name, ctypes.c_void_p) for name in ("weights", "scale")]
+
+
 class _Layer(ctypes.Structure):
-    _fields_ = [(name, ctypes.c_void_p) for name in ("qkv", "out", "gate_up", "down", "norm")]
+    _fields_ = [*((name, _Panels) for name in ("qkv", "out", "gate_up", "down")), ("norm", ctypes.c_void_p)]
 
 
 class _Kernel(ctypes.Structure):
@@ -125,9 +130,15 @@ class Panels:
     def __init__(self, weight_OI: Tensor, bias_O: Tensor | None = None):
         self.outputs, self.inputs = weight_OI.shape
         self.padded = -(-self.outputs // PANEL) * PANEL
-        padded_OI = torch.cat((weight_OI, weight_OI.new_zeros(self.padded - self.outputs, self.inputs)))
-        self.panels = padded_OI.view(-1, PANEL, self.inputs).transpose(1, 2).contiguous()
-        self.bias_O = None if bias_O is None else torch.nn.functional.pad(bias_O, (0, self.padded - self.outputs))
+        self.bias_O = None if bias_O is None else F.pad(bias_O, (0, self.padded - self.outputs))
+        self.weights, self.scale_O = self._stored(F.pad(weight_OI, (0, 0, 0, self.padded - self.outputs)))
+        self.native = _Panels(_at(self.weights), None if self.scale_O is None else _at(self.scale_O))
+
+    def _stored(self, weight_OI: Tensor) -> tuple[Tensor, Tensor | None]:
+        return self._cut(weight_OI), None
+
+    def _cut(self, weight_OI: Tensor) -> Tensor:
+        return weight_OI.view(-1, PANEL, self.inputs).transpose(1, 2).contiguous()
 
     def __call__(self, x_NI: Tensor) -> Tensor:
         y_NO = x_NI.new_empty(len(x_NI), self.padded) if self.bias_O is None else self.bias_O.repeat(len(x_NI), 1)
@@ -142,10 +153,19 @@ class Panels:
         x_NI = x_NI.contiguous()
         size = ctypes.c_long
         library().product(
-            _at(x_NI), size(self.inputs), size(len(x_NI)), _at(self.panels), size(self.inputs), size(self.outputs),
-            _at(y_NO), size(self.padded), int(onto),
+            _at(x_NI), size(self.inputs), size(len(x_NI)), ctypes.byref(self.native), size(self.inputs),
+            size(self.outputs), _at(y_NO), size(self.padded), int(onto),
         )  # fmt: skip
         return y_NO
+
+
+class Panels8(Panels):
+    """The same with weights w_oi = t_o round(w_oi / t_o), t_o = max_i |w_oi| / 127; x and the sums stay float."""
+
+    def _stored(self, weight_OI: Tensor) -> tuple[Tensor, Tensor | None]:
+        scale_O = weight_OI.abs().amax(1).clamp_(min=1e-10) / 127
+        levels = self._cut((weight_OI / scale_O[:, None]).round_().to(torch.int8))
+        return levels.unflatten(-1, (-1, LANES)).transpose(-1, -2).contiguous(), scale_O
 
 
 class NativeSlots(Slots):
@@ -197,9 +217,9 @@ class NativeSlots(Slots):
         return self.packed.head(mean_ND)
 
 
-def _panels(product: Product) -> ctypes.c_void_p:
+def _panels(product: Product) -> _Panels:
     assert isinstance(product, Panels)
-    return _at(product.panels)
+    return product.native
 
 
 def _at(x: Tensor) -> ctypes.c_void_p:

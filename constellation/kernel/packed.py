@@ -93,7 +93,7 @@ class Layer:
 
 
 class Packed:
-    """The weights of `model` as they are now; `bias_V` is added to all logits. `product`: other ones for fp32."""
+    """The weights of `model` as they are now; `bias_V` is added to all logits. `product`: other ones."""
 
     def __init__(
         self, model: KernelLM, precision: str = "fp32", bias_V: Tensor | None = None,
@@ -103,7 +103,7 @@ class Packed:
             raise ConfigError(f"precision={precision!r}: choose one of {', '.join(PRECISIONS)}")
         config, self.device = model.config, model.embedding.weight.device
         self.precision, self.onednn = precision, self.device.type == "cpu" and torch.backends.mkldnn.is_available()
-        if precision == "int8" and not self.onednn:
+        if precision == "int8" and not (self.onednn or product):
             raise ConfigError(f"precision='int8' needs a CPU with oneDNN, not {self.device.type}; choose 'fp32'")
         self.width, self.heads, self.size = config.width, config.heads, config.width // config.heads
         self.context, self.vocabulary, self.layers_count = config.context, config.vocab_size, config.layers
@@ -122,10 +122,10 @@ class Packed:
         return self._product(weight_OD * (gain_D * math.sqrt(self.width)), bias_O)
 
     def _product(self, weight_OI: Tensor, bias_O: Tensor | None = None) -> Product:
-        if self.precision == "int8":
-            return int8.Product(weight_OI, bias_O)
         if self._other:
             return self._other(weight_OI, bias_O)
+        if self.precision == "int8":
+            return int8.Product(weight_OI, bias_O)
         return (Packed32 if self.onednn and weight_OI.numel() >= FEW else Plain32)(weight_OI, bias_O)
 
     def _layer(self, block: torch.nn.Module) -> Layer:
