@@ -5,7 +5,8 @@ A request is given a slot (slots.py) when one is free. Each `step` is one forwar
     one row of every request whose window is read but for its last token, which gives its next logits, and
     at most `chunk` rows of windows that are still being read, shared out evenly and in turn,
 
-so a long prompt neither stalls those who write nor the prompts behind it, and rows leave as soon as they are done.
+(by default as many as ten milliseconds read, or so,) so a long prompt neither stalls those who write nor the prompts
+behind it, and rows leave as soon as they are done.
 A slot keeps its keys and values afterwards: a request whose window begins with the same tokens goes on behind them, in
 the same slot when it extends all of them, else in a copy. The slot used longest ago is given away first.
 
@@ -28,11 +29,13 @@ from torch import Tensor
 
 from constellation.errors import ConfigError, RunError
 from constellation.kernel.graph import Graph, Wide
-from constellation.kernel.model import KernelLM
+from constellation.kernel.model import KernelLM, parameter_count
 from constellation.kernel.native import NativeSlots, Panels, Panels8, available, suits
 from constellation.kernel.packed import Packed
 from constellation.kernel.sample import Sampling, Scored, Settings, sample, scored
 from constellation.kernel.slots import BLOCK, Run, Slots
+
+PIECE_WORK = 400_000_000  # multiply-adds of a pass that reads: about ten milliseconds of one core
 
 
 @dataclasses.dataclass(eq=False, kw_only=True)
@@ -80,9 +83,11 @@ class Batch:
     """The requests of one model under way at once, at most `slots`; others wait in order."""
 
     def __init__(
-        self, model: KernelLM, *, slots: int = 32, chunk: int = 64, precision: str = "fp32",
+        self, model: KernelLM, *, slots: int = 32, chunk: int | None = None, precision: str = "fp32",
         bias_V: Tensor | None = None, ends: Sequence[int] = (), wide: bool | None = None, native: bool | None = None,
     ):  # fmt: skip
+        if chunk is None:
+            chunk = min(max(PIECE_WORK // parameter_count(model.config), 64), 512)
         if slots < 1 or chunk < 1:
             raise ConfigError(f"slots={slots}, chunk={chunk}: both must be at least 1")
         on_gpu = model.embedding.weight.device.type == "cuda"
