@@ -35,6 +35,7 @@ from router.pen import Pen
 from router.policy import FIRST, Policy
 from router.route import Router
 from router.text import ShownText
+from router.turn import step_of
 from router.view import Look, View
 
 ROUTE = "route"
@@ -159,7 +160,11 @@ class Life:
         self.draft_bytes = FIRST  # a draft's length, which follows how far the last ones were good
         self.hand_offs: list[HandOff] = []
         self.seconds = 0.0
-        self.opening = tuple(opened(tokens, tokenizer)[-config.kernel.context :])
+        context = config.kernel.context
+        self.question = tuple(opened(tokens, tokenizer)[-context:])
+        # a window that is full would slide with the first token: it is cut to what it would be then, and read once
+        full = len(self.question) == context
+        self.opening = self.question[step_of(context) - 1 :] if full else self.question
         self.packet = Packet(ask.request or str(number), ask.mode, self.opening, ask.sampling)
         self._read(prompt)
         self._look()

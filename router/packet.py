@@ -1,7 +1,8 @@
 """The hand-off packet: all of a request that has to move when another kernel, or another process, goes on.
 
     msgpack [schema, checksum, tokens, bias, scores, body]     checksum = blake2b-128 of all but itself
-    tokens   the window, little-endian uint32; longer than a context only while a penalty counts what was generated
+    tokens   the window, what the last turn added and a little more, as turn.py keeps them, little-endian uint32; many
+             more than a context only while a penalty counts what was generated
     bias     the request's logit_bias: little-endian (uint32 token, float64 nats)
     scores   log-probabilities of the last turn's tokens, if asked for: uint8 n, then for each token float32 its own
              and n times (uint32 token, float32); bytes b"" when there are none
@@ -45,7 +46,7 @@ class Packet:
 
     request: str  # id
     kernel: str  # who takes the next turn
-    tokens: tuple[int, ...]  # the window, and whatever the last turn added to it
+    tokens: tuple[int, ...]  # the window, whatever the last turn added to it, and a little more (turn.py)
     sampling: Sampling
     position: int = 0  # tokens sampled so far: with sampling.seed the whole state of the sampler
     pending: bytes = b""  # end of the answer's bytes in which a stop text may have begun

@@ -1,7 +1,7 @@
 """An answer that several kernels write together, token by token (life.py), by the rules of a turn (turn.py).
 
-The window slides in steps of a quarter of the context. Where it begins follows from how many tokens there are, so
-what a token is drawn from does not depend on the stretches that the tokens before it were written in.
+Where the window begins follows from how many tokens there are, as in a turn, so what a token is drawn from does not
+depend on the stretches that the tokens before it were written in.
 """
 
 from __future__ import annotations
@@ -14,9 +14,10 @@ import torch
 from numpy.typing import NDArray
 
 from constellation.coordizer.tokenizer import Tokenizer
+from constellation.kernel.batch import slid
 from constellation.kernel.sample import Scored, Settings, sample, scored
 from router.packet import Packet
-from router.turn import Ending
+from router.turn import Ending, kept, step_of
 
 
 class Pen:
@@ -27,9 +28,7 @@ class Pen:
     ):
         self.packet, self.tokenizer, self.context = packet, tokenizer, context
         self.tokens, self.answered = [*opening, *written], len(written)
-        step = max(1, context // 4)
-        start = max(0, -(-(len(self.tokens) - context) // step) * step)
-        self.window = tuple(self.tokens[start:])
+        self.window = tuple(self.tokens[slid(len(self.tokens), context, step_of(context)) :])
         self.ending, self.finish = Ending(packet, tokenizer), packet.finish
         self.scored: list[Scored] = []
 
@@ -40,9 +39,8 @@ class Pen:
 
     def drafting(self) -> bytes:
         """The packet to draft behind: its window is ours, so what was kept of reading it serves again."""
-        kept = max(len(self.window), self.answered if self._counted else 0)
         sampling = replace(self.packet.sampling, logprobs=None)
-        return replace(self.packet, tokens=tuple(self.tokens[-kept:]), sampling=sampling, logprobs=None).encode()
+        return replace(self.packet, tokens=self._kept(), sampling=sampling, logprobs=None).encode()
 
     def draw(self, log_p_TV: NDArray[np.float64], draft: Sequence[int]) -> list[int]:
         """The token at each of T = len(draft) + 1 places, were those before it the draft's.
@@ -67,21 +65,18 @@ class Pen:
 
     def written(self) -> Packet:
         """The packet after all of it."""
-        kept = max(self.context, self.answered if self._counted else 0)
         new = self.answered - self.packet.position
         return replace(
             self.packet,
-            tokens=tuple(self.tokens[-max(kept, new) :]),
+            tokens=self._kept(),
             position=self.answered,
             pending=self.ending.tail,
             finish=self.finish,
             logprobs=None if self.packet.sampling.logprobs is None else tuple(self.scored[:new]),
         )
 
-    @property
-    def _counted(self) -> bool:
-        """Whether penalties need all that was generated."""
-        return bool(self.packet.sampling.presence_penalty or self.packet.sampling.frequency_penalty)
+    def _kept(self) -> tuple[int, ...]:
+        return kept(self.tokens, self.answered, self.packet, self.context)
 
 
 def _running(before: Sequence[int], draft: Sequence[int], like_TV: torch.Tensor) -> torch.Tensor:

@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 _MOST = 16  # largest k
+_K = np.arange(_MOST + 1)
 
 
 def bound_bytes(n: int, bins: int) -> int:
@@ -25,9 +26,8 @@ def pack(counts_B: NDArray[np.int64]) -> tuple[int, bytes]:
     n, bins = int(counts_B.sum()), len(counts_B)
     entries = np.repeat(np.arange(bins), counts_B)
     ways = (counts_B, np.diff(entries, prepend=0))
-    codes = [2 * k + way for way in range(2) for k in range(_MOST + 1)]
-    sizes = {c: len(ways[c % 2]) * (c // 2 + 1) + int((ways[c % 2] >> c // 2).sum()) for c in codes}
-    code = min(sizes, key=lambda c: (sizes[c], c))
+    sizes = np.stack([len(v) * (_K + 1) + (v[v > 0] >> _K[:, None]).sum(axis=1) for v in ways], axis=1).ravel()
+    code = int(sizes.argmin())
     assert -(-sizes[code] // 8) <= bound_bytes(n, bins)
     return code, _write(ways[code % 2], code // 2)
 

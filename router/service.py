@@ -128,7 +128,7 @@ class Service:
         room = self.config.kernel.context - longest
         if room < 1:
             raise ConfigError(f"answers: one has {longest} tokens, {self.config.kernel.context - 1} are allowed")
-        window = life.packet.tokens[-room:]
+        window = life.question[-room:]
         windows = [[*window, *one[:-1], *[0] * (longest - len(one))] for one in asked]
         log_p_BTV = await joint(self.kernels, windows, longest, life.panel, mode)
         log_p = np.array([rows[range(len(one)), one].sum() for rows, one in zip(log_p_BTV, asked)], np.float64)

@@ -162,21 +162,34 @@ class Ending:
         return "length" if taken >= sampling.max_new_tokens else ""
 
 
+def step_of(context: int) -> int:
+    """Tokens by which a window slides, when it has to: a quarter of the context."""
+    return max(1, context // 4)
+
+
+def kept(tokens: Sequence[int], position: int, before: Packet, context: int) -> tuple[int, ...]:
+    """What of `tokens`, which begin with those of the packet `before`, the packet at `position` holds.
+
+    The window, what is new, and all of the answer if a penalty counts it. They begin a whole number of steps later, so
+    the window of the next turn begins where it would have without a turn's end.
+    """
+    sampling, needed = before.sampling, max(context, position - before.position)
+    if sampling.presence_penalty or sampling.frequency_penalty:
+        needed = max(needed, position)
+    return tuple(tokens[max(0, len(tokens) - needed) // step_of(context) * step_of(context) :])
+
+
 class _Row:
     """One packet during a turn."""
 
     def __init__(self, packet: Packet, context: int, tokenizer: Tokenizer, budget_bytes: int):
-        self.packet, self.tokenizer, self.budget_bytes = packet, tokenizer, budget_bytes
-        sampling = packet.sampling
-        kept = context  # tokens of the packet that go on: the window, and all that was generated if penalties count it
-        if sampling.presence_penalty or sampling.frequency_penalty:
-            kept = max(context, packet.position)
+        self.packet, self.context, self.tokenizer, self.budget_bytes = packet, context, tokenizer, budget_bytes
         self.work = Writing(
-            tokens=list(packet.tokens[-kept:]),
+            tokens=list(packet.tokens),
             key=packet.request,
-            sampling=sampling,
+            sampling=packet.sampling,
             taken=packet.position,
-            room=max(1, min(budget_bytes, context // 4)),  # the same for every packet: neighbours change nothing
+            room=step_of(context),
             take=self.take,
         )
         self.ending, self.spent, self.finish = Ending(packet, tokenizer), 0, packet.finish
@@ -193,7 +206,7 @@ class _Row:
             return self.packet
         return dataclasses.replace(
             self.packet,
-            tokens=tuple(self.work.tokens),
+            tokens=kept(self.work.tokens, self.work.taken, self.packet, self.context),
             position=self.work.taken,
             pending=self.ending.tail,
             finish=self.finish,

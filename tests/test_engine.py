@@ -71,7 +71,7 @@ def drain(batch, *works):
 def alone(work, **options):
     """The same request, freshly, in a batch of its own: (tokens, scores to the bit)."""
     fresh = dataclasses.replace(
-        work, tokens=list(work.tokens), done=type(work.done)(), scored=[], slot=-1, start=0, fed=0, left=0
+        work, tokens=list(work.tokens), done=type(work.done)(), scored=[], slot=-1, start=0, fed=0
     )
     until, before = work.until, fresh.taken
     fresh.take = lambda token: fresh.taken >= before + until

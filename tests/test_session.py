@@ -217,8 +217,7 @@ def test_a_turn_takes_the_text_its_budget_further_and_no_token_more():
 def test_a_window_longer_than_the_context_is_cut_and_no_new_token_lost():
     packet = first_packet("the quick brown fox " * 40, seed=4)
     after = Packet.decode(turn("heart", packet, 400))
-    assert len(after.tokens) == 64 + after.position
-    assert after.position > 64  # more than a window in one turn
+    assert 64 < after.position <= len(after.tokens) < after.position + 16  # more than a window in one turn
 
 
 def test_a_finished_packet_stays_as_it_is():
@@ -279,7 +278,7 @@ def test_streamed_chunks_are_the_answer_and_the_answer_is_its_tokens():
 
 @pytest.mark.parametrize("count", [1, 2, 15, 16, 17, 63, 64, 65, 130])
 def test_max_new_tokens_is_exact(count):
-    (answer,) = answers([ask("the", max_new_tokens=count, seed=1, top_k=40)])
+    (answer,) = answers([ask("the", max_new_tokens=count, seed=1, top_k=40, ignore_eos=True)])
     assert answer.finish_reason == "length"
     assert len(answer.token_ids) == count
 
@@ -303,7 +302,7 @@ def test_reserved_tokens_and_ids_without_a_token_never_come():
 
 @pytest.mark.parametrize("length", [1, 2, 5, 9])
 def test_a_stop_text_ends_the_answer_wherever_it_lies(length):
-    base = ask("the quick brown fox", seed=11, max_new_tokens=60)
+    base = ask("the quick brown fox", seed=11, max_new_tokens=120, ignore_eos=True)
     (full,) = answers([base])
     words = sorted({full.text[i : i + length] for i in range(0, len(full.text) - length, 3)} - {""})
     stops = [w for w in words if "\ufffd" not in w]

@@ -82,6 +82,25 @@ def test_penalties_count_what_has_left_the_window():
     assert len(set(done.tokens[-150:])) > len(set(free.tokens[-150:]))
 
 
+@pytest.mark.parametrize("sampling", [{"seed": 3, "repetition_penalty": 1.3}, {**PENALTIES, "logprobs": 2}])
+def test_turns_of_any_length_write_the_same_and_read_the_same(sampling):
+    """The window slides where the number of tokens says, not where a turn ends."""
+    first = packet(
+        "the lazy dog jumps over naive foxes " * 3, **{"ignore_eos": True, **sampling, "max_new_tokens": 150}
+    )
+    assert len(first.tokens) > 32
+    told = []
+    for budget in (10**9, 1, 7, 64):
+        one, done, new = answerer(slots=1), first, []
+        while not done.finish:
+            before = done
+            done = Packet.decode(one.turn([before.encode()], budget)[0])
+            new += done.tokens[len(done.tokens) - (done.position - before.position) :]
+        told.append((new, one.stats()["prompt_tokens"]))
+    assert len(told[0][0]) == 150
+    assert told == [told[0]] * 4
+
+
 def test_a_stop_token_ends_the_answer_and_says_so():
     first = packet(temperature=0)
     full = naive(first, 40)

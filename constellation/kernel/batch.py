@@ -59,8 +59,9 @@ class Work:
 class Writing(Work):
     """Sample token after token until `take(token)` says that it is done.
 
-    Every `room` tokens the window is cut to the last context - room + 1 tokens and, if that is less than before, read
-    anew; so it never slides in between, and `room = 1` is the sliding window of `decode_naive`.
+    A window that would outgrow the context begins `room` tokens later, as often as it takes, and is read anew: where
+    it begins follows from the number of tokens, however many turns they were written in, and it never slides in
+    between. `room = 1` is the sliding window of `decode_naive`.
     """
 
     sampling: Sampling
@@ -68,7 +69,6 @@ class Writing(Work):
     take: Callable[[int], bool]
     taken: int = 0  # tokens sampled so far, here or elsewhere: the counter of the random numbers
     scored: list[Scored] = dataclasses.field(default_factory=list)  # of the tokens sampled here, if asked for
-    left: int = 0  # of the room
 
 
 @dataclasses.dataclass(eq=False, kw_only=True)
@@ -180,7 +180,7 @@ class Batch:
         while self._waiting and None in self._owner:
             work = self._waiting.popleft()
             if isinstance(work, Writing):
-                work.start, work.left = max(0, len(work.tokens) - (self.context - work.room + 1)), work.room
+                work.start = slid(len(work.tokens), self.context, work.room)
             work.slot, work.fed = self._place(work)
             self.reused += work.fed
             self._owner[work.slot] = work
@@ -348,7 +348,6 @@ class Batch:
                 work.scored += scored(log_p_NV[i : i + 1], [token], work.sampling.logprobs)
             work.tokens.append(token)
             work.taken += 1
-            work.left -= 1
             self.sampled += 1
             try:
                 done = work.take(token)
@@ -358,18 +357,15 @@ class Batch:
                 continue
             if done:
                 self._finish(work)
-            elif not work.left:
+            elif work.window > self.context:
                 self._slide(work)
 
     def _slide(self, work: Writing) -> None:
         """Give the request room again."""
-        work.left = work.room
-        start = max(0, len(work.tokens) - (self.context - work.room + 1))
-        if start > work.start:
-            work.start, work.fed = start, 0
-            self._length[work.slot] = 0
-            self._writing.remove(work)
-            self._begin(work)
+        work.start, work.fed = slid(len(work.tokens), self.context, work.room), 0
+        self._length[work.slot] = 0
+        self._writing.remove(work)
+        self._begin(work)
 
     # -- sampling ------------------------------------------------------------------------------------------------------
 
@@ -401,6 +397,11 @@ class Batch:
             self._seen_SV[slots, tokens] = True
         if self._counts_SV is not None:
             self._counts_SV[slots, tokens] += 1
+
+
+def slid(length: int, context: int, room: int) -> int:
+    """Where the window of `length` tokens begins: the first multiple of `room` with at most `context` behind it."""
+    return max(0, -(-(length - context) // room) * room)
 
 
 def _fail(work: Work, error: BaseException) -> None:

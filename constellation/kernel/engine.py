@@ -1,12 +1,16 @@
-"""A batch (batch.py) with a thread of its own: submit and cancel from anywhere.
+"""A batch (batch.py) that writes by itself: submit and cancel from anywhere.
 
-The thread lives while there is work and a second longer, so an engine needs no closing; at the end of the process the
-work under way fails. The thread alone touches the batch.
+The engines of a process share a crew of threads, one fewer than it has cores and at least one; an engine with work
+takes a step and queues up behind the others. A thread for each would be no faster, all of them run Python between
+two steps, and would keep the event loop of a service from running its own. An engine needs no closing; at the end of
+the process the work under way fails. One thread at a time touches a batch.
 """
 
 from __future__ import annotations
 
 import atexit
+import os
+import queue
 import threading
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -16,8 +20,6 @@ from typing import Any
 from constellation.errors import RunError
 from constellation.kernel.batch import Batch, Work
 
-LINGER_S = 1.0
-
 
 class Engine:
     """Requests of one model, decoded together."""
@@ -25,9 +27,8 @@ class Engine:
     def __init__(self, batch: Batch):
         self.batch = batch
         self._news: deque[Callable[[], None]] = deque()  # for the thread, in order
-        self._condition = threading.Condition()
-        self._thread: threading.Thread | None = None
-        self._ending = False
+        self._lock = threading.Lock()
+        self._awake = False  # queued up, or at a step
 
     def submit(self, work: Work) -> Future[Any]:
         """`work.done`: the work once it is done, or its error. Cancelling the future frees the slot."""
@@ -49,32 +50,69 @@ class Engine:
         return self.batch.stats()
 
     def _tell(self, news: Sequence[Callable[[], None]]) -> None:
-        with self._condition:
+        with self._lock:
             self._news.extend(news)
-            if self._thread is None:
-                self._thread = threading.Thread(target=self._work, name="engine", daemon=True)
-                self._thread.start()
-                atexit.register(self._end)  # the interpreter must not tear the thread out of the device's code
-            self._condition.notify()
+            awake, self._awake = self._awake, True
+        if not awake:
+            _CREW.take(self)
 
-    def _end(self) -> None:
-        with self._condition:
-            thread, self._ending = self._thread, True
-            self._condition.notify()
-        if thread is not None:
-            thread.join()
+    def step(self) -> bool:
+        """Hear the news and do one step; whether there is more to do. For the crew."""
+        try:
+            while self._news:
+                self._news.popleft()()
+            self.batch.step()
+        except Exception as error:  # of the device, or ours: those under way are told, the engine goes on
+            self.batch.fail(error)
+        with self._lock:
+            self._awake = bool(self._news) or not self.batch.idle
+            return self._awake
+
+    def end(self) -> None:
+        """Fail all that is under way. For the crew."""
+        while self._news:
+            self._news.popleft()()
+        self.batch.fail(RunError("the process ends: ask again elsewhere"))
+
+
+class _Crew:
+    """Threads that engines with work take turns in. They start with the first one."""
+
+    def __init__(self) -> None:
+        self._ready: queue.SimpleQueue[Engine | None] = queue.SimpleQueue()
+        self._lock = threading.Lock()
+        self._threads: list[threading.Thread] = []
+        self._ended = False
+
+    def take(self, engine: Engine) -> None:
+        """Step `engine` as long as it has work."""
+        with self._lock:
+            if not self._threads:
+                count = max(1, (os.cpu_count() or 1) - 1)
+                self._threads = [threading.Thread(target=self._work, name="engine", daemon=True) for _ in range(count)]
+                for thread in self._threads:
+                    thread.start()
+                atexit.register(self._end)  # the interpreter must not tear a thread out of the device's code
+        if self._ended:
+            engine.end()
+        else:
+            self._ready.put(engine)
 
     def _work(self) -> None:
-        while not self._ending:
-            with self._condition:
-                if not self._news and self.batch.idle and not self._condition.wait(LINGER_S) and not self._news:
-                    self._thread = None
-                    atexit.unregister(self._end)
-                    return
-            try:
-                while self._news:
-                    self._news.popleft()()
-                self.batch.step()
-            except Exception as error:  # of the device, or ours: those under way are told, the engine goes on
-                self.batch.fail(error)
-        self.batch.fail(RunError("the process ends: ask again elsewhere"))
+        while (engine := self._ready.get()) is not None:
+            if engine.step():
+                self._ready.put(engine)
+            del engine  # an idle one is nobody's but its owner's
+
+    def _end(self) -> None:
+        self._ended = True
+        for _ in self._threads:
+            self._ready.put(None)
+        for thread in self._threads:
+            thread.join()
+        while not self._ready.empty():
+            if engine := self._ready.get():
+                engine.end()
+
+
+_CREW = _Crew()

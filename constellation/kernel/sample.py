@@ -92,21 +92,16 @@ class Sampling:
             _check_whole("logprobs", self.logprobs, 0, MOST_LOGPROBS)
         _check_whole("index", self.index, 0, 2**32 - 1)
 
-    def to_json(self) -> dict[str, Any]:
-        lists = {"stop": list(self.stop), "stop_token_ids": list(self.stop_token_ids)}
-        return {**dataclasses.asdict(self), **lists, "logit_bias": [list(pair) for pair in self.logit_bias]}
-
     def changed(self) -> dict[str, Any]:
-        """`to_json` of the settings that are not as by default."""
-        mine, plain = self.to_json(), Sampling().to_json()
-        return {name: value for name, value in mine.items() if value != plain[name]}
+        """The settings that are not as by default, for `from_json`."""
+        return {name: value for name, value in vars(self).items() if value != getattr(Sampling, name)}
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Sampling:
-        known = [f.name for f in dataclasses.fields(cls)]
         for name in data:
-            if name not in known:
-                raise ConfigError(f"unknown sampling parameter {name!r}; known: {', '.join(known)}")
+            if name not in cls.__dataclass_fields__:
+                known = ", ".join(cls.__dataclass_fields__)
+                raise ConfigError(f"unknown sampling parameter {name!r}; known: {known}")
         values = dict(data)
         for name in ("stop", "stop_token_ids", "logit_bias"):
             if isinstance(values.get(name), list):
@@ -155,20 +150,23 @@ class Settings:
     def __init__(
         self, samplings: Sequence[Sampling], device: torch.device | str = "cpu", ends: Sequence[int] = ()
     ) -> None:
-        def column(values: list[float]) -> Tensor:
-            return torch.tensor(values, dtype=torch.float64, device=device)[:, None]
-
         def where(chosen: list[bool]) -> Tensor:
             return torch.tensor([i for i, c in enumerate(chosen) if c], dtype=torch.int64, device=device)
 
-        self.temperature_B1 = column([s.temperature or 1.0 for s in samplings]).float().clamp(min=_COLDEST)
-        self.top_k_B1 = column([float(s.top_k or math.inf) for s in samplings])
-        self.top_p_B1 = column([s.top_p if s.top_p < 1 else math.inf for s in samplings])
-        self.min_p_B1 = column([s.min_p for s in samplings])
-        self.penalty_B1 = column([s.repetition_penalty for s in samplings]).float()
+        def columns(rows: list[tuple[float, ...]], dtype: torch.dtype) -> tuple[Tensor, ...]:
+            return torch.tensor(rows, dtype=dtype, device=device).split(1, dim=1)
+
+        self.top_k_B1, self.top_p_B1, self.min_p_B1 = columns(
+            [(s.top_k or math.inf, s.top_p if s.top_p < 1 else math.inf, s.min_p) for s in samplings], torch.float64
+        )
+        self.temperature_B1, self.penalty_B1, self.presence_B1, self.frequency_B1 = columns(
+            [
+                (max(s.temperature or 1.0, _COLDEST), s.repetition_penalty, s.presence_penalty, s.frequency_penalty)
+                for s in samplings
+            ],
+            torch.float32,
+        )
         self.penalised = any(s.repetition_penalty != 1 for s in samplings)
-        self.presence_B1 = column([s.presence_penalty for s in samplings]).float()
-        self.frequency_B1 = column([s.frequency_penalty for s in samplings]).float()
         self.counted = any(s.presence_penalty or s.frequency_penalty for s in samplings)
         biases = [(b, token, value) for b, s in enumerate(samplings) for token, value in s.logit_bias]
         self.bias_at = _indices([(b, token) for b, token, _ in biases], device)

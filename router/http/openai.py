@@ -15,6 +15,7 @@ cut its beginning; an answer may be longer, for windows slide.
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Literal, TypeVar
@@ -312,6 +313,11 @@ R = TypeVar("R", bound=Addressed)
 _WHERE = re.compile(r"^(?P<what>.*?)(?: - at (?:`key` in )?`\$\.?(?P<path>.*)`)?$", re.S)
 
 
+@functools.cache
+def _known(kind: type[Addressed]) -> frozenset[str]:
+    return frozenset(field.encode_name for field in msgspec.structs.fields(kind))
+
+
 def read(body: bytes, kind: type[R]) -> tuple[R, list[str]]:
     """The request in `body`, and the names of the fields that were not used; Refusal names what is wrong."""
     try:
@@ -323,9 +329,8 @@ def read(body: bytes, kind: type[R]) -> tuple[R, list[str]]:
     if not isinstance(data, dict):
         raise Refusal(f"the body must be a JSON object, not {type(data).__name__}")
     data = {name: value for name, value in data.items() if value is not None}
-    known = {field.encode_name for field in msgspec.structs.fields(kind)}
     unused = []
-    for name in data.keys() - known:
+    for name in data.keys() - _known(kind):
         neutral = kind.not_here.get(name)
         if neutral is None:
             unused.append(name)
