@@ -162,7 +162,7 @@ def test_openai_async_clients_stream_side_by_side(running):
 
 
 def test_every_event_is_sent_by_itself_and_text_comes_before_the_end(running):
-    body = {"prompt": PROMPT, "max_tokens": 150, "stream": True, "seed": 1, "ignore_eos": True}
+    body = {"prompt": PROMPT, "max_tokens": 3000, "stream": True, "seed": 1, "ignore_eos": True}
     with httpx.stream("POST", f"{running.url}/v1/completions", json=body, timeout=60) as response:
         chunks = []
         for chunk in response.iter_raw():

@@ -53,7 +53,7 @@ def test_a_bucket_agrees_with_the_integral_it_stands_for(per_minute: int, asks: 
     bucket, now, level = Bucket(per_minute), 0, Fraction(per_minute)
     for gap, amount in asks:
         now += gap
-        level = min(Fraction(per_minute), level + Fraction(gap * per_minute, 60 * S)) if now > gap else level
+        level = min(Fraction(per_minute), level + Fraction(gap * per_minute, 60 * S))
         wait = bucket.wait_ns(amount, now)
         if amount > per_minute:
             assert wait is None

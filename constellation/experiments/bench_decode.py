@@ -318,8 +318,7 @@ def _processes(llama: Path, model: KernelLM, scratch: Path) -> dict[str, dict[st
         imports="from constellation.config import Kernel\nfrom constellation.kernel.model import KernelLM\n"
         "from constellation.kernel.decode import generate\nfrom constellation.kernel.sample import Sampling\n"
         "from safetensors.torch import load_file",
-        load=f"with torch.device('meta'):\n    model = KernelLM(Kernel(**{vars(model.config)!r}), seed=None)\n"
-        "model.to_empty(device='cpu').reset_tables()\n"
+        load=f"model = KernelLM(Kernel(**{vars(model.config)!r}), seed=None)\n"
         f"model.load_state_dict(load_file({str(scratch / 'ours.safetensors')!r}))\n"
         "def tokens(n): return generate(model, [list(range(32))], [Sampling(temperature=0, max_new_tokens=n)], KIND)",
         first="tokens(1)",

@@ -83,13 +83,20 @@ class Rows:
     mask_TT: Tensor | None = None
 
 
+class Linear(nn.Linear):
+    """Its weights get their values from `KernelLM`, or from a checkpoint."""
+
+    def reset_parameters(self) -> None:
+        pass
+
+
 class Attention(nn.Module):
     def __init__(self, config: KernelConfig):
         super().__init__()
         self.heads, self.metric = config.heads, config.metric
         self.size = config.width // config.heads
-        self.qkv = nn.Linear(config.width, 3 * config.width, bias=False)
-        self.out = nn.Linear(config.width, config.width, bias=False)
+        self.qkv = Linear(config.width, 3 * config.width, bias=False)
+        self.out = Linear(config.width, config.width, bias=False)
         if config.metric == "fidelity":
             self.log_c = nn.Parameter(torch.full((config.heads,), math.log(INITIAL_CONCENTRATION)))
 
@@ -116,8 +123,8 @@ class SwiGLU(nn.Module):
 
     def __init__(self, config: KernelConfig):
         super().__init__()
-        self.gate_up = nn.Linear(config.width, 2 * config.hidden, bias=False)
-        self.out = nn.Linear(config.hidden, config.width, bias=False)
+        self.gate_up = Linear(config.width, 2 * config.hidden, bias=False)
+        self.out = Linear(config.hidden, config.width, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         gate, up = self.gate_up(x).chunk(2, dim=-1)
@@ -149,18 +156,18 @@ class KernelLM(nn.Module):
         """`seed=None` leaves the weights as they are, for a model that is loaded next."""
         super().__init__()
         self.config = config
-        self.embedding = nn.Embedding(config.vocab_size, config.width)
+        self.embedding = nn.Embedding.from_pretrained(torch.empty(config.vocab_size, config.width), freeze=False)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers))
         self.norm = nn.RMSNorm(config.width, eps=_EPS)
         if config.look_back:
             self.look_back = nn.Parameter(torch.zeros(config.width))
         if config.coupling == "learned":
             self.beta = nn.Parameter(torch.tensor(config.coupling_beta))
-        self.reset_tables()
+        self._tables()
         if seed is not None:
             self._initialise(torch.Generator().manual_seed(seed))
 
-    def reset_tables(self) -> None:
+    def _tables(self) -> None:
         """The constant tables, which checkpoints do not hold."""
         config = self.config
         cos, sin = rotary_table(config.context, config.width // config.heads, config.rope_base)

@@ -136,9 +136,7 @@ def load_model(run: Path, device: str | torch.device = "cpu") -> KernelLM:
     checkpoint = newest(run)
     if checkpoint is None:
         raise ArtifactError(f"{run} holds no checkpoint; train it first: constellation train --run {run.parent}")
-    with torch.device("meta"):
-        model = KernelLM(Kernel(**checkpoint.state["kernel"]), seed=None)
-    model.to_empty(device="cpu").reset_tables()
+    model = KernelLM(Kernel(**checkpoint.state["kernel"]), seed=None)
     try:
         checkpoint.restore(model)
     except (SafetensorError, RuntimeError) as error:
