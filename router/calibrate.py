@@ -14,7 +14,6 @@ from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.optimize import minimize
 
 from constellation.errors import DataError
 from router.route import SHORT_BYTES, Calibration, Router
@@ -95,6 +94,8 @@ def _temperature(
     score_PK: NDArray[np.float64], n_P: NDArray[np.float64], label_P: NDArray[np.int64], guess: float
 ) -> tuple[float, float]:
     """(scale, slope) of `Calibration`; one imaginary look holds them within reason when every look is right."""
+    from scipy.optimize import minimize
+
     log_n = np.log(np.maximum(n_P, 1) / (SHORT_BYTES - 2))
 
     def cost(x: NDArray[np.float64]) -> float:

@@ -35,12 +35,12 @@ def unique() -> str:
 
 @pytest.fixture(scope="session")
 def micro() -> Config:
-    """18 thousand parameters a kernel; OCEAN takes 34 steps of 50 ms, three kernels 162 of 20 ms, the others 8."""
+    """18 thousand parameters a kernel; OCEAN takes 34 steps of 50 ms, three kernels 90 of 20 ms, the others 8."""
     from constellation.config import ROLES, override
     from constellation.presets import tiny
 
     return override(tiny(), {
-        "kernel.vocab_size": 288, "train.tokens": 1_400_000, "train.ocean_share": 0.05, "train.batch": 32,
+        "kernel.vocab_size": 288, "train.tokens": 807_000, "train.ocean_share": 0.0867, "train.batch": 32,
         "train.kernel_batch": 16, "train.checkpoint_every": 11, "train.eval_bytes": 2048, "train.sample_bytes": 0,
         "train.precision": "fp32", "train.ocean_threads": 1, "router.dims": 16, "router.max_prefix": 512,
         **{f"{role}.train.tokens": 73_000 for role in ROLES[3:]},

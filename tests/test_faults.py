@@ -146,7 +146,7 @@ def test_a_killed_driver_leaves_no_process_and_is_resumed(
 ) -> None:
     run = tmp_path / "run"
     with driver(run, micro_corpus, micro) as process:
-        read_until(process, *random.choice([(OCEAN, random.randint(1, 34)), (THREE[1], random.randint(1, 100))]))
+        read_until(process, *random.choice([(OCEAN, random.randint(1, 34)), (THREE[1], random.randint(1, 60))]))
         with pytest.raises(ConfigError, match="in use by process"):  # while it lives, nobody else trains this run
             list(train(run, resume=True))
         process.kill()

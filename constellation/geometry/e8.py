@@ -26,7 +26,6 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from numpy.typing import ArrayLike, NDArray
-from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 from constellation.config import ROLES
@@ -153,6 +152,8 @@ def match_roots(centres: ArrayLike, among: ArrayLike | None = None, starts: int 
     root per role. How well an arrangement fits is `residual_rad`, to be read beside its null: random centres leave
     about 14 degrees at K = 8, 27 at K = 64 and 33 at K = 240.
     """
+    from scipy.optimize import linear_sum_assignment
+
     found = np.asarray(centres, dtype=np.float64)
     choice = np.arange(240) if among is None else np.unique(np.asarray(among, dtype=np.int64))
     if found.ndim != 2 or found.shape[1] != 8 or not 1 <= len(found) <= len(choice):

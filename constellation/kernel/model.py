@@ -156,7 +156,8 @@ class KernelLM(nn.Module):
         """`seed=None` leaves the weights as they are, for a model that is loaded next."""
         super().__init__()
         self.config = config
-        self.embedding = nn.Embedding.from_pretrained(torch.empty(config.vocab_size, config.width), freeze=False)
+        table = torch.empty(config.vocab_size, config.width)
+        self.embedding: nn.Embedding = nn.Embedding.from_pretrained(table, freeze=False)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers))
         self.norm = nn.RMSNorm(config.width, eps=_EPS)
         if config.look_back:

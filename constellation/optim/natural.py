@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Sequence
 from functools import wraps
+from inspect import unwrap
 from itertools import chain
 from typing import Any
 
@@ -74,6 +75,11 @@ class NaturalOptimizer(torch.optim.Optimizer):
 
     _step_supports_amp_scaling = True  # GradScaler hands over grad_scale and found_inf
     _stepping = False
+    # torch's own, but for the wrapper that imports its compiler: a second of every process that trains
+    add_param_group = unwrap(torch.optim.Optimizer.add_param_group)
+    zero_grad = unwrap(torch.optim.Optimizer.zero_grad)
+    state_dict = unwrap(torch.optim.Optimizer.state_dict)
+    _load = unwrap(torch.optim.Optimizer.load_state_dict)
 
     def __init__(self, params: Any, defaults: dict[str, Any]):
         check_range(type(self).__name__, lr=(defaults["lr"], math.inf))
@@ -167,7 +173,7 @@ class NaturalOptimizer(torch.optim.Optimizer):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """torch's, but state keeps the dtype in which it was saved instead of taking its parameter's."""
-        super().load_state_dict(state_dict)
+        self._load(state_dict)
         ids = chain.from_iterable(group["params"] for group in state_dict["param_groups"])
         params = chain.from_iterable(group["params"] for group in self.param_groups)
         for i, p in zip(ids, params, strict=True):
