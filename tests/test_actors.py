@@ -358,7 +358,7 @@ def test_a_damaged_model_is_told_and_not_waited_for(ray_session: None, micro_run
 
 @pytest.mark.ray
 @pytest.mark.timeout(300)
-def test_a_constellation_stays_up_heals_and_goes_down_twice(
+def test_a_constellation_stays_up_heals_and_goes_down(
     ray_session: None, micro_run: Path, unique: str, tmp_path: Path
 ) -> None:
     import ray
@@ -390,7 +390,14 @@ def test_a_constellation_stays_up_heals_and_goes_down_twice(
     groups = [g["state"] for g in placement_group_table().values() if g["name"] == namespace_of(unique)]
     assert set(groups) == {"REMOVED"}
 
-    # the second cycle without a cluster: `up` starts a Ray that outlives its command, `down` ends all of it
+
+@pytest.mark.slow  # `serve` of a run that is not up does the same by default: test_serve_cli.py
+@pytest.mark.timeout(300)
+def test_up_without_a_cluster_starts_a_ray_that_outlives_it_and_down_ends_all_of_it(
+    micro_run: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(micro_run, run)
     done = subprocess.run([sys.executable, "-c", UP_AND_DOWN, str(run)], capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stdout + done.stderr
     leader = done.stdout.split("leader ")[1].split()[0]

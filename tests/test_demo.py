@@ -44,6 +44,7 @@ def test_the_demo_shows_every_model_samples_and_the_table(demo: str, run: Path) 
     assert (run / "heart" / "summary.json").exists()
 
 
+@pytest.mark.slow
 def test_the_demo_again_trains_nothing_and_says_so(demo: str, run: Path) -> None:
     found = constellation("demo", "--preset", "tiny", "--run", str(run))
     assert found.returncode == 0 and "trained to its end already" in found.stdout
@@ -60,27 +61,29 @@ def test_train_refuses_an_existing_run_and_resume_of_a_finished_one_is_a_no_op(d
     assert before == {p: p.stat().st_mtime_ns for p in run.rglob("*.safetensors")}
 
 
-def test_eval_reports_every_way_to_answer(demo: str, run: Path) -> None:
-    found = printed(constellation("eval", "--run", str(run), "--json"))
+def test_eval_reports_every_way_to_answer_and_never_scores_text_that_was_trained_on(
+    demo: str, run: Path, tmp_path: Path
+) -> None:
+    from constellation.config import Data
+    from constellation.data.corpus import Document, read_corpus
+
+    def write(documents: list[Document]) -> None:
+        rows = [{"text": d.text, "metadata": {"domain": d.domain}} for d in documents]
+        (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+    train, dev = read_corpus(None, Data()).split(Data().dev_fraction)
+    each = list({d.domain: d for d in sorted(dev, key=lambda d: -d.num_bytes)}.values())  # the shortest of each domain
+    write([*train[:3], *each])
+    found = printed(constellation("eval", "--run", str(run), "--corpus", str(tmp_path), "--json"))
+    assert (found["excluded_documents"], found["documents"]) == (3, len(each))
     answers = found["answers"]
     wanted = {"routed", "mixture_3", "ocean", "uniform", "permuted", "bayes", "oracle"} | {f"alone:{r}" for r in ROLES}
     assert set(answers) == wanted
     assert all(0 < row["bits_per_byte"] < 8 for row in answers.values())
     best_alone = min(answers[f"alone:{r}"]["bits_per_byte"] for r in ROLES)
     assert answers["oracle"]["bits_per_byte"] <= best_alone
-    domains = answers["routed"]["domains"]
-    assert len(domains) >= 8
-
-
-def test_eval_never_scores_text_that_was_trained_on(demo: str, run: Path, tmp_path: Path) -> None:
-    from constellation.config import Data
-    from constellation.data.corpus import read_corpus
-
-    train, dev = read_corpus(None, Data()).split(Data().dev_fraction)
-    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": d.text}) + "\n" for d in [*train[:3], *dev[:2]]))
-    found = printed(constellation("eval", "--run", str(run), "--corpus", str(tmp_path), "--json"))
-    assert (found["excluded_documents"], found["documents"]) == (3, 2)
-    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": d.text}) + "\n" for d in train[:3]))
+    assert set(answers["routed"]["domains"]) == {d.domain for d in each} and len(each) >= 8
+    write(train[:3])
     refused = constellation("eval", "--run", str(run), "--corpus", str(tmp_path), "--json")
     assert refused.returncode == 2 and "training text" in refused.stderr
 
