@@ -25,7 +25,7 @@ demo: .venv/installed
 	@$(BIN)/constellation demo --preset $(PRESET) --run $(RUN)
 
 test: .venv/installed
-	@$(BIN)/python -m pytest
+	@$(BIN)/python -m pytest -n 2 --dist loadgroup
 
 test-slow: .venv/installed
 	@$(BIN)/python -m pytest -m slow
