@@ -65,7 +65,8 @@ def run(
     for line in report(result):
         print(line)
     if out:
-        out.write_text(json.dumps(result, indent=1, allow_nan=False) + "\n")
+        raw = json.dumps(result.pop("raw"), separators=(",", ":"), allow_nan=False)  # long: a line of its own
+        out.write_text(json.dumps(result, indent=1, allow_nan=False)[:-2] + f',\n "raw": {raw}\n}}\n')
     return result
 
 
