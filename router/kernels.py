@@ -58,7 +58,7 @@ class AsyncKernels(Protocol):
 
 
 class LocalAsyncKernels:
-    """The kernels of this process; each decodes in a thread of its own."""
+    """The kernels of this process, which decode in threads of their own (kernel/engine.py)."""
 
     def __init__(self, kernels: LocalKernels):
         self._kernels = kernels
