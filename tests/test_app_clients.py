@@ -175,6 +175,14 @@ def test_every_event_is_sent_by_itself_and_text_comes_before_the_end(running):
     assert response.headers["x-accel-buffering"] == "no"
 
 
+def test_a_connection_outlives_the_patience_of_clients(running):
+    """The server must not be the first to close one: a request may be on its way."""
+    with httpx.Client(base_url=running.url, limits=httpx.Limits(max_connections=1, keepalive_expiry=60)) as client:
+        first = client.get("/health").extensions["network_stream"].get_extra_info("client_addr")
+        time.sleep(5.5)  # uvicorn's own patience is 5 s
+        assert client.get("/health").extensions["network_stream"].get_extra_info("client_addr") == first
+
+
 @pytest.mark.skipif(not shutil.which("curl"), reason="curl is not installed")
 def test_curl_shows_text_while_it_is_written(running):
     body = json.dumps({"prompt": PROMPT, "max_tokens": 4000, "stream": True, "seed": 1, "ignore_eos": True})

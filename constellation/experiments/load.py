@@ -135,7 +135,7 @@ async def _ask(client: httpx.AsyncClient, asked: Asked, body: dict[str, Any], to
         if not (whole and finish == "length" and asked.tokens == tokens):
             asked.error = f"{asked.tokens} of {tokens} tokens, finish {finish}, {'' if whole else 'no '}end mark"
     except (httpx.HTTPError, ValueError, KeyError) as error:
-        asked.error = f"{type(error).__name__}: {error}"[:200]
+        asked.error = f"{type(error).__name__}: {str(error) or repr(error.__context__)}"[:200]
     finally:
         asked.end_s = now()
 

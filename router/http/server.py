@@ -14,6 +14,9 @@ import uvicorn
 from starlette.applications import Starlette
 
 LOOPBACK = "127.0.0.1"
+# longer than clients keep an idle connection (httpx 5 s, aiohttp 15 s): when the server closes it first, a request that
+# is on its way is lost
+KEEP_ALIVE_S = 75
 
 
 class Server(uvicorn.Server):
@@ -22,7 +25,8 @@ class Server(uvicorn.Server):
     def __init__(self, app: Starlette, host: str = LOOPBACK, port: int = 8000, drain_s: float = 60.0, **options: Any):
         # log_config None: whoever starts the server has set up logging, or wants none
         settings = {"log_config": None, "access_log": False, "server_header": False, **options}
-        super().__init__(uvicorn.Config(app, host, port, timeout_graceful_shutdown=1, **settings))
+        waits = {"timeout_keep_alive": KEEP_ALIVE_S, "timeout_graceful_shutdown": 1}
+        super().__init__(uvicorn.Config(app, host, port, **waits, **settings))
         self.door, self.drain_s = app.state.door, drain_s
         self._ends_s: float | None = None
 
