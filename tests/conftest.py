@@ -19,8 +19,9 @@ os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 os.environ.setdefault("RAY_raylet_start_wait_time_s", "90")  # Ray's own patience is short on a busy machine
 
 
-settings.register_profile("calm", deadline=None)  # no test asserts a time
-settings.load_profile("calm")
+settings.register_profile("same", deadline=None, derandomize=True)  # no test asserts a time
+settings.register_profile("explore", deadline=None)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "same"))
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
