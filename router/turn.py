@@ -173,10 +173,11 @@ def kept(tokens: Sequence[int], position: int, before: Packet, context: int) -> 
     The window, what is new, and all of the answer if a penalty counts it. They begin a whole number of steps later, so
     the window of the next turn begins where it would have without a turn's end.
     """
-    sampling, needed = before.sampling, max(context, position - before.position)
-    if sampling.presence_penalty or sampling.frequency_penalty:
-        needed = max(needed, position)
-    return tuple(tokens[max(0, len(tokens) - needed) // step_of(context) * step_of(context) :])
+    needed, step = (
+        max(context, position - before.position, position if before.sampling.counted else 0),
+        step_of(context),
+    )
+    return tuple(tokens[max(0, len(tokens) - needed) // step * step :])
 
 
 class _Row:

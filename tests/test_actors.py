@@ -27,6 +27,7 @@ from actors.placement import Placement, check, halves, pack
 from actors.status import folder_status, root_name
 from constellation.config import OCEAN, ROLES, Config, override
 from constellation.errors import ArtifactError, ConfigError, DataError, PlacementError, RunError
+from tests.processes import processes_of
 
 THREE = ROLES[:3]
 amounts = st.integers(0, 40).map(lambda n: n / 8)
@@ -391,6 +392,7 @@ def test_a_constellation_stays_up_heals_and_goes_down(
     assert set(groups) == {"REMOVED"}
 
 
+@pytest.mark.ray
 @pytest.mark.slow  # `serve` of a run that is not up does the same by default: test_serve_cli.py
 @pytest.mark.timeout(300)
 def test_up_without_a_cluster_starts_a_ray_that_outlives_it_and_down_ends_all_of_it(
@@ -401,10 +403,7 @@ def test_up_without_a_cluster_starts_a_ray_that_outlives_it_and_down_ends_all_of
     done = subprocess.run([sys.executable, "-c", UP_AND_DOWN, str(run)], capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stdout + done.stderr
     leader = done.stdout.split("leader ")[1].split()[0]
-    listed = subprocess.run(["ps", "-s", leader, "-o", "stat=,args="], capture_output=True, text=True).stdout
-    # a process that ended and that nobody has reaped yet is not left running
-    left = [line for line in listed.splitlines() if not line.startswith("Z")]
-    assert not left, left
+    assert not processes_of(int(leader))
 
 
 def heal(run: Path, before: dict[str, int], killed: tuple[str, ...]) -> None:

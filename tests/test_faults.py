@@ -24,6 +24,7 @@ from actors.launch import train
 from actors.status import VIEW, done, folder_status
 from constellation.config import OCEAN, ROLES, Config, override
 from constellation.errors import ConfigError
+from tests.processes import processes_of
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(600)]
 
@@ -72,17 +73,6 @@ def view(run: Path) -> dict[str, dict]:
     with contextlib.suppress(FileNotFoundError):
         return {row["role"]: row for row in json.loads((run / VIEW).read_text())["kernels"]}
     return {}
-
-
-def processes_of(session: int) -> dict[int, str]:
-    """Living processes of the session that `session` leads, a driver, its Ray and their descendants: pid, command."""
-    found = {}
-    for entry in Path("/proc").glob("[0-9]*"):
-        with contextlib.suppress(FileNotFoundError, ProcessLookupError):
-            state, _, _, sid = (entry / "stat").read_text().rpartition(")")[2].split()[:4]
-            if int(sid) == session and state != "Z":
-                found[int(entry.name)] = (entry / "cmdline").read_text().replace("\0", " ").strip()
-    return found
 
 
 def orphans(session: int) -> dict[int, str]:

@@ -18,6 +18,7 @@ import pytest
 
 from actors.listen import bind, url_of
 from constellation.errors import ConfigError
+from tests.processes import processes_of
 
 
 @contextmanager
@@ -86,8 +87,7 @@ def test_on_ray_a_run_that_is_not_up_is_brought_up_and_taken_down_in_the_end(mic
         process.send_signal(signal.SIGTERM)
         assert process.wait(100) == 0
     assert not (run / "up.json").exists() and not Path(head["folder"]).exists()
-    left = subprocess.run(["ps", "-s", str(head["pid"]), "-o", "args="], capture_output=True, text=True).stdout
-    assert not [line for line in left.splitlines() if "<defunct>" not in line], left  # a container may reap nobody
+    assert not processes_of(head["pid"])
 
 
 def refusal(*argv: str) -> str:

@@ -32,6 +32,7 @@ import httpx
 import numpy as np
 from prometheus_client.parser import text_string_to_metric_families
 
+from constellation.atomic import write_bytes
 from constellation.config import Data
 from constellation.data.corpus import read_corpus
 from constellation.errors import ConfigError
@@ -65,8 +66,9 @@ def run(
     for line in report(result):
         print(line)
     if out:
-        raw = json.dumps(result.pop("raw"), separators=(",", ":"), allow_nan=False)  # long: a line of its own
-        out.write_text(json.dumps(result, indent=1, allow_nan=False)[:-2] + f',\n "raw": {raw}\n}}\n')
+        told = json.dumps({k: v for k, v in result.items() if k != "raw"}, indent=1, allow_nan=False)
+        raw = json.dumps(result["raw"], separators=(",", ":"), allow_nan=False)  # long: a line of its own
+        write_bytes(out, f'{told[:-2]},\n "raw": {raw}\n}}\n'.encode())
     return result
 
 

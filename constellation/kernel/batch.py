@@ -3,10 +3,10 @@
 A request is given a slot (slots.py) when one is free. Each `step` is one forward pass of
 
     one row of every request whose window is read but for its last token, which gives its next logits, and
-    at most `chunk` rows of windows that are still being read, shared out evenly and in turn,
+    at most `chunk` rows (by default what takes about ten milliseconds) of windows that are still being read, shared
+    out evenly and in turn,
 
-(by default as many as ten milliseconds read, or so,) so a long prompt neither stalls those who write nor the prompts
-behind it, and rows leave as soon as they are done.
+so a long prompt neither stalls those who write nor the prompts behind it, and rows leave as soon as they are done.
 A slot keeps its keys and values afterwards: a request whose window begins with the same tokens goes on behind them, in
 the same slot when it extends all of them, else in a copy. The slot used longest ago is given away first.
 
@@ -386,7 +386,7 @@ class Batch:
                 self._seen_SV = torch.zeros(shape, dtype=torch.bool, device=device)
             self._seen_SV[work.slot] = False
             self._seen_SV[work.slot, work.tokens[work.start :]] = True
-        if work.sampling.presence_penalty or work.sampling.frequency_penalty:
+        if work.sampling.counted:
             if self._counts_SV is None:
                 self._counts_SV = torch.zeros(shape, device=device)
             generated = torch.tensor(work.tokens[-work.taken :] if work.taken else [], dtype=torch.int64, device=device)

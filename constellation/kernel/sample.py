@@ -113,6 +113,11 @@ class Sampling:
         return self.temperature == 0
 
     @property
+    def counted(self) -> bool:
+        """Whether a penalty counts the tokens that were generated."""
+        return bool(self.presence_penalty or self.frequency_penalty)
+
+    @property
     def filtered(self) -> bool:
         return self.top_k > 0 or self.top_p < 1 or self.min_p > 0
 
@@ -167,7 +172,7 @@ class Settings:
             torch.float32,
         )
         self.penalised = any(s.repetition_penalty != 1 for s in samplings)
-        self.counted = any(s.presence_penalty or s.frequency_penalty for s in samplings)
+        self.counted = any(s.counted for s in samplings)
         biases = [(b, token, value) for b, s in enumerate(samplings) for token, value in s.logit_bias]
         self.bias_at = _indices([(b, token) for b, token, _ in biases], device)
         self.bias = torch.tensor([value for _, _, value in biases], device=device)
