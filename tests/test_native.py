@@ -1,4 +1,4 @@
-"""native.c against torch: its products, whole kernels of every kind, and machines on which it cannot be made."""
+"""The library of csrc/ against torch: its products, whole kernels of every kind, and machines on which it cannot be made."""
 
 import dataclasses
 import os
@@ -32,10 +32,33 @@ def test_a_product_is_the_one_of_torch_and_rows_do_not_depend_on_each_other(rows
         y = torch.randn(rows, outputs, generator=generator)
         torch.testing.assert_close(made.onto(x, y), y + made(x), rtol=1e-5, atol=1e-5)
     rounded = Panels8(w, bias)
-    step = w.abs().amax(1, keepdim=True) / 127
-    near = torch.nn.functional.linear(x, (w / step).round() * step, bias)
-    torch.testing.assert_close(rounded(x), near, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(rounded(x).double(), in_whole_steps(x, w, bias), rtol=1e-6, atol=1e-6)
     assert torch.equal(torch.cat([rounded(x[i : i + 1]) for i in range(rows)]), rounded(x))
+
+
+def in_whole_steps(x, w, bias=None):
+    """What int8 is defined to be (product.c), in float64."""
+    levels = torch.tensor(float(min(32767, (2**31 - 1) // (127 * (w.shape[1] + w.shape[1] % 2)))))
+    most = x.abs().amax(1, keepdim=True)
+    q = torch.where(most > 0, x * (levels / most), 0).round()
+    step = w.abs().amax(1, keepdim=True) / 127
+    product = q.double() @ (w / step).round().double().T * step.double().T * (most / levels).double()
+    return product if bias is None else product + bias.double()
+
+
+@pytest.mark.parametrize("inputs", [2, 384, 1025, 5000])
+def test_sums_of_int8_are_exact_for_the_largest_numbers(inputs):
+    """No pair and no sum leaves its room: 127 x 127 twice is more than 16 bits hold."""
+    x, w = torch.ones(7, inputs), torch.ones(20, inputs)
+    w[::2] *= -1
+    assert torch.equal(Panels8(w)(x), in_whole_steps(x, w).float())
+
+
+def test_a_number_that_is_not_finite_stays_visible_in_int8():
+    x = torch.ones(3, 40)
+    x[0, 3], x[1, 39] = float("nan"), float("inf")
+    finite = Panels8(torch.randn(20, 40))(x).isfinite().all(1)
+    assert finite.tolist() == [False, False, True]
 
 
 @pytest.mark.parametrize("metric", ["fidelity", "dot"])
@@ -60,10 +83,12 @@ def test_heads_that_do_not_fill_vectors_are_left_to_torch():
 
 
 FALLBACK = """
+import os, tempfile
+tempfile.tempdir = os.environ.get("TMPDIR")
 from constellation.config import Kernel
 from constellation.kernel.batch import Batch
 from constellation.kernel.model import KernelLM
-from constellation.kernel.native import Unavailable, library
+from constellation.kernel.compiled import Unavailable, library
 print(Batch(KernelLM(Kernel(vocab_size=300, width=32, layers=1, heads=2, hidden=40, context=16))).stats()["native"])
 try:
     library()
@@ -74,8 +99,8 @@ except Unavailable as error:
 
 @pytest.mark.parametrize(
     ("changes", "reason"),
-    [({"CC": "no-such-compiler"}, "no C compiler"), ({"CC": "false"}, "cannot compile native.c"),
-     ({"XDG_CACHE_HOME": "/dev/null"}, "set XDG_CACHE_HOME")],
+    [({"CC": "no-such-compiler"}, "no C compiler"), ({"CC": "false"}, "cannot compile csrc"),
+     ({"XDG_CACHE_HOME": "/dev/null", "TMPDIR": "/dev/null"}, "set XDG_CACHE_HOME")],
     ids=["none", "broken", "no cache"],
 )  # fmt: skip
 def test_without_the_library_torch_decodes_and_the_reason_is_known(changes, reason, tmp_path):
@@ -85,15 +110,44 @@ def test_without_the_library_torch_decodes_and_the_reason_is_known(changes, reas
     assert native == "False" and reason in error
 
 
-def test_the_library_is_made_once(tmp_path):
+def made(cache, **changes):
+    environment = {**os.environ, "XDG_CACHE_HOME": str(cache), **changes}
+    return subprocess.run([sys.executable, "-c", FALLBACK], env=environment, capture_output=True, text=True).stdout
+
+
+def test_the_library_is_made_once_and_again_when_it_is_damaged(tmp_path):
     environment = {**os.environ, "XDG_CACHE_HOME": str(tmp_path)}
-    made = []
-    for _ in range(2):
-        both = [
-            subprocess.Popen([sys.executable, "-c", FALLBACK], env=environment, stdout=subprocess.PIPE, text=True)
-            for _ in range(2)
-        ]
-        assert [process.communicate()[0] for process in both] == ["True\n"] * 2
-        (library,) = (tmp_path / "constellation").glob("*.so")
-        made.append(library.stat().st_mtime_ns)
-    assert made[0] == made[1]
+    both = [
+        subprocess.Popen([sys.executable, "-c", FALLBACK], env=environment, stdout=subprocess.PIPE, text=True)
+        for _ in range(2)
+    ]
+    assert [process.communicate()[0] for process in both] == ["True\n"] * 2
+    (library,) = (tmp_path / "constellation").glob("*.so")
+    first, content = library.stat().st_mtime_ns, library.read_bytes()
+    assert made(tmp_path) == "True\n" and library.stat().st_mtime_ns == first
+    library.write_bytes(content[:-100])
+    assert made(tmp_path) == "True\n" and len(library.read_bytes()) >= len(content) - 8
+
+
+def test_nothing_is_loaded_that_others_could_have_written(tmp_path):
+    """The folder of temporary files takes its place, or none."""
+    cache, temporary = tmp_path / "cache", tmp_path / "temporary"
+    for folder in (cache, temporary):
+        folder.mkdir()
+    assert made(cache, TMPDIR=str(temporary)) == "True\n"
+    (library,) = (cache / "constellation").glob("*.so")
+    library.chmod(0o777)
+    assert made(cache, TMPDIR=str(temporary)) == "True\n"
+    assert len(list(temporary.glob("*/*.so"))) == 1
+    (temporary / f"constellation-{os.getuid()}").rename(temporary / "elsewhere")
+    (temporary / f"constellation-{os.getuid()}").symlink_to(temporary / "elsewhere")
+    native, error = made(cache, TMPDIR=str(temporary)).splitlines()
+    assert native == "False" and error.count("not ours alone") == 2
+
+
+def test_each_processor_has_a_library_of_its_own(tmp_path):
+    """A home folder may be shared between them."""
+    assert made(tmp_path) == "True\n"
+    if os.uname().machine == "x86_64":
+        assert made(tmp_path, CONSTELLATION_NATIVE_MARCH="x86-64-v2") == "True\n"
+        assert len(list((tmp_path / "constellation").glob("*.so"))) == 2

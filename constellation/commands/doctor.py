@@ -80,7 +80,7 @@ def _disk() -> str:
 
 
 def _decoding() -> str:
-    from constellation.kernel.native import Unavailable, library
+    from constellation.kernel.compiled import Unavailable, library
 
     try:
         library()

@@ -28,9 +28,10 @@ import torch
 from torch import Tensor
 
 from constellation.errors import ConfigError, RunError
+from constellation.kernel.compiled import available
 from constellation.kernel.graph import Graph, Wide
 from constellation.kernel.model import KernelLM, parameter_count
-from constellation.kernel.native import NativeSlots, Panels, Panels8, available, suits
+from constellation.kernel.native import NativeSlots, Panels, Panels8, suits
 from constellation.kernel.packed import Packed
 from constellation.kernel.sample import Sampling, Scored, Settings, sample, scored
 from constellation.kernel.slots import BLOCK, Run, Slots

@@ -103,8 +103,8 @@ class Packed:
             raise ConfigError(f"precision={precision!r}: choose one of {', '.join(PRECISIONS)}")
         config, self.device = model.config, model.embedding.weight.device
         self.precision, self.onednn = precision, self.device.type == "cpu" and torch.backends.mkldnn.is_available()
-        if precision == "int8" and not (self.onednn or product):
-            raise ConfigError(f"precision='int8' needs a CPU with oneDNN, not {self.device.type}; choose 'fp32'")
+        if precision == "int8" and self.device.type != "cpu":
+            raise ConfigError(f"precision='int8' is for a CPU, not {self.device.type}; choose 'fp32'")
         self.width, self.heads, self.size = config.width, config.heads, config.width // config.heads
         self.context, self.vocabulary, self.layers_count = config.context, config.vocab_size, config.layers
         self.min_rows = 1 if self.device.type != "cpu" or precision == "int8" or product else 4
@@ -132,7 +132,9 @@ class Packed:
         assert isinstance(block, Block)
         attention, mlp = block.attention, block.mlp
         assert isinstance(attention, Attention) and isinstance(mlp, SwiGLU)
-        pairs = torch.arange(self.size).view(2, -1).t().flatten()  # i, i + K/2 become neighbours
+        pairs = torch.arange(self.size)
+        if self._other is None:
+            pairs = pairs.view(2, -1).t().flatten()  # i, i + K/2 become neighbours
         parts = attention.qkv.weight.view(3, self.heads, self.size, self.width)
         qkv = torch.cat((parts[:2, :, pairs], parts[2:])).flatten(0, 2)
         norm = None
@@ -155,6 +157,10 @@ class Packed:
         if config.metric != "fidelity":
             factor_C1 = factor_C1 / math.sqrt(self.size)
         return torch.stack((turn_CK * factor_C1, turn_CK), dim=1)[:, :, None]
+
+    def rotary_halves(self) -> Tensor:
+        """The same as cos and sin, (C, 2, 2, K/2), for q and k whose halves make pairs."""
+        return torch.view_as_real(self.rotary_C21K[:, :, 0]).transpose(-1, -2).contiguous()
 
     def embed(self, tokens_N: Tensor, before_N: Tensor) -> Tensor:
         """What the first layer reads; before the first token of a window comes the token V."""

@@ -40,15 +40,17 @@ class Slots:
     def __init__(self, packed: Packed, count: int, spare: bool = False):
         self.packed, self.count, self.spare = packed, count, packed.context
         self.columns = _blocks(packed.context + spare)
-        shape = (packed.layers_count, count, self.columns, 2, packed.heads, packed.size)
-        if packed.device.type == "cpu":  # from numpy, whose zeros take no memory before they are written to
-            held = torch.from_numpy(np.zeros(shape, np.float32))
-        else:
-            held = torch.zeros(shape, device=packed.device)
-        self.held = held.unbind(0)
-        self._flat = [kv.view(count * self.columns, 2 * packed.width) for kv in self.held]
+        self.held = self._allocate()
         self._column_C = torch.arange(self.columns, device=packed.device)
         self._views = functools.lru_cache(maxsize=64)(self._look)  # most passes look where the one before looked
+
+    def _allocate(self) -> tuple[Tensor, ...]:
+        """Keys and values of each layer, (slots, columns, 2, H, K)."""
+        packed = self.packed
+        shape = (packed.layers_count, self.count, self.columns, 2, packed.heads, packed.size)
+        if packed.device.type == "cpu":  # from numpy, whose zeros take no memory before they are written to
+            return torch.from_numpy(np.zeros(shape, np.float32)).unbind(0)
+        return torch.zeros(shape, device=packed.device).unbind(0)
 
     def copy(self, source: int, target: int, length: int) -> None:
         """The first `length` columns of one slot into another."""
@@ -75,11 +77,11 @@ class Slots:
         if spare:  # a product needs them; what they say is not looked at
             x_ND = torch.cat((x_ND, x_ND[:1].expand(spare, -1)))
         views = [self._views(run.slot, run.count, run.spread, run.columns) for run in runs]
-        for at, (layer, flat) in enumerate(zip(packed.layers, self._flat, strict=True)):
+        for at, (layer, held) in enumerate(zip(packed.layers, self.held, strict=True)):
             qkv = layer.qkv(packed.normal(x_ND))
             mine = qkv[:count]
             packed.turned(layer, mine, rotary_N21K)
-            flat.index_copy_(0, at_N, mine[:, packed.width :])
+            held.view(-1, 2 * packed.width).index_copy_(0, at_N, mine[:, packed.width :])
             parts = [self._attend(mine, run, kv[at], mask) for run, kv, mask in zip(runs, views, masks, strict=True)]
             if spare:
                 parts.append(qkv[count:, : packed.width])
