@@ -16,6 +16,7 @@ from constellation.kernel.slots import Run, Slots
 
 CONFIG = Kernel(vocab_size=400, width=64, layers=3, heads=4, hidden=96, context=64)
 
+
 def random(*shape, seed=0, scale=1.0):
     return scale * torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 

@@ -1,4 +1,4 @@
-"""The library of csrc/ against torch: its products, whole kernels of every kind, and machines on which it cannot be made."""
+"""The library of csrc/ against torch: its products, whole kernels, and machines on which it cannot be made."""
 
 import dataclasses
 import os

@@ -12,7 +12,9 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from constellation.errors import ConfigError
-from constellation.kernel.sample import PREFILTER, Sampling, Settings, sample, uniform
+from constellation.kernel import native
+from constellation.kernel.compiled import available
+from constellation.kernel.sample import PREFILTER, Sampling, Settings, penalised, sample, uniform
 
 GOLDEN, ONE, TWO, WORD = 0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB, 2**64 - 1
 EOS = 0
@@ -70,6 +72,15 @@ def naive_sample(logits, s, position, seen=(), counts=None):
     raise AssertionError("fell off the end")
 
 
+@pytest.fixture(params=["torch", "C"], scope="module", autouse=True)
+def way(request):
+    """Both samplers are held to the naive one."""
+    global WAY
+    WAY = request.param
+    if WAY == "C" and not available():
+        pytest.skip("no C compiler")
+
+
 def draw(logits_BV, samplings, positions, seen=None, counts=None):
     logits_BV = torch.as_tensor(np.array(logits_BV), dtype=torch.float32)
     marks = torch.zeros_like(logits_BV, dtype=torch.bool)
@@ -78,7 +89,10 @@ def draw(logits_BV, samplings, positions, seen=None, counts=None):
     table = torch.zeros_like(logits_BV)
     for row, of in enumerate(counts or []):
         table[row, list(of)] = torch.tensor(list(of.values()), dtype=torch.float32)
-    return sample(logits_BV, Settings(samplings, ends=(EOS,)), positions, marks, table).tolist()
+    together = Settings(samplings, ends=(EOS,))
+    if WAY == "torch":
+        return sample(logits_BV, together, positions, marks, table).tolist()
+    return native.draw(penalised(logits_BV, together, np.array(positions), marks, table), together, positions)
 
 
 samplings = st.builds(
@@ -242,6 +256,15 @@ def test_prefixes_of_thousands_of_tokens_are_those_of_the_whole_sort(s, scale):
         if scale:
             assert mine == theirs
         assert all(x[token] == 0 for x, token in zip(logits, mine) if not scale)  # all equal: any order is right
+
+
+def test_a_row_that_is_not_finite_has_no_token():
+    if WAY == "C":
+        logits = np.zeros((6, 37))
+        logits[0], logits[1, 36], logits[2, 3], logits[3, 3], logits[4] = -np.inf, np.nan, np.nan, np.inf, -np.inf
+        logits[4, 36] = -1e30
+        for s in (Sampling(), Sampling(temperature=0), Sampling(top_p=0.5)):
+            assert [token < 0 for token in draw(logits, [s] * 6, range(6))] == [True, True, True, True, False, False]
 
 
 def test_an_end_cannot_come_before_min_tokens_and_may_afterwards():

@@ -17,7 +17,6 @@ to the bit. One thread may use a `Batch` (engine.py gives it one).
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
@@ -31,9 +30,9 @@ from constellation.errors import ConfigError, RunError
 from constellation.kernel.compiled import available
 from constellation.kernel.graph import Graph, Wide
 from constellation.kernel.model import KernelLM, parameter_count
-from constellation.kernel.native import NativeSlots, Panels, Panels8, suits
+from constellation.kernel.native import NativeSlots, Panels, Panels8, draw, suits
 from constellation.kernel.packed import Packed
-from constellation.kernel.sample import Sampling, Scored, Settings, sample, scored
+from constellation.kernel.sample import Sampling, Scored, Settings, penalised, sample, scored
 from constellation.kernel.slots import BLOCK, Run, Slots
 
 PIECE_WORK = 400_000_000  # multiply-adds of a pass that reads: about ten milliseconds of one core
@@ -330,16 +329,13 @@ class Batch:
                 self._finish(work)
 
     def _write(self, writing: list[Writing], logits_NV: Tensor) -> None:
-        finite = [math.isfinite(x) for x in logits_NV.amax(-1).tolist()]  # -inf must not come; the largest is no such
-        if not all(finite):
-            logits_NV = torch.where(torch.tensor(finite, device=logits_NV.device)[:, None], logits_NV, 0.0)
         tokens = self._sample(writing, logits_NV)
         self._add_marks([w.slot for w in writing], tokens)
         log_p_NV = None
         if any(w.sampling.logprobs is not None for w in writing):
             log_p_NV = torch.log_softmax(logits_NV, -1)
         for i, (work, token) in enumerate(zip(writing, tokens, strict=True)):
-            if not finite[i]:
+            if token < 0:
                 self._leave(work)
                 self._length[work.slot] = 0
                 _fail(work, RunError("a kernel's logits are not finite: its training diverged; lower optim.lr "
@@ -371,12 +367,18 @@ class Batch:
     # -- sampling ------------------------------------------------------------------------------------------------------
 
     def _sample(self, writing: list[Writing], logits_NV: Tensor) -> list[int]:
+        """The next token of each, -1 where the logits are not finite."""
         if self._settings is None or self._settings[0] != writing:
             self._settings = (writing, Settings([w.sampling for w in writing], self.packed.device, self.ends))
         settings, slots = self._settings[1], [w.slot for w in writing]
         seen_NV = self._seen_SV[slots] if settings.penalised and self._seen_SV is not None else None
         counts_NV = self._counts_SV[slots] if settings.counted and self._counts_SV is not None else None
-        chosen: list[int] = sample(logits_NV, settings, [w.taken for w in writing], seen_NV, counts_NV).tolist()
+        taken = [w.taken for w in writing]
+        if isinstance(self.slots, NativeSlots):
+            return draw(penalised(logits_NV, settings, np.array(taken), seen_NV, counts_NV), settings, taken)
+        finite_N = logits_NV.amax(-1).isfinite()  # -inf must not come; the largest is no such
+        tokens_N = sample(logits_NV.where(finite_N[:, None], 0.0), settings, taken, seen_NV, counts_NV)
+        chosen: list[int] = tokens_N.where(finite_N, -1).tolist()
         return chosen
 
     def _mark(self, work: Writing) -> None:

@@ -54,7 +54,7 @@ def library() -> ctypes.CDLL:
         except OSError as error:  # of the folder, or of the loader
             reasons.append(f"{folder}: {error}")
             continue
-        for function in (made.forward_scratch, made.product_scratch):
+        for function in (made.forward_scratch, made.product_scratch, made.draw_scratch):
             function.restype = ctypes.c_int64
         return made
     raise Unavailable(f"{'; '.join(reasons)}; set XDG_CACHE_HOME to a folder of yours that can be written to")

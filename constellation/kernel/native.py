@@ -8,14 +8,17 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from constellation.kernel.compiled import library
 from constellation.kernel.model import KernelLM
 from constellation.kernel.packed import Packed, Product
+from constellation.kernel.sample import Settings
 from constellation.kernel.slots import Run, Slots
 
 WIDE = 16  # of vector.h
@@ -146,6 +149,24 @@ class NativeSlots(Slots):
         if need > len(self._scratch):
             self._scratch = torch.empty(need)
         return _at(self._scratch)
+
+
+def draw(logits_NV: Tensor, settings: Settings, taken: Sequence[int]) -> list[int]:
+    """`sample` by draw.c, of logits after penalties; -1 where they are not finite."""
+    count, vocabulary = logits_NV.shape
+    size = ctypes.c_int64
+    tokens, drawn = np.empty(count, np.int64), np.array(taken, np.int64)
+    scratch = np.empty(library().draw_scratch(size(vocabulary)), np.uint8)
+    library().draw(
+        _at(logits_NV), size(logits_NV.stride(0)), size(count), size(vocabulary), *map(_of, (settings.records, drawn,
+        tokens, scratch)),
+    )  # fmt: skip
+    chosen: list[int] = tokens.tolist()
+    return chosen
+
+
+def _of(array: NDArray[Any]) -> ctypes.c_void_p:
+    return ctypes.c_void_p(array.ctypes.data)
 
 
 def _whole(outputs: int) -> int:

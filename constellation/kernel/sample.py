@@ -40,6 +40,10 @@ from constellation.errors import ConfigError
 PREFILTER = 256  # likeliest tokens looked at before a whole row is sorted
 MOST_BIASES, MOST_STOP_TOKENS, MOST_LOGPROBS = 300, 64, 20
 BUCKETS = (0x3F800000 >> 16) + 1  # of probabilities: 1.0 is the largest float of them
+RECORD = np.dtype([
+    ("seed", np.uint64), ("index", np.uint64), ("top_k", np.int64),
+    ("top_p", np.float64), ("min_p", np.float64), ("temperature", np.float64),
+])  # fmt: skip  # struct sampling of csrc/draw.c
 _LARGEST_SEED, _LARGEST_TOKEN = 2**64 - 1, 2**32 - 1
 _COLDEST = torch.finfo(torch.float32).tiny  # a temperature that rounds to zero would give 0 / 0
 
@@ -183,6 +187,9 @@ class Settings:
         self.greedy = all(s.greedy for s in samplings)
         self.seeds = np.array([s.seed for s in samplings], dtype=np.uint64)
         self.indices = np.array([s.index for s in samplings], dtype=np.uint64)
+        self.records = np.array(
+            [(s.seed, s.index, s.top_k, s.top_p, s.min_p, s.temperature) for s in samplings], dtype=RECORD
+        )
         self.plain = where([not s.greedy and not s.filtered for s in samplings])
         self.filtered = where([not s.greedy and s.filtered for s in samplings])
 
@@ -226,7 +233,7 @@ def sample(
     `positions[b]` counts the tokens request b was given before. `seen_BV` (bool) marks the tokens of its
     window, `counts_BV` says how often each was generated; they are needed only when a row has a penalty on them.
     """
-    logits_BV = _penalised(logits_BV, settings, np.asarray(positions), seen_BV, counts_BV)
+    logits_BV = penalised(logits_BV, settings, np.asarray(positions), seen_BV, counts_BV)
     if settings.greedy:
         return logits_BV.argmax(-1)
     mixed = len(settings.plain) + len(settings.filtered) < len(logits_BV)
@@ -242,7 +249,7 @@ def sample(
     return tokens
 
 
-def _penalised(
+def penalised(
     x_BV: Tensor,
     settings: Settings,
     positions: NDArray[np.int64],
