@@ -2,8 +2,11 @@
 
 import dataclasses
 import os
+import platform
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from constellation.config import Kernel
+from constellation.kernel.compiled import FLAGS, SOURCES
 from constellation.kernel.model import KernelLM
 from constellation.kernel.native import NativeSlots, Panels, Panels8, suits
 from constellation.kernel.packed import Packed
@@ -151,3 +155,43 @@ def test_each_processor_has_a_library_of_its_own(tmp_path):
     if os.uname().machine == "x86_64":
         assert made(tmp_path, CONSTELLATION_NATIVE_MARCH="x86-64-v2") == "True\n"
         assert len(list((tmp_path / "constellation").glob("*.so"))) == 2
+
+
+OWN = "-mcpu=native" if platform.machine() in ("arm64", "aarch64") else "-march=native"
+# processors, the compiler for them, what runs their programs, and the flag without which ours cannot
+PROCESSORS = {
+    "avx2": (["cc", "-march=haswell"], [], "avx2"),
+    "avx512": (["cc", "-march=x86-64-v4"], [], "avx512bw"),
+    "avx512-vnni": (["cc", "-march=sapphirerapids"], [], "amx_tile"),
+    "neon": (["aarch64-linux-gnu-gcc", "-static"], ["qemu-aarch64-static"], ""),
+    "clang": (["clang", OWN], [], ""),
+}
+
+
+@pytest.mark.parametrize("name", PROCESSORS)
+def test_all_processors_with_fused_sums_compute_the_same_bits(name, tmp_path):
+    compiler, runner, flag = PROCESSORS[name]
+    if missing := [word for word in (compiler[0], *runner) if not shutil.which(word)]:
+        pytest.skip(f"no {missing[0]}")
+    if flag and flag not in Path("/proc/cpuinfo").read_text():
+        pytest.skip(f"this processor has no {flag}")
+    own, theirs = (
+        subprocess.run([*run, build(words, tmp_path / at)], check=True, capture_output=True, text=True).stdout
+        for at, words, run in (("own", ["cc", OWN], []), ("theirs", compiler, runner))
+    )
+    assert own == theirs
+
+
+@pytest.mark.parametrize("name", ["avx512", "avx512-vnni"])
+def test_it_compiles_for_processors_that_are_not_here(name, tmp_path):
+    if platform.machine() != "x86_64" or not shutil.which("cc"):
+        pytest.skip("no compiler for it")
+    build(PROCESSORS[name][0], tmp_path / "made")
+
+
+def build(compiler, path):
+    sources = [Path(__file__).parent / "same_bits.c", *SOURCES.glob("*.c")]
+    flags = [flag for flag in FLAGS if flag not in ("-shared", "-fPIC")]
+    words = [*compiler, *flags, "-Wall", "-Wextra", "-Werror", f"-I{SOURCES}", *map(str, sources), "-lm"]
+    subprocess.run([*words, "-o", str(path)], check=True)
+    return str(path)
