@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import os
 import shutil
 import signal
 import socket
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,7 @@ from actors.status import folder_status, root_name
 from constellation.config import OCEAN, ROLES, Config, override
 from constellation.errors import ArtifactError, ConfigError, DataError, PlacementError, RunError
 from tests.processes import processes_of
+from tests.waiting import wait_for
 
 THREE = ROLES[:3]
 amounts = st.integers(0, 40).map(lambda n: n / 8)
@@ -88,13 +89,13 @@ def test_serving_needs_no_more_room_than_training(micro: Config) -> None:
 
 
 HOLDER = """
-import sys, time
+import signal, sys
 from pathlib import Path
 from actors.exclusive import exclusive
 
 with exclusive(Path(sys.argv[1])):
     print("held", flush=True)
-    time.sleep(60)
+    signal.pause()
 """
 
 
@@ -105,7 +106,7 @@ def test_a_folder_has_one_writer_until_that_one_ends_or_is_killed(tmp_path: Path
         with pytest.raises(ConfigError, match=f"in use by process {holder.pid} "), exclusive(tmp_path):
             pass
         holder.kill()
-        with exclusive(tmp_path, wait_s=10):
+        with exclusive(tmp_path, wait_s=math.inf):
             pass
     assert not is_held(tmp_path)
 
@@ -116,7 +117,7 @@ def test_an_address_that_is_none_is_refused(address: str) -> None:
         cluster.find(address)
 
 
-def test_a_closed_port_and_a_port_of_somebody_else_are_told_in_seconds(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_closed_port_and_a_port_of_somebody_else_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cluster, "ANSWER_S", 1.0)
     monkeypatch.setattr(cluster, "_authenticate", lambda mode, token: None)  # this process may have a Ray already
     with socket.socket() as closed:
@@ -180,13 +181,13 @@ def test_a_run_that_is_there_is_not_trained_over_and_a_finished_one_is_left(micr
 
 
 def test_a_machine_too_small_is_told_at_once_and_nothing_is_written(
-    micro: Config, micro_corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    micro: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("actors.launch.inside", lambda: False)  # as in a fresh process, without the session's Ray
-    began = time.monotonic()
+    (tmp_path / "empty").mkdir()  # a corpus that could not be read: it is not read before
     with pytest.raises(PlacementError, match=r"needs 8 x \(CPU 0\.25, GPU 4\).*GPU 32; this machine has CPU \d+, GPU"):
-        list(train(tmp_path / "run", micro_corpus, override(micro, {"cluster.gpus_per_kernel": 4})))
-    assert time.monotonic() - began < 3 and not (tmp_path / "run").exists()
+        list(train(tmp_path / "run", tmp_path / "empty", override(micro, {"cluster.gpus_per_kernel": 4})))
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_request_that_cannot_be_met_leaves_no_folder(micro: Config, micro_corpus: Path, tmp_path: Path) -> None:
@@ -224,7 +225,7 @@ def test_a_cluster_too_small_and_a_busy_one_are_told(
     assert not (tmp_path / "run").exists()
 
     hog = placement_group([{"CPU": 3.5}])
-    ray.get(hog.ready(), timeout=30)
+    ray.get(hog.ready())
     said: list[str] = []
     try:
         impatient = override(micro, {"cluster.placement_timeout_s": 1})
@@ -235,7 +236,6 @@ def test_a_cluster_too_small_and_a_busy_one_are_told(
 
 
 @pytest.mark.ray
-@pytest.mark.timeout(300)
 def test_a_run_in_a_group_around_it_equals_the_plain_loop_and_takes_no_other_room(
     ray_session: None, micro_run: Path, micro_corpus: Path, micro: Config, tmp_path: Path
 ) -> None:
@@ -249,11 +249,11 @@ def test_a_run_in_a_group_around_it_equals_the_plain_loop_and_takes_no_other_roo
         return steps, len([g for g in placement_group_table().values() if g["state"] == "CREATED"])
 
     group = placement_group([{"CPU": 0.5}, *[{"CPU": 0.25}] * 3])
-    ray.get(group.ready(), timeout=30)
+    ray.get(group.ready())
     strategy = PlacementGroupSchedulingStrategy(group, 0, placement_group_capture_child_tasks=True)
     try:
         ran = ray.remote(trial).options(num_cpus=0.5, scheduling_strategy=strategy).remote(tmp_path / "run")
-        steps, groups = ray.get(ran, timeout=240)
+        steps, groups = ray.get(ran)
     finally:
         remove_placement_group(group)
     assert groups == 1
@@ -284,15 +284,15 @@ def test_an_actor_does_one_thing_and_may_be_told_twice(ray_session: None, micro_
 
     job = dataclasses.replace(ocean_job(open_plan(micro_run)), folder=tmp_path / "twice")
     actor = KernelActor.options(num_cpus=0.25).remote(OCEAN)
-    ray.get([actor.train.remote(job) for _ in range(3)], timeout=120)
+    ray.get([actor.train.remote(job) for _ in range(3)])
     with pytest.raises(ConfigError, match="one thing in its life"):
-        ray.get(actor.train.remote(dataclasses.replace(job, folder=tmp_path / "other")), timeout=30)
+        ray.get(actor.train.remote(dataclasses.replace(job, folder=tmp_path / "other")))
     with pytest.raises(ConfigError, match="it answers when it serves"):
-        ray.get(actor.turn.remote([], 64), timeout=30)
+        ray.get(actor.turn.remote([], 64))
     seen: list[int] = []
     while True:
-        report = ray.get(actor.report.remote(seen[-1] if seen else 0, 1.0), timeout=60)
-        again = ray.get(actor.report.remote(seen[-1] if seen else 0), timeout=60)
+        report = ray.get(actor.report.remote(seen[-1] if seen else 0, 1.0))
+        again = ray.get(actor.report.remote(seen[-1] if seen else 0))
         assert again.steps[: len(report.steps)] == report.steps  # a lost answer is asked for again
         seen += [step.step for step in report.steps]
         if report.state == "done":
@@ -321,7 +321,6 @@ def answers(kernels: Any, run: Path, between: Callable[[], None] = lambda: None)
 
 
 @pytest.mark.ray
-@pytest.mark.timeout(300)
 def test_local_and_ray_answers_are_equal_even_if_an_actor_is_killed_on_the_way(
     ray_session: None, micro_run: Path, micro: Config
 ) -> None:
@@ -351,14 +350,13 @@ def test_a_damaged_model_is_told_and_not_waited_for(ray_session: None, micro_run
     shutil.copytree(micro_run, run)
     for file in (run / OCEAN).rglob("model.safetensors"):
         file.write_bytes(b"\0" + file.read_bytes()[1:])
-    began = time.monotonic()
-    with pytest.raises(ArtifactError, match="checksum"), open_kernels(run, say=silent) as kernels:
+    said: list[str] = []
+    with pytest.raises(ArtifactError, match="checksum"), open_kernels(run, say=said.append) as kernels:
         kernels.turns({OCEAN: []}, 64)
-    assert time.monotonic() - began < 60
+    assert not any("restarting" in text for text in said)
 
 
 @pytest.mark.ray
-@pytest.mark.timeout(300)
 def test_a_constellation_stays_up_heals_and_goes_down(
     ray_session: None, micro_run: Path, unique: str, tmp_path: Path
 ) -> None:
@@ -394,13 +392,12 @@ def test_a_constellation_stays_up_heals_and_goes_down(
 
 @pytest.mark.ray
 @pytest.mark.slow  # `serve` of a run that is not up does the same by default: test_serve_cli.py
-@pytest.mark.timeout(300)
 def test_up_without_a_cluster_starts_a_ray_that_outlives_it_and_down_ends_all_of_it(
     micro_run: Path, tmp_path: Path
 ) -> None:
     run = tmp_path / "run"
     shutil.copytree(micro_run, run)
-    done = subprocess.run([sys.executable, "-c", UP_AND_DOWN, str(run)], capture_output=True, text=True, timeout=240)
+    done = subprocess.run([sys.executable, "-c", UP_AND_DOWN, str(run)], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     leader = done.stdout.split("leader ")[1].split()[0]
     assert not processes_of(int(leader))
@@ -413,14 +410,14 @@ def heal(run: Path, before: dict[str, int], killed: tuple[str, ...]) -> None:
     """
     for role in killed:
         os.kill(before[role], signal.SIGKILL)
-    until = time.monotonic() + 120
-    while True:
+    after: dict[str, int | None] = {}
+
+    def healed() -> bool:
         now = detached.status(run)
-        after = {k.role: k.pid for k in now.kernels}
-        if now.state == "up" and all(after[role] not in (None, before[role]) for role in killed):
-            break
-        assert time.monotonic() < until, now
-        time.sleep(0.2)
+        after.update({k.role: k.pid for k in now.kernels})
+        return now.state == "up" and all(after[role] not in (None, before[role]) for role in killed)
+
+    wait_for(healed)
     assert {r: p for r, p in after.items() if r not in killed} == {r: p for r, p in before.items() if r not in killed}
 
 
@@ -441,7 +438,7 @@ assert not head.alive() and not Path(head.folder).exists() and detached.status(r
 """
 
 
-def test_a_record_of_a_ray_that_is_gone_is_seen_through_in_seconds(
+def test_a_record_of_a_ray_that_is_gone_is_seen_through(
     micro_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(cluster, "_authenticate", lambda mode, token: None)  # this process may have a Ray already
@@ -458,9 +455,7 @@ def test_a_record_of_a_ray_that_is_gone_is_seen_through_in_seconds(
     ):
         record = {"schema": 1, "name": "run", "address": "127.0.0.1:1", "head": head}
         (run / detached.RECORD).write_text(json.dumps(record))
-        began = time.monotonic()
         status = detached.status(run)
-        assert time.monotonic() - began < 3
         assert status.state == "finished" and why in status.detail
     said: list[str] = []
     assert detached.down(run, say=said.append) and "forgotten" in said[0]

@@ -35,6 +35,7 @@ from router.kernels import LocalAsyncKernels
 from router.local import LocalKernels
 from router.route import Router
 from router.service import Ask, Service
+from tests.waiting import wait_for, wait_until
 
 PROMPT = "The import statement"
 HI = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "What is a class?"}]
@@ -50,25 +51,21 @@ class Running:
         self.server = Server(make_app(self.service), port=0)
         self.thread = threading.Thread(target=self.server.run, daemon=True)
         self.thread.start()
-        while not self.server.started:
-            time.sleep(0.01)
+        wait_for(lambda: self.server.started or not self.thread.is_alive())
         self.port = self.server.servers[0].sockets[0].getsockname()[1]
         self.url = f"http://127.0.0.1:{self.port}"
 
     @property
     def idle(self) -> bool:
-        return not httpx.get(f"{self.url}/health").json()["requests"]
+        return not httpx.get(f"{self.url}/health", timeout=None).json()["requests"]
 
     @property
     def active(self) -> int:
         """Slots in use, of all kernels."""
-        return sum(says["active"] for says in httpx.get(f"{self.url}/health").json()["kernels"].values())
+        return sum(says["active"] for says in httpx.get(f"{self.url}/health", timeout=None).json()["kernels"].values())
 
-    def wait_idle(self, seconds: float = 20) -> None:
-        until = time.monotonic() + seconds
-        while not self.idle or self.active:
-            assert time.monotonic() < until, "somebody is still being answered"
-            time.sleep(0.01)
+    def wait_idle(self) -> None:
+        wait_for(lambda: self.idle and not self.active)
 
 
 @pytest.fixture(scope="module")
@@ -76,8 +73,7 @@ def running(micro_run):
     made = Running(micro_run)
     yield made
     made.server.close()
-    made.thread.join(20)
-    assert not made.thread.is_alive()
+    made.thread.join()
 
 
 @pytest.fixture
@@ -163,7 +159,7 @@ def test_openai_async_clients_stream_side_by_side(running):
 
 def test_every_event_is_sent_by_itself_and_text_comes_before_the_end(running):
     body = {"prompt": PROMPT, "max_tokens": 3000, "stream": True, "seed": 1, "ignore_eos": True}
-    with httpx.stream("POST", f"{running.url}/v1/completions", json=body, timeout=60) as response:
+    with httpx.stream("POST", f"{running.url}/v1/completions", json=body, timeout=None) as response:
         chunks = []
         for chunk in response.iter_raw():
             chunks.append(chunk)
@@ -177,7 +173,8 @@ def test_every_event_is_sent_by_itself_and_text_comes_before_the_end(running):
 
 def test_a_connection_outlives_the_patience_of_clients(running):
     """The server must not be the first to close one: a request may be on its way."""
-    with httpx.Client(base_url=running.url, limits=httpx.Limits(max_connections=1, keepalive_expiry=60)) as client:
+    one = httpx.Limits(max_connections=1, keepalive_expiry=600)
+    with httpx.Client(base_url=running.url, timeout=None, limits=one) as client:
         first = client.get("/health").extensions["network_stream"].get_extra_info("client_addr")
         time.sleep(5.5)  # uvicorn's own patience is 5 s
         assert client.get("/health").extensions["network_stream"].get_extra_info("client_addr") == first
@@ -199,24 +196,24 @@ def test_a_client_that_leaves_is_not_answered_any_more(running, stream):
     body = {"prompt": PROMPT, "max_tokens": 60_000, "stream": stream, "seed": 1, "ignore_eos": True, "n": 3}
 
     async def go():
-        async with httpx.AsyncClient(timeout=60) as client:
+        async with httpx.AsyncClient(timeout=None) as client:
             asking = asyncio.create_task(client.post(f"{running.url}/v1/completions", json=body))
-            while running.idle:
-                await asyncio.sleep(0.01)
+            await wait_until(lambda: not running.idle)
             assert running.active
             asking.cancel()
             await asyncio.gather(asking, return_exceptions=True)
 
     asyncio.run(go())
     running.wait_idle()
-    assert httpx.post(f"{running.url}/v1/completions", json={"prompt": "x", "max_tokens": 1}).status_code == 200
+    again = httpx.post(f"{running.url}/v1/completions", json={"prompt": "x", "max_tokens": 1}, timeout=None)
+    assert again.status_code == 200
 
 
 def test_a_slow_reader_gets_the_same_text(running):
     body = {"prompt": PROMPT, "max_tokens": 120, "seed": 2, "ignore_eos": True}
-    whole = httpx.post(f"{running.url}/v1/completions", json=body, timeout=60).json()["choices"][0]["text"]
+    whole = httpx.post(f"{running.url}/v1/completions", json=body, timeout=None).json()["choices"][0]["text"]
     text = ""
-    with httpx.stream("POST", f"{running.url}/v1/completions", json={**body, "stream": True}, timeout=60) as response:
+    with httpx.stream("POST", f"{running.url}/v1/completions", json={**body, "stream": True}, timeout=None) as response:
         for line in response.iter_lines():
             if line.startswith("data: {"):
                 text += json.loads(line.removeprefix("data: "))["choices"][0]["text"]
@@ -229,19 +226,17 @@ def test_a_server_that_is_closed_answers_those_inside_and_ends(micro_run):
     body = {"prompt": PROMPT, "max_tokens": 400, "seed": 1, "ignore_eos": True}
     replies = []
     asking = threading.Thread(
-        target=lambda: replies.append(httpx.post(f"{made.url}/v1/completions", json=body, timeout=60))
+        target=lambda: replies.append(httpx.post(f"{made.url}/v1/completions", json=body, timeout=None))
     )
     asking.start()
-    while made.idle:
-        time.sleep(0.001)
+    wait_for(lambda: not made.idle)
     made.server.close()
-    late = httpx.post(f"{made.url}/v1/completions", json=body)
+    late = httpx.post(f"{made.url}/v1/completions", json=body, timeout=None)
     assert (late.status_code, late.headers["retry-after"], late.headers["connection"]) == (503, "5", "close")
-    assert httpx.get(f"{made.url}/ready").status_code == 503
-    asking.join(60)
+    assert httpx.get(f"{made.url}/ready", timeout=None).status_code == 503
+    asking.join()
     assert replies[0].json()["usage"]["completion_tokens"] == 400
-    made.thread.join(20)
-    assert not made.thread.is_alive()
+    made.thread.join()
 
 
 # -- other people's clients --------------------------------------------------------------------------------------------
@@ -261,9 +256,7 @@ def told_by(python: str, code: str, url: str, cwd: Path) -> dict:
     """What a script prints last, as JSON; `URL` is the service."""
     code = f"URL = {url!r}\nimport json\n" + textwrap.dedent(code)
     offline = {"HF_DATASETS_OFFLINE": "1", "HF_HUB_OFFLINE": "1", "LITELLM_LOCAL_MODEL_COST_MAP": "True"}
-    found = subprocess.run(
-        [python, "-c", code], env={**os.environ, **offline}, capture_output=True, text=True, timeout=280, cwd=cwd
-    )
+    found = subprocess.run([python, "-c", code], env={**os.environ, **offline}, capture_output=True, text=True, cwd=cwd)
     assert found.returncode == 0, found.stderr[-3000:]
     return json.loads(found.stdout.splitlines()[-1])
 
@@ -395,5 +388,5 @@ def test_asks_of_the_service_and_of_its_front_are_the_same(running):
         return steps[-1].text
 
     body = {"prompt": PROMPT, "seed": 4, "max_tokens": 50}
-    reply = httpx.post(f"{running.url}/v1/completions", json=body, timeout=60).json()
+    reply = httpx.post(f"{running.url}/v1/completions", json=body, timeout=None).json()
     assert reply["choices"][0]["text"] == asyncio.run(alone())

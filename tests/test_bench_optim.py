@@ -8,7 +8,6 @@ import signal
 import struct
 import subprocess
 import sys
-import time
 
 import numpy as np
 import pytest
@@ -28,6 +27,7 @@ from constellation.experiments.optim_peers import ROWS, inertia, memory
 from constellation.experiments.optim_tasks import TASKS, prepare
 from constellation.experiments.optim_trial import Trial, perform, train
 from constellation.geometry.fisher import FisherBlock, flatten
+from tests.waiting import wait_for
 
 POSITIVE = st.lists(st.floats(0.01, 100), min_size=2, max_size=8)
 
@@ -249,7 +249,7 @@ def test_divergence_and_refusal_are_outcomes_and_only_a_bug_is_tried_again(data,
 
 def test_a_trial_limited_by_seconds_ends_after_them_whatever_its_steps_take(data):
     found = train(Trial("poisson", "adamw", "run", 0, 1e-3, 0.5, 0, seconds=0.3, curve=True), TASKS["poisson"], data)
-    assert 0.3 <= found["cpu_s"] < 3 and found["done"] > 3 and found["outcome"] == "done"
+    assert found["curve"][-2][1] < 0.3 <= found["cpu_s"] and found["done"] >= 1 and found["outcome"] == "done"
 
 
 def test_products_of_all_four_kinds_agree_with_matrices_made_otherwise():
@@ -378,15 +378,14 @@ def test_a_killed_run_goes_on_where_it_was_and_its_table_is_made_again_from_the_
         "--out", str(out),
     ]  # fmt: skip
     first = subprocess.Popen(command, start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    trials, deadline = work / "trials", time.monotonic() + 120
-    while len(list(trials.glob("*.json"))) < 3:
-        assert first.poll() is None and time.monotonic() < deadline
-        time.sleep(0.02)
+    trials = work / "trials"
+    wait_for(lambda: len(list(trials.glob("*.json"))) >= 3 or first.poll() is not None)
+    assert first.poll() is None
     os.killpg(first.pid, signal.SIGKILL)
     first.wait()
     kept = {f.name: f.stat().st_mtime_ns for f in trials.glob("*.json")}
     assert not out.exists()
-    second = subprocess.run(command, capture_output=True, text=True, timeout=200, check=True)
+    second = subprocess.run(command, capture_output=True, text=True, check=True)
     assert all((trials / name).stat().st_mtime_ns == at for name, at in kept.items())
     result = json.loads(out.read_text())
     assert set(result["summary"]) == {"digits"}

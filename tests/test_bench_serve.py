@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import json
 import os
+import signal
 import threading
 import time
 from collections import Counter
@@ -87,7 +88,7 @@ def test_a_run_that_cannot_be_served_is_one_line(tmp_path: Path, capfd: pytest.C
 def test_clients_that_leave_leave_nothing_behind(url: str) -> None:
     found = bench_serve.run(url, Load(streams=4, seconds=2.0, tokens=200, leave=1.0))
     assert found["verdicts"]["no_error"] and found["verdicts"]["idle"]
-    assert found["left_on_purpose"] == found["requests"] > 4
+    assert found["left_on_purpose"] == found["requests"] >= 4
     assert found["tokens"] < 200 * found["requests"]
 
 
@@ -180,7 +181,7 @@ def test_memory_counts_descendants() -> None:
     alone = resident_mb(os.getpid())
     child = os.fork()
     if child == 0:
-        time.sleep(10)
+        signal.pause()
         os._exit(0)
     try:
         assert resident_mb(os.getpid()) > alone + 5

@@ -14,10 +14,10 @@ from constellation.config import OCEAN, ROLES
 pytestmark = pytest.mark.ray
 
 
-def constellation(*argv: str, stdin: str | None = None, timeout: float = 240) -> subprocess.CompletedProcess[str]:
+def constellation(*argv: str, stdin: str | None = None) -> subprocess.CompletedProcess[str]:
     environment = {**os.environ, "NO_COLOR": "1", "COLUMNS": "160", "RAY_DEDUP_LOGS": "0"}
     command = [sys.executable, "-m", "constellation", *argv]
-    return subprocess.run(command, input=stdin, capture_output=True, text=True, timeout=timeout, env=environment)
+    return subprocess.run(command, input=stdin, capture_output=True, text=True, env=environment)
 
 
 def printed(found: subprocess.CompletedProcess[str]) -> Any:

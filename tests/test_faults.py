@@ -13,7 +13,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -25,8 +25,9 @@ from actors.status import VIEW, done, folder_status
 from constellation.config import OCEAN, ROLES, Config, override
 from constellation.errors import ConfigError
 from tests.processes import processes_of
+from tests.waiting import wait_for
 
-pytestmark = [pytest.mark.ray, pytest.mark.timeout(600)]
+pytestmark = pytest.mark.ray
 
 THREE = ROLES[:3]
 DRIVER = """
@@ -61,13 +62,6 @@ def assert_as_if_left_alone(run: Path, alone: Path, roles: tuple[str, ...] = THR
                 np.testing.assert_array_equal(a[name], b[name])
 
 
-def wait_for(what: str, condition: Callable[[], object], seconds: float = 60.0) -> None:
-    until = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < until, f"{what}: not within {seconds:g} s"
-        time.sleep(0.05)
-
-
 def view(run: Path) -> dict[str, dict]:
     """The driver's newest view of its actors, by role."""
     with contextlib.suppress(FileNotFoundError):
@@ -92,7 +86,7 @@ def driver(run: Path, corpus: Path, config: Config, address: str | None = None) 
     finally:
         process.kill()
         process.wait()
-        wait_for("no orphans", lambda: not orphans(process.pid))
+        wait_for(lambda: not orphans(process.pid))
         for agent in processes_of(process.pid):
             os.kill(agent, signal.SIGKILL)
 
@@ -141,7 +135,7 @@ def test_a_killed_driver_leaves_no_process_and_is_resumed(
             list(train(run, resume=True))
         process.kill()
         process.wait()
-        wait_for("no orphans", lambda: not orphans(process.pid))
+        wait_for(lambda: not orphans(process.pid))
     list(train(run, resume=True, roles=THREE))
     assert_as_if_left_alone(run, micro_run)
 
@@ -153,7 +147,7 @@ def test_ctrl_c_stops_cleanly_and_resume_goes_on(
     with driver(run, micro_corpus, micro) as process:
         read_until(process, THREE[0], random.randint(1, 40))
         os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to the whole group, Ray's processes included
-        output = process.communicate(timeout=60)[0]
+        output = process.communicate()[0]
         assert process.returncode == 1 and "interrupted" in output, output
         assert not processes_of(process.pid), "a stopped driver ends all of its Ray"
         assert not list(run.rglob(".step-*")), "a torn checkpoint was left"
@@ -180,10 +174,10 @@ def test_a_lost_node_is_survived(micro_run: Path, micro_corpus: Path, micro: Con
         quarters = override(micro, {"cluster.gpus_per_kernel": 0.25})
         with driver(run, micro_corpus, quarters, cluster.address) as process:
             read_until(process, THREE[0], random.randint(1, 40))
-            wait_for("a kernel's node", lambda: view(run).get(THREE[0], {}).get("node"))
+            wait_for(lambda: view(run).get(THREE[0], {}).get("node"))
             lost = next(n for i, n in nodes.items() if i.startswith(view(run)[THREE[0]]["node"].split()[1]))
             cluster.remove_node(lost, allow_graceful=False)
-            output = process.communicate(timeout=240)[0]
+            output = process.communicate()[0]
             assert process.returncode == 0, output
             assert "restarting from its last checkpoint" in output, output
             assert "(raylet)" not in output, "standard output is for the user"

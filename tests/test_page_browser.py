@@ -18,6 +18,7 @@ import pytest
 from constellation.config import ROLES
 from router.http import keys, page
 from router.route import Router
+from tests.waiting import wait_for
 
 CHROMIUM, DRIVER = Path("/usr/bin/chromium"), Path("/usr/bin/chromedriver")
 FLAGS = (
@@ -35,7 +36,7 @@ class Browser:
     def __init__(self, driver: str, profile: Path):
         options = {"binary": str(CHROMIUM), "args": [*FLAGS.split(), f"--user-data-dir={profile}"]}
         wanted = {"browserName": "chrome", "goog:loggingPrefs": {"browser": "ALL"}, "goog:chromeOptions": options}
-        self.http = httpx.Client(timeout=60)
+        self.http = httpx.Client(timeout=None)
         self.session = driver
         found = self("POST", "/session", capabilities={"alwaysMatch": wanted})
         self.session = f"{driver}/session/{found['sessionId']}"
@@ -54,11 +55,9 @@ class Browser:
         prelude = "const $ = id => document.getElementById(id);"
         return self("POST", "/execute/sync", script=prelude + script, args=list(args))
 
-    def until(self, script: str, *args: Any, seconds: float = 30.0) -> Any:
+    def until(self, script: str, *args: Any) -> Any:
         """What a script returns once that is true."""
-        end = time.monotonic() + seconds
         while not (found := self.do(script, *args)):
-            assert time.monotonic() < end, f"{script}: {self.do('return document.body.innerText')}"
             time.sleep(0.02)
         return found
 
@@ -80,6 +79,12 @@ class Browser:
         return [entry["message"] for entry in self("POST", "/se/log", type="browser")]
 
 
+def is_ready(url: str) -> bool:
+    with contextlib.suppress(httpx.TransportError):
+        return bool(httpx.get(url, timeout=None).json()["value"]["ready"])
+    return False
+
+
 @pytest.fixture(scope="module")
 def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
     with socket.socket() as free:
@@ -87,11 +92,7 @@ def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
         port = free.getsockname()[1]
     driver = subprocess.Popen([DRIVER, f"--port={port}", "--log-level=SEVERE"], stdout=subprocess.DEVNULL)
     try:
-        for _ in range(200):
-            with contextlib.suppress(httpx.TransportError):
-                if httpx.get(f"http://127.0.0.1:{port}/status").json()["value"]["ready"]:
-                    break
-            time.sleep(0.05)
+        wait_for(lambda: driver.poll() is not None or is_ready(f"http://127.0.0.1:{port}/status"))
         browser = Browser(f"http://127.0.0.1:{port}", tmp_path_factory.mktemp("profile"))
         yield browser
         browser("DELETE", "")
@@ -158,7 +159,7 @@ def test_an_answer_is_streamed_in_the_colours_of_its_kernels(browser: Browser, u
         "top_p": 0.95,
         "truncate_prompt_tokens": -1,
     }
-    said = httpx.post(f"{url}/v1/completions", json=body, timeout=60).json()
+    said = httpx.post(f"{url}/v1/completions", json=body, timeout=None).json()
     assert "".join(text for _, text, _, _ in written) == said["choices"][0]["text"]
     assert list(dict.fromkeys(kernel for kernel, *_ in written)) == said["constellation"]["kernels"]
     assert all(colour == legend for *_, colour, legend in written)
@@ -172,7 +173,7 @@ def test_the_map_shows_the_roots_and_where_the_text_lies(browser: Browser, url: 
     assert browser.do("return [...$('kernels').children].map(g => g.dataset.kernel)") == [*ROLES, "ocean"]
     browser.type("prompt", PROMPT)  # it moves as one writes
     browser.until("return $('query').querySelector('.star')")
-    said = httpx.post(f"{url}/route", json={"prompt": PROMPT}).json()
+    said = httpx.post(f"{url}/route", json={"prompt": PROMPT}, timeout=None).json()
     drawn = page.e8_map(Router.load(micro_run / "router"), [])
     u = np.array(said["z"][:8]) * drawn["scale"]
     x, y = np.array(drawn["view"]) @ (u / np.linalg.norm(u))
@@ -195,11 +196,7 @@ def test_stop_ends_the_answer_and_frees_the_service(browser: Browser, url: str) 
     browser.do("$('stop').click()")
     assert "stopped" in browser.until(DONE)
     assert browser.do("return $('error').hidden && !$('send').disabled && $('stop').disabled")
-    for _ in range(100):
-        if httpx.get(f"{url}/health").json()["requests"] == 0:
-            break
-        time.sleep(0.1)
-    assert httpx.get(f"{url}/health").json()["requests"] == 0
+    wait_for(lambda: httpx.get(f"{url}/health", timeout=None).json()["requests"] == 0)
 
 
 def test_the_keyboard_is_enough(browser: Browser, url: str) -> None:

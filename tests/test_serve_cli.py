@@ -19,23 +19,21 @@ import pytest
 from actors.listen import bind, url_of
 from constellation.errors import ConfigError
 from tests.processes import processes_of
+from tests.waiting import wait_for
 
 
 @contextmanager
-def served(*argv: str, timeout: float = 120) -> Iterator[tuple[str, subprocess.Popen[str]]]:
+def served(*argv: str) -> Iterator[tuple[str, subprocess.Popen[str]]]:
     """The address of a server, and its process, which is ended if the test has not."""
     command = [sys.executable, "-m", "constellation", "serve", "--port", "0", *argv]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         assert process.stdout and process.stderr
-        watchdog = threading.Timer(timeout, process.kill)
-        watchdog.start()
         try:
             line = process.stdout.readline()
             found = re.fullmatch(r"ready: (http://\S+)/v1\n", line)
             assert found, line + process.stderr.read()
             yield found[1], process
         finally:
-            watchdog.cancel()
             process.kill()
 
 
@@ -43,7 +41,7 @@ def asked(url: str, **body: Any) -> Any:
     request = urllib.request.Request(
         url, json.dumps(body).encode() if body else None, {"content-type": "application/json"}
     )
-    with urllib.request.urlopen(request, timeout=60) as response:
+    with urllib.request.urlopen(request) as response:
         return json.loads(response.read())
 
 
@@ -60,19 +58,18 @@ def test_the_local_service_gives_the_text_of_generate_and_drains_on_sigterm(micr
         results: list[Any] = []
         slow = threading.Thread(target=lambda: results.append(asked(f"{url}/v1/completions", **body, n=4)))
         slow.start()
-        while not asked(f"{url}/health")["requests"] and slow.is_alive():
-            pass
+        wait_for(lambda: asked(f"{url}/health")["requests"] or not slow.is_alive())
         process.send_signal(signal.SIGTERM)
-        slow.join(60)
+        slow.join()
         assert results and len(results[0]["choices"]) == 4, "who was inside was answered"
-        assert process.wait(60) == 0
+        assert process.wait() == 0
         assert process.stderr and "ending" in process.stderr.read()
 
 
 def test_ctrl_c_ends_the_service_as_an_interruption(micro_run: Path) -> None:
     with served("--run", str(micro_run), "--local") as (_, process):
         process.send_signal(signal.SIGINT)
-        assert process.wait(60) == 130
+        assert process.wait() == 130
         assert process.stderr and process.stderr.read().endswith("constellation: interrupted\n")
 
 
@@ -80,12 +77,12 @@ def test_ctrl_c_ends_the_service_as_an_interruption(micro_run: Path) -> None:
 def test_on_ray_a_run_that_is_not_up_is_brought_up_and_taken_down_in_the_end(micro_run: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     shutil.copytree(micro_run, run)
-    with served("--run", str(run), timeout=200) as (url, process):
+    with served("--run", str(run)) as (url, process):
         head = json.loads((run / "up.json").read_text())["head"]
         body = {"model": "constellation/heart", "prompt": "The import statement", "max_tokens": 20, "temperature": 0}
         assert asked(f"{url}/v1/completions", **body)["usage"]["completion_tokens"] == 20
         process.send_signal(signal.SIGTERM)
-        assert process.wait(100) == 0
+        assert process.wait() == 0
     assert not (run / "up.json").exists() and not Path(head["folder"]).exists()
     assert not processes_of(head["pid"])
 

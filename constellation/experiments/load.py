@@ -75,17 +75,19 @@ async def drive(url: str, load: Load, prompts: Sequence[str], key: str = "") -> 
             waiting.put_nowait(float("inf"))
 
     async def stream(number: int, client: httpx.AsyncClient) -> None:
+        due = number / load.streams * min(WARM_S, load.seconds / 10)  # the first time: every stream asks at least once
         if load.rate is None:
-            await asyncio.sleep(number / load.streams * min(WARM_S, load.seconds / 10))
+            await asyncio.sleep(due)
         while True:
-            now = time.perf_counter() - begin
-            due = now if load.rate is None else await waiting.get()
+            if load.rate is not None:
+                due = await waiting.get()
             if due >= load.seconds:
                 return
             asked = Asked(number, due, left=draw.random() < load.leave)
             body = _body(load, prompts[draw.randrange(len(prompts))], draw.randrange(2**31))
             await _ask(client, asked, body, load.tokens, begin)
             done.append(asked)
+            due = time.perf_counter() - begin
 
     timeout = httpx.Timeout(PATIENCE_S)
     async with httpx.AsyncClient(base_url=url, headers=headers, limits=limits, timeout=timeout) as client:
