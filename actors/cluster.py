@@ -23,14 +23,20 @@ from constellation.errors import ConfigError
 NAMESPACE = "constellation"
 OBJECT_STORE_BYTES = 100 * 2**20  # packets are small, weights travel as files
 ANSWER_S = 5.0  # a Ray that exists answers within
+STARTS_WITHIN = "RAY_raylet_start_wait_time_s"  # Ray's own patience with its start; 30 s is short on a busy machine
+START_S = 180.0
 
 
 def machine(num_cpus: int | None = None) -> dict[str, float]:
     """Logical resources of a Ray started here: at least 2 CPUs, for nobody else counts on this Ray's accounts."""
     import torch
 
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return {"CPU": num_cpus or max(2, cores), "GPU": torch.cuda.device_count()}
+    return {"CPU": num_cpus or max(2, cores()), "GPU": torch.cuda.device_count()}
+
+
+def cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def where(address: str | None) -> str | None:
@@ -83,6 +89,7 @@ def connect(
     import ray
 
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+    os.environ.setdefault(STARTS_WITHIN, str(round(START_S)))
     # Ray writes of deaths on standard output, even with log_to_driver=False; the supervisor tells them elsewhere
     ray._private.worker.print_to_stdstream = lambda data, ignore_prefix=False: None
     common: dict[str, Any] = {"namespace": namespace, "log_to_driver": False, "logging_level": "ERROR"}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from actors.cluster import cores
 from actors.plan import document_bytes, open_plan
 from constellation.config import OCEAN, ROLES
 from constellation.coordizer.tokenizer import Tokenizer
@@ -59,7 +59,7 @@ def evaluate_run(run: Path, corpus: Path | None, top_k: int = 3) -> dict[str, An
 def _read(models: dict[str, Any], cache: TokenCache, tokenizer: Tokenizer, precision: str) -> Scores:
     """The table of Scores, models side by side on the cores."""
     torch.set_num_threads(1)
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
+    with ThreadPoolExecutor(cores()) as pool:
         parts = pool.map(lambda model: np.concatenate(score(model, cache, precision=precision)), models.values())
         ocean, *kernels = parts
     counts = np.diff(cache.offsets)

@@ -19,10 +19,11 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from actors.cluster import OBJECT_STORE_BYTES, machine
+from actors.cluster import OBJECT_STORE_BYTES, START_S, STARTS_WITHIN, machine
+from actors.processes import of_session
 from constellation.errors import RunError
 
-START_S, STOP_S = 60.0, 10.0
+STOP_S = 10.0
 
 
 @dataclass(frozen=True)
@@ -55,6 +56,7 @@ def start_head(num_cpus: int | None = None) -> Head:
     (folder / "token").write_text(token)
     environment = {
         **os.environ, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": token, "RAY_USAGE_STATS_ENABLED": "0",
+        STARTS_WITHIN: os.environ.get(STARTS_WITHIN, str(round(START_S))),
         "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
     }  # fmt: skip
     command = [
@@ -118,12 +120,9 @@ def _started(pid: int) -> float | None:
 
 def _kill_session(leader: int) -> None:
     """SIGKILL for whatever is left of the session that `leader` led: Ray's workers have process groups of their own."""
-    import psutil
-
-    for process in psutil.process_iter():
-        with contextlib.suppress(ProcessLookupError, psutil.NoSuchProcess):
-            if os.getsid(process.pid) == leader:
-                os.kill(process.pid, signal.SIGKILL)
+    for pid in of_session(leader):
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
     _reap(leader)
 
 

@@ -20,6 +20,7 @@ from types import FrameType
 from actors.cluster import connected, inside, machine, where
 from actors.exclusive import exclusive
 from actors.hire import trainers
+from actors.memory import check_memory, free_bytes
 from actors.placement import check, check_cluster, reserve, share
 from actors.plan import fit_router, kernel_job, ocean_job, open_request, prepare, request
 from actors.status import VIEW, done, finished, roots, summary, write_view
@@ -65,6 +66,7 @@ def train(
         with _withdrawn(run, fresh):  # too small a cluster is told before any work is done
             if address is None and not inside():
                 check(bundles, [machine(num_cpus)], "this machine")
+                check_memory(config, len(roles), free_bytes())
             else:
                 stack.enter_context(connected(address))
                 check_cluster(bundles)

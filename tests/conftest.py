@@ -16,8 +16,6 @@ if TYPE_CHECKING:
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before numpy and torch: threads of several processes fight for cores
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-os.environ.setdefault("RAY_raylet_start_wait_time_s", "90")  # Ray's own patience is short on a busy machine
-
 
 settings.register_profile("same", deadline=None, derandomize=True)  # no test asserts a time
 settings.register_profile("explore", deadline=None)

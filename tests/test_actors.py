@@ -23,11 +23,13 @@ from actors import cluster, detached
 from actors.exclusive import exclusive, is_held
 from actors.hire import options_of, servers
 from actors.launch import summary, train
+from actors.memory import check_memory, free_bytes, needed_bytes
 from actors.placement import Placement, check, halves, pack
+from actors.processes import of_session
 from actors.status import folder_status, root_name
 from constellation.config import OCEAN, ROLES, Config, override
 from constellation.errors import ArtifactError, ConfigError, DataError, PlacementError, RunError
-from tests.processes import processes_of
+from constellation.presets import m100
 from tests.waiting import wait_for
 
 THREE = ROLES[:3]
@@ -188,6 +190,17 @@ def test_a_machine_too_small_is_told_at_once_and_nothing_is_written(
     with pytest.raises(PlacementError, match=r"needs 8 x \(CPU 0\.25, GPU 4\).*GPU 32; this machine has CPU \d+, GPU"):
         list(train(tmp_path / "run", tmp_path / "empty", override(micro, {"cluster.gpus_per_kernel": 4})))
     assert not (tmp_path / "run").exists()
+
+
+def test_a_machine_with_too_little_memory_is_told_what_training_takes(micro: Config) -> None:
+    needed = needed_bytes(micro, 8)
+    check_memory(micro, 8, needed)
+    with pytest.raises(
+        PlacementError, match=r"training 8 kernels of the preset tiny takes at least (.*) of memory, 1\.0 GiB"
+    ):
+        check_memory(micro, 8, 2**30)
+    assert needed_bytes(m100(), 8) > needed_bytes(micro, 8) > needed_bytes(micro, 1) > 2**30
+    assert 2**28 < free_bytes() < 2**50
 
 
 def test_a_request_that_cannot_be_met_leaves_no_folder(micro: Config, micro_corpus: Path, tmp_path: Path) -> None:
@@ -400,7 +413,7 @@ def test_up_without_a_cluster_starts_a_ray_that_outlives_it_and_down_ends_all_of
     done = subprocess.run([sys.executable, "-c", UP_AND_DOWN, str(run)], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     leader = done.stdout.split("leader ")[1].split()[0]
-    assert not processes_of(int(leader))
+    assert not of_session(int(leader))
 
 
 def heal(run: Path, before: dict[str, int], killed: tuple[str, ...]) -> None:

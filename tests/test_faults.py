@@ -21,10 +21,10 @@ import pytest
 
 from actors import launch, supervisor
 from actors.launch import train
+from actors.processes import of_session
 from actors.status import VIEW, done, folder_status
 from constellation.config import OCEAN, ROLES, Config, override
 from constellation.errors import ConfigError
-from tests.processes import processes_of
 from tests.waiting import wait_for
 
 pytestmark = pytest.mark.ray
@@ -72,7 +72,7 @@ def view(run: Path) -> dict[str, dict]:
 def orphans(session: int) -> dict[int, str]:
     """What a dead driver left at work. Two agents of Ray itself try for a minute to tell their dead head of it."""
     agents = ("ray::DashboardAgent", "ray::RuntimeEnvAgent")
-    return {pid: command for pid, command in processes_of(session).items() if not command.startswith(agents)}
+    return {pid: command for pid, command in of_session(session).items() if not command.startswith(agents)}
 
 
 @contextlib.contextmanager
@@ -87,7 +87,7 @@ def driver(run: Path, corpus: Path, config: Config, address: str | None = None) 
         process.kill()
         process.wait()
         wait_for(lambda: not orphans(process.pid))
-        for agent in processes_of(process.pid):
+        for agent in of_session(process.pid):
             os.kill(agent, signal.SIGKILL)
 
 
@@ -149,7 +149,7 @@ def test_ctrl_c_stops_cleanly_and_resume_goes_on(
         os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to the whole group, Ray's processes included
         output = process.communicate()[0]
         assert process.returncode == 1 and "interrupted" in output, output
-        assert not processes_of(process.pid), "a stopped driver ends all of its Ray"
+        assert not of_session(process.pid), "a stopped driver ends all of its Ray"
         assert not list(run.rglob(".step-*")), "a torn checkpoint was left"
     status = folder_status(run)
     assert status.state == "stopped" and "--resume" in status.detail

@@ -17,8 +17,8 @@ from typing import Any
 import pytest
 
 from actors.listen import bind, url_of
+from actors.processes import of_session
 from constellation.errors import ConfigError
-from tests.processes import processes_of
 from tests.waiting import wait_for
 
 
@@ -84,7 +84,7 @@ def test_on_ray_a_run_that_is_not_up_is_brought_up_and_taken_down_in_the_end(mic
         process.send_signal(signal.SIGTERM)
         assert process.wait() == 0
     assert not (run / "up.json").exists() and not Path(head["folder"]).exists()
-    assert not processes_of(head["pid"])
+    assert not of_session(head["pid"])
 
 
 def refusal(*argv: str) -> str:

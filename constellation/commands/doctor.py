@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.metadata
-import os
 import platform
 import shutil
 import tempfile
@@ -24,6 +23,7 @@ def command(as_json: bool) -> None:
     """Check Python, torch, Ray, GPUs and disk, then run a self-test: train a few steps, save, load, call an actor."""
     checks = (
         ("python", _python), ("torch", _torch), ("ray", _ray), ("gpus", _gpus), ("disk", _disk),
+        ("memory", _memory),
         ("decoding", _decoding),
         ("self-test: geometry", _geometry), ("self-test: train, save, load", _train), ("self-test: ray actor", _actor),
     )  # fmt: skip
@@ -45,7 +45,9 @@ def command(as_json: bool) -> None:
 
 
 def _python() -> str:
-    return f"{platform.python_version()} on {platform.system()} {platform.machine()}, {os.cpu_count()} cores"
+    from actors.cluster import cores
+
+    return f"{platform.python_version()} on {platform.system()} {platform.machine()}, {cores()} cores"
 
 
 def _torch() -> str:
@@ -77,6 +79,15 @@ def _disk() -> str:
         if size < NEEDED_DISK:
             raise RuntimeError(f"{folder}: {size / 2**30:.1f} GiB free, at least {NEEDED_DISK / 2**30:.0f} are needed")
     return ", ".join(f"{folder}: {size / 2**30:.0f} GiB free" for folder, size in sorted(free.items()))
+
+
+def _memory() -> str:
+    from actors.memory import check_memory, free_bytes, gib, needed_bytes
+    from constellation.config import ROLES
+    from constellation.presets import small, tiny
+
+    check_memory(tiny(), len(ROLES), free := free_bytes())
+    return f"{gib(free)} free; training the preset small takes at least {gib(needed_bytes(small(), len(ROLES)))}"
 
 
 def _decoding() -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import resource
 import signal
 import socket
 import subprocess
@@ -56,23 +55,9 @@ def running(url: str) -> Iterator[tuple[str, None]]:
 
 def resident_mb(pid: int) -> float:
     """Resident memory of a process and all its descendants, MB."""
-    parents: dict[int, list[int]] = {}
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdigit():
-            try:
-                parent = int((entry / "stat").read_text().rpartition(")")[2].split()[1])
-            except OSError:  # ended meanwhile
-                continue
-            parents.setdefault(parent, []).append(int(entry.name))
-    total, todo = 0, [pid]
-    while todo:
-        one = todo.pop()
-        todo += parents.get(one, [])
-        try:
-            total += int(Path(f"/proc/{one}/statm").read_text().split()[1])
-        except OSError:
-            continue
-    return total * resource.getpagesize() / 1e6
+    from actors.processes import resident_bytes
+
+    return resident_bytes(pid) / 1e6
 
 
 def _wait_ready(url: str, process: subprocess.Popen[bytes], log: Any) -> None:

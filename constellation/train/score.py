@@ -72,18 +72,18 @@ def score(
             x = np.concatenate([prefix[doc].astype(np.int64), x], axis=1)
         with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
             hidden = model.hidden(torch.from_numpy(x).to(device))[:, x.shape[1] - size :]
-            nats = _token_nats(model, hidden, torch.from_numpy(y).to(device), chunk)
-        out[(base[doc] + target)[real]] = nats.cpu().numpy()[real]
+            real_N = torch.from_numpy(np.flatnonzero(real)).to(device)  # others were scored before, or are padding
+            nats = _token_nats(model, hidden.flatten(0, 1)[real_N], torch.from_numpy(y[real]).to(device), chunk)
+        out[(base[doc] + target)[real]] = nats.cpu().numpy()
     return np.split(out, base[1:-1])
 
 
-def _token_nats(model: KernelLM, hidden: Tensor, targets: Tensor, chunk: int) -> Tensor:
-    flat, y = hidden.flatten(0, 1), targets.flatten()
+def _token_nats(model: KernelLM, hidden_ND: Tensor, targets_N: Tensor, chunk: int) -> Tensor:
     parts = []
-    for start in range(0, len(y), chunk):
-        logits = model.logits(flat[start : start + chunk]).float()
-        parts.append(logits.logsumexp(-1) - logits.gather(1, y[start : start + chunk, None])[:, 0])
-    return torch.cat(parts).view(targets.shape)
+    for hidden, targets in zip(hidden_ND.split(chunk), targets_N.split(chunk), strict=True):
+        logits = model.logits(hidden).float()
+        parts.append(logits.logsumexp(-1) - logits.gather(1, targets[:, None])[:, 0])
+    return torch.cat(parts)
 
 
 def bits_per_byte(nats: Sequence[np.ndarray], byte_length: np.ndarray) -> float:
