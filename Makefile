@@ -5,11 +5,13 @@ BIN := .venv/bin
 RUN ?= runs/demo-$(PRESET)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow test-clients check bench clean
+.PHONY: help demo test test-avx2 test-slow test-clients check bench clean
+PYTEST := $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadgroup
 
 help:
 	@echo "make demo    set up, train the constellation on Python's own documentation, print samples and the results table (PRESET=tiny|small)"
-	@echo "make test    set up, run the test suite (under ten minutes on two cores); make test-slow runs the long ones, make test-clients those with other people's clients"
+	@echo "make test    set up, run the test suite, what computes numbers also as on a processor with AVX2 alone (make test-avx2)"
+	@echo "             make test-slow runs the long ones, make test-clients those with other people's clients"
 	@echo "make check   format, lint, types"
 	@echo "make bench   the quick benchmarks: route, train"
 	@echo "make clean   remove .venv and caches; runs/ stays"
@@ -18,14 +20,25 @@ help:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || (echo "constellation needs Python 3.11 or newer; name one: make PYTHON=python3.12" && exit 1)
 	@echo "setting up .venv (a few minutes the first time)"
 	@$(PYTHON) -m venv .venv
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[dev]"
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile --constraint constraints.txt --editable ".[dev]"
 	@touch $@
 
 demo: .venv/installed
 	@$(BIN)/constellation demo --preset $(PRESET) --run $(RUN)
 
-test: .venv/installed
-	@$(BIN)/python -m pytest -n 2 --dist loadgroup
+test: test-avx2
+	@$(PYTEST)
+
+# what computes numbers, as a processor with AVX2 and no more would; nothing to restrict elsewhere
+NUMERIC := $(foreach name,int8 polar native decode engine kronecker model loss,$(wildcard tests/test_*$(name)*.py))
+test-avx2: export ONEDNN_MAX_CPU_ISA = AVX2
+test-avx2: export ATEN_CPU_CAPABILITY = avx2
+test-avx2: export MKL_ENABLE_INSTRUCTIONS = AVX2
+test-avx2: export CONSTELLATION_NATIVE_MARCH = haswell
+test-avx2: .venv/installed
+ifneq ($(filter x86_64 amd64,$(shell uname -m)),)
+	@$(PYTEST) $(NUMERIC)
+endif
 
 test-slow: .venv/installed
 	@$(BIN)/python -m pytest -m slow
