@@ -14,10 +14,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from constellation.config import Kernel
-from constellation.kernel.compiled import FLAGS, SOURCES
+from constellation.kernel.compiled import FLAGS, SOURCES, available
 from constellation.kernel.model import KernelLM
 from constellation.kernel.native import NativeSlots, Panels, Panels8, suits
 from constellation.kernel.packed import Packed
+
+if not available():
+    pytest.skip("no C compiler", allow_module_level=True)
 
 SMALL = Kernel(vocab_size=300, width=48, layers=2, heads=3, hidden=100, context=40, coupling_ref=8)
 
