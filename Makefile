@@ -29,7 +29,7 @@ demo: .venv/installed
 test: test-avx2
 	@$(PYTEST)
 
-# what computes numbers, as a processor with AVX2 and no more would; nothing to restrict elsewhere
+# what computes numbers, as a processor with AVX2 and no more would (x86 alone); how the library is made is no number
 NUMERIC := $(foreach name,int8 polar native decode engine kronecker model loss,$(wildcard tests/test_*$(name)*.py))
 test-avx2: export ONEDNN_MAX_CPU_ISA = AVX2
 test-avx2: export ATEN_CPU_CAPABILITY = avx2
@@ -37,7 +37,7 @@ test-avx2: export MKL_ENABLE_INSTRUCTIONS = AVX2
 test-avx2: export CONSTELLATION_NATIVE_MARCH = haswell
 test-avx2: .venv/installed
 ifneq ($(filter x86_64 amd64,$(shell uname -m)),)
-	@$(PYTEST) $(NUMERIC)
+	@$(PYTEST) $(NUMERIC) -k "not library and not processor and not loaded"
 endif
 
 test-slow: .venv/installed
