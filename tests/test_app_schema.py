@@ -24,7 +24,7 @@ from router.service import Service
 NAMES = ("heart", "memory")
 TEXTS = [f"the quick brown fox {i} jumps over the lazy dog {i}: x = {i} + 1\n" * 4 for i in range(20)]
 TOKENIZER = Tokenizer.train(TEXTS, 300)
-KERNEL = Kernel(vocab_size=304, width=8, layers=1, heads=2, hidden=8, context=32, coupling_ref=8)
+KERNEL = Kernel(vocab_size=304, width=16, layers=1, heads=1, hidden=16, context=32, coupling_ref=8)  # decoded in C
 CONFIG = Config(kernel=KERNEL)
 EXAMPLES = int(os.environ.get("SCHEMATHESIS_EXAMPLES", "5"))  # requests an operation
 
