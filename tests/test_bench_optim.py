@@ -374,7 +374,7 @@ def test_a_killed_run_goes_on_where_it_was_and_its_table_is_made_again_from_the_
     work, out = tmp_path / "work", tmp_path / "optim.json"
     command = [
         sys.executable, "-m", "constellation", "bench", "optim", "--work", str(work), "--corpus", str(micro_corpus),
-        "--tasks", "digits", "--optimizers", "adamw,muon", "--scale", "0.1", "--workers", "1",
+        "--tasks", "digits", "--optimizers", "adamw,diagonal", "--scale", "0.1", "--workers", "1",
         "--out", str(out),
     ]  # fmt: skip
     first = subprocess.Popen(command, start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
@@ -389,7 +389,7 @@ def test_a_killed_run_goes_on_where_it_was_and_its_table_is_made_again_from_the_
     assert all((trials / name).stat().st_mtime_ns == at for name, at in kept.items())
     result = json.loads(out.read_text())
     assert set(result["summary"]) == {"digits"}
-    assert {t["row"] for t in result["tasks"]["digits"]["runs"]} == {"adamw", "muon"}
+    assert {t["row"] for t in result["tasks"]["digits"]["runs"]} == {"adamw", "diagonal"}
     assert len(list(trials.glob("*.json"))) == sum(
         len(part["tuning"]) + len(part["runs"]) for part in result["tasks"].values()
     )
