@@ -413,7 +413,7 @@ def test_up_without_a_cluster_starts_a_ray_that_outlives_it_and_down_ends_all_of
     done = subprocess.run([sys.executable, "-c", UP_AND_DOWN, str(run)], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     leader = done.stdout.split("leader ")[1].split()[0]
-    assert not of_session(int(leader))
+    wait_for(lambda: not of_session(int(leader)))  # SIGKILL takes a moment
 
 
 def heal(run: Path, before: dict[str, int], killed: tuple[str, ...]) -> None:

@@ -84,7 +84,7 @@ def test_on_ray_a_run_that_is_not_up_is_brought_up_and_taken_down_in_the_end(mic
         process.send_signal(signal.SIGTERM)
         assert process.wait() == 0
     assert not (run / "up.json").exists() and not Path(head["folder"]).exists()
-    assert not of_session(head["pid"])
+    wait_for(lambda: not of_session(head["pid"]))  # SIGKILL takes a moment
 
 
 def refusal(*argv: str) -> str:
