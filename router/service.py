@@ -80,7 +80,7 @@ class Service:
     def check(self, ask: Ask) -> None:
         """ConfigError if `ask` cannot be answered, before anything is decoded."""
         check(ask, self.policy, self.kernels.names)
-        Life("", ask, self.policy, self.tokenizer, self.config).packet.encode()
+        Life("", ask, self.policy, self.tokenizer, self.config)
 
     async def stream(self, ask: Ask) -> AsyncGenerator[Piece | Answer, None]:
         """The pieces of the answer as they come, then the `Answer`. Leaving early frees what it took."""

@@ -21,6 +21,7 @@ from router import reading
 from router.fit import fit
 from router.kernels import LocalAsyncKernels
 from router.local import LocalKernels
+from router.packet import COUNTS_BYTES, Packet
 from router.room import Room
 from router.service import Answer, Ask, Piece, Service, numbered
 from router.session import generate
@@ -202,6 +203,39 @@ def test_a_question_that_cannot_be_answered_is_refused_before_anything_is_decode
     ):
         with pytest.raises(ConfigError, match=wanted):
             service().check(ask)
+
+
+def test_a_packet_that_would_outgrow_its_bound_at_the_end_of_a_long_answer_is_refused_at_its_beginning(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """And one that is let in keeps to it however long the answer becomes, and whatever its text is."""
+    wishes: dict[str, Any] = {
+        "temperature": 0.123, "top_k": 2**31 - 1, "top_p": 0.9, "min_p": 0.1, "repetition_penalty": 1.5, "index": 127,
+        "presence_penalty": 1.1, "frequency_penalty": 1.2, "min_tokens": 65_535, "max_new_tokens": 65_536,
+        "ignore_eos": True, "logprobs": 20, "stop_token_ids": tuple(2**32 - 1 - i for i in range(64)),
+        "seed": 2**64 - 1,
+    }  # fmt: skip
+    found = set()
+    for length in range(1, 31):
+        stop = tuple(f"{i:x}" * length for i in range(16))
+        begun = Packet("f" * 32, "heart", (17,), Sampling(**wishes, stop=stop), z=bytes(256), posterior=bytes(32))
+        begun.encode()
+        grown = dataclasses.replace(
+            begun, kernel="integration", position=65_536, pending=b"x" * (length - 1), finish="length", tail=b"xx",
+            text_bytes=2**31, counts=bytes(1 + COUNTS_BYTES),
+        )  # fmt: skip
+        try:
+            begun.check(("heart", "integration"))
+        except ConfigError as refused:
+            assert "may grow to" in str(refused)
+            found.add("refused")
+        else:
+            assert grown.encode()
+            found.add("let in")
+    assert found == {"refused", "let in"}
+    monkeypatch.setattr("router.packet.BODY_BYTES", 2048)  # room for what the answer begins with, not for its end
+    with pytest.raises(ConfigError, match="may grow to"):
+        asyncio.run(whole(service(), ASKS[0]))
 
 
 def test_the_service_lists_its_models_and_explains_a_route() -> None:
