@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,6 +15,7 @@ from constellation.errors import ConfigError
 if TYPE_CHECKING:
     from fastapi import FastAPI
 
+    from router.http.limits import Front
     from router.kernels import AsyncKernels
     from router.service import Service
 
@@ -43,11 +45,23 @@ def service_of(run: Path, kernels: AsyncKernels) -> Service:
     return Service(plan.config, router, tokenizer, kernels, name=NAME, created=created)
 
 
-def application(run: Path, kernels: AsyncKernels, key_file: Path | None = None) -> FastAPI:
+def application(run: Path, kernels: AsyncKernels, key_file: Path | None = None, front: Front | None = None) -> FastAPI:
     """The application in front of a run; without a key file everyone may ask."""
     try:
         from router.app import Settings, make_app
         from router.http.keys import Keys
+        from router.http.limits import Front
     except ModuleNotFoundError as error:
         raise ConfigError(f"serving needs {error.name}: pip install 'constellation[serve]'") from None
-    return make_app(service_of(run, kernels), Settings(keys=Keys(key_file)))
+    front = front or Front()
+    if front.access_log:
+        _log_on_stderr("constellation.access")
+    return make_app(service_of(run, kernels), Settings(keys=Keys(key_file), front=front))
+
+
+def _log_on_stderr(name: str) -> None:
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
+    log = logging.getLogger(name)
+    log.handlers, log.propagate = [handler], False
+    log.setLevel(logging.INFO)

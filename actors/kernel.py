@@ -211,19 +211,13 @@ class KernelMailbox:
         return await asyncio.wrap_future((await self._loaded()).submit(packet, budget_bytes))
 
     async def bits(self, packet: bytes, count: int) -> float:
-        return await asyncio.to_thread((await self._loaded()).bits, packet, count)
+        return await asyncio.wrap_future((await self._loaded()).submit_bits(packet, count))
 
     async def log_probs(self, windows: Sequence[Sequence[int]], tail: int) -> NDArray[np.float32]:
-        return await asyncio.to_thread((await self._loaded()).log_probs, windows, tail)
+        return await asyncio.wrap_future((await self._loaded()).submit_log_probs(windows, tail))
 
     async def score(self, windows: Sequence[Sequence[int]], top: int, tail: int | None) -> list[list[Scored]]:
-        return await asyncio.to_thread((await self._loaded()).score, windows, top, tail)
-
-    @ray.method(concurrency_group="control")
-    async def cancel(self, request: str) -> None:
-        """End the turn of `request`, if one is under way."""
-        if self._engine.state == "serving":
-            self._engine.answerer.cancel(request)
+        return await asyncio.wrap_future((await self._loaded()).submit_score(windows, top, tail))
 
     @ray.method(concurrency_group="control")
     async def stats(self) -> dict[str, Any]:

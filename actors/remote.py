@@ -167,7 +167,8 @@ class RayKernels:
 class AsyncRayKernels:
     """The actors of a constellation that is up, for many askers at once; `find` as for `RayKernels`.
 
-    Every call waits for itself alone. One whose actor is lost is asked again of the replacement.
+    Every call waits for itself alone. One whose actor is lost is asked again of the replacement; one that is left, or
+    took too long, is cancelled in its actor too.
     """
 
     def __init__(self, find: Callable[[str], Any]):
@@ -195,12 +196,6 @@ class AsyncRayKernels:
         found: list[list[Scored]] = await self._ask(kernel, "score", windows, top, tail)
         return found
 
-    async def cancel(self, kernel: str, request: str) -> None:
-        """Once, and no more: a kernel that cannot be reached has lost the request anyway."""
-        if kernel in self._actors:
-            with contextlib.suppress(RayError):
-                await self._actors[kernel].cancel.remote(request)
-
     async def stats(self) -> dict[str, dict[str, Any]]:
         """What each kernel says within STATS_S; {"state": "unreachable"} for one that says nothing."""
         return dict(zip(self.names, await asyncio.gather(*map(self._stats, self.names)), strict=True))
@@ -224,7 +219,7 @@ class AsyncRayKernels:
             actor = None
             try:
                 actor = await self._actor(name)
-                return await asyncio.wait_for(getattr(actor, method).remote(*arguments), TURN_S)
+                return await _answer_of(getattr(actor, method).remote(*arguments))
             except RayTaskError as error:  # it ran, and raised: it would again
                 cause = error.cause
                 raise cause if isinstance(cause, ConstellationError) else RunError(f"{name}: {cause!r}") from None
@@ -235,3 +230,13 @@ class AsyncRayKernels:
                     why = f"does not answer since {RECOVER_S:g} s ({type(error).__name__})"
                     raise RunError(f"{name} {why}; constellation status") from None
                 await asyncio.sleep(RETRY_EVERY_S)
+
+
+async def _answer_of(ref: Any) -> Any:
+    """The answer that `ref` stands for; whoever does not wait for it any more takes it out of the actor."""
+    try:
+        return await asyncio.wait_for(ref, TURN_S)
+    except (asyncio.CancelledError, TimeoutError):
+        with contextlib.suppress(RayError):
+            ray.cancel(ref)
+        raise

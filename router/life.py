@@ -168,6 +168,7 @@ class Life:
         self.packet = Packet(ask.request or str(number), ask.mode, self.opening, ask.sampling)
         self._read(prompt)
         self._look()
+        self.packet.check(self.view.names if self.view else ())
 
     def live(self) -> Steps:
         """Yields calls, is sent their results; yields pieces, is sent nothing; returns the answer."""

@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 import threading
+import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -67,6 +68,34 @@ def test_the_local_service_gives_the_text_of_generate_and_drains_on_sigterm(micr
         assert results and len(results[0]["choices"]) == 4, "who was inside was answered"
         assert process.wait(60) == 0
         assert process.stderr and "ending" in process.stderr.read()
+
+
+def test_on_this_machine_it_is_asked_by_its_own_names_and_logs_each_request(micro_run: Path) -> None:
+    """A page whose name was made to lead here (DNS rebinding) is not answered, nor what a page may send unasked."""
+
+    def status(url: str, data: bytes | None = None, **headers: str) -> int:
+        request = urllib.request.Request(url, data, {name.replace("_", "-"): value for name, value in headers.items()})
+        try:
+            with urllib.request.urlopen(request, timeout=60) as response:
+                return int(response.status)
+        except urllib.error.HTTPError as error:
+            return error.code
+
+    body = json.dumps({"prompt": "x", "max_tokens": 1}).encode()
+    more = ("--allow-host", "Laptop.local", "--access-log")
+    with served("--run", str(micro_run), "--local", *more) as (url, process):
+        port = url.rpartition(":")[2]
+        for host, expected in (("evil.example", 421), (f"localhost:{port}", 200), ("laptop.local", 200)):
+            assert status(f"{url}/v1/models", Host=host) == expected
+        asked = f"{url}/v1/completions"
+        assert status(asked, body, Content_Type="text/plain", Origin="http://evil.example") == 415
+        assert status(asked, body, Content_Type="application/json", X_Request_Id="mine-7") == 200
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(60) == 0
+        assert process.stderr
+        lines = [line for line in process.stderr.read().splitlines() if '"' in line]
+        assert [re.sub(r".* (\d{3}) .*", r"\1", line) for line in lines] == ["421", "200", "200", "415", "200"]
+        assert lines[-1].endswith("mine-7") and '127.0.0.1 anyone "POST /v1/completions"' in lines[-1]
 
 
 def test_ctrl_c_ends_the_service_as_an_interruption(micro_run: Path) -> None:
