@@ -22,6 +22,7 @@ from ray.exceptions import GetTimeoutError, RayError, RayTaskError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from actors import detached
+from actors import record as records
 from actors.hire import options_of
 from constellation.errors import ConstellationError, RunError
 
@@ -168,12 +169,12 @@ def serve(
     A constellation that is up is used and left up; one that is not is brought up, and taken down in the end.
     """
     with contextlib.ExitStack() as stack:
-        record = detached.read_record(place.run)
+        record = records.read(place.run)
         ours = record is None or bool(record.unreachable())
         detached.up(place.run, address=address, changes=changes, say=say)
         if ours:
             stack.callback(detached.down, place.run, say=say)
-        record = detached.read_record(place.run)
+        record = records.read(place.run)
         assert record is not None
         stack.enter_context(record.connected())
         crew = Fronts(Place(**{**vars(place), "name": record.name}), fronts, say)

@@ -55,6 +55,7 @@ def command(
 
     changes = parse_assignments(overrides)
     config = servable(run, changes)
+    options.say_unfinished(run)
     from actors.listen import bind
 
     bind(host, port).close()  # told before anything is started
