@@ -97,7 +97,7 @@ def status(run: Path | None = None, *, name: str | None = None, address: str | N
         return folder
     if why := record.unreachable():
         return dataclasses.replace(folder, detail=f"{why}; {folder.detail}")
-    with record.connected():
+    with records.in_use(run, record), record.connected():
         actor = _supervisor(record.name)
         if actor is None:
             return dataclasses.replace(folder, detail=f"its actors are gone; {folder.detail}")
@@ -123,13 +123,12 @@ def down(run: Path | None = None, *, name: str | None = None, address: str | Non
             say(f"{run} is not up")
             return False
         _check_here(run, record)
-        if why := record.unreachable():
+        if why := dataclasses.replace(record, ending=False).unreachable():  # a `down` before us may have been killed
             say(f"{run} was up, but {why}; forgotten")
             _forget(run)
             return True
-        records.write(run, dataclasses.replace(record, ending=True))  # whoever asks it now hears why it falls silent
-        _take_down(record)
-        records.remove(run)
+        with records.ended(run, record):
+            _take_down(record)
         say(f"{run} is down")
         return True
 

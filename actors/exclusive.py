@@ -25,21 +25,29 @@ from constellation.errors import ConfigError
 
 @contextmanager
 def exclusive(
-    folder: Path, wait_s: float = 0.0, stop: Callable[[], bool] = lambda: False, name: str = ".lock"
+    folder: Path,
+    wait_s: float = 0.0,
+    stop: Callable[[], bool] = lambda: False,
+    name: str = ".lock",
+    shared: bool = False,
 ) -> Iterator[None]:
-    """Hold `folder` for this process; ConfigError when another one still does after `wait_s` seconds."""
+    """Hold `folder` for this process; ConfigError when another one still does after `wait_s` seconds.
+
+    Those that are `shared` hold it together.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     with _open(folder / name, os.O_RDWR | os.O_CREAT | os.O_APPEND) as file:
         until = time.monotonic() + wait_s
-        while not _lock(file.fileno(), folder):
+        while not _lock(file.fileno(), folder, shared):
             if time.monotonic() >= until or stop():
                 file.seek(0)
                 holder = file.read().decode(errors="replace") or "another process"
                 raise ConfigError(f"{folder} is in use by {holder}; wait for it or stop it, then try again")
             time.sleep(0.05)
-        file.truncate(0)
-        file.write(f"process {os.getpid()} on {socket.gethostname()}".encode())
-        file.flush()
+        if not shared:
+            file.truncate(0)
+            file.write(f"process {os.getpid()} on {socket.gethostname()}".encode())
+            file.flush()
         yield
 
 
@@ -66,9 +74,9 @@ def _open(path: Path, flags: int) -> IO[bytes]:
     return file
 
 
-def _lock(descriptor: int, folder: Path) -> bool:
+def _lock(descriptor: int, folder: Path, shared: bool = False) -> bool:
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(descriptor, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
     except OSError as error:
         if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
             return False

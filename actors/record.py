@@ -23,9 +23,10 @@ from actors.exclusive import exclusive
 from actors.head import Head
 from actors.private import alone
 from constellation.atomic import write_json
-from constellation.errors import ArtifactError, ConfigError
+from constellation.errors import ArtifactError, ConfigError, RunError
 
 SCHEMA = 2
+LEAVE_S = 20.0  # for those who ask it to hear that it is taken down, and to leave
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,8 @@ class Record:
 
     def unreachable(self) -> str:
         """Why nobody answers there, found out within seconds; "" if somebody does."""
+        if self.ending:
+            return "it is being taken down"
         if self.head is not None and not self.head.here():
             return f"it is up on {self.head.host}, which that machine alone can reach"
         if self.head is not None and not self.head.alive():
@@ -104,6 +107,34 @@ def locked(run: Path, wait_s: float = 0.0) -> Iterator[None]:
     """One `up` or `down` of a run at a time."""
     with exclusive(state_folder(), wait_s, name=_path(run).with_suffix(".lock").name):
         yield
+
+
+@contextlib.contextmanager
+def in_use(run: Path, record: Record) -> Iterator[None]:
+    """We are connected to `record` inside the block: `down` waits a moment for us to leave. RunError when it is ended.
+
+    A process whose Ray dies beneath it is ended by Ray, without a word that a user understands.
+    """
+    with exclusive(state_folder(), LEAVE_S, name=_path(run).with_suffix(".use").name, shared=True):
+        check_up(run, record)
+        yield
+
+
+@contextlib.contextmanager
+def ended(run: Path, record: Record) -> Iterator[None]:
+    """Whoever uses `record` is told to leave, and has left inside the block, or was waited for long enough."""
+    write(run, dataclasses.replace(record, ending=True))
+    with contextlib.ExitStack() as stack:
+        with contextlib.suppress(ConfigError):
+            stack.enter_context(exclusive(state_folder(), LEAVE_S, name=_path(run).with_suffix(".use").name))
+        yield
+    remove(run)
+
+
+def check_up(run: Path, record: Record) -> None:
+    """RunError unless the constellation of `record` is still up."""
+    if read(run) != record:
+        raise RunError(f"{run} was taken down meanwhile; ask again: this process will answer")
 
 
 def _path(run: Path) -> Path:

@@ -72,11 +72,8 @@ def kernels_of(run: Path, record: Record, say: Callable[[str], None] = print) ->
     def actor(role: str) -> Any:
         return ray.get_actor(role, namespace=namespace_of(record.name))
 
-    def ended() -> str:
-        return "" if records.read(run) == record else f"{run} was taken down while it answered"
-
-    with record.connected():
-        yield RayKernels(actor, say, ended)
+    with records.in_use(run, record), record.connected():
+        yield RayKernels(actor, say, lambda: records.check_up(run, record))
 
 
 @contextlib.contextmanager
@@ -113,16 +110,16 @@ def _on_demand(supervisor: Supervisor, run: Path) -> Iterator[Callable[[str], An
 class RayKernels:
     """The actors of a constellation that is up; `find` gives an actor's handle by its name, ValueError when absent.
 
-    `ended` says why nobody will answer any more, or "".
+    `check` raises when nobody will answer any more.
     """
 
     def __init__(
         self,
         find: Callable[[str], Any],
         say: Callable[[str], None] = lambda text: None,
-        ended: Callable[[], str] = lambda: "",
+        check: Callable[[], None] = lambda: None,
     ):
-        self.find, self._say, self._ended = find, say, ended
+        self.find, self._say, self._check = find, say, check
         self._actors: dict[str, Any] = {}
 
     @property
@@ -156,7 +153,7 @@ class RayKernels:
             lost = [name for name, reason in why.items() if reason]
             if not lost:
                 return answers
-            self._check_ended()
+            self._check()
             now = time.monotonic()
             if now - began > RECOVER_S:
                 raise RunError(
@@ -171,10 +168,6 @@ class RayKernels:
         """The step that each kernel of a constellation which is up has loaded."""
         status = self._ask({SUPERVISOR: ("status",)})[SUPERVISOR]
         return {kernel.role: kernel.step for kernel in status.kernels if kernel.role in self.names}
-
-    def _check_ended(self) -> None:
-        if why := self._ended():
-            raise RunError(why)
 
     def _call(self, name: str, method: str, *arguments: Any) -> Any:
         try:
@@ -191,7 +184,7 @@ class RayKernels:
         try:
             until = time.monotonic() + TURN_S
             while not ray.wait([ref], timeout=LOOK_S)[0] and time.monotonic() < until:
-                self._check_ended()
+                self._check()
             answers[name] = ray.get(ref, timeout=LOOK_S)
             return None
         except RayTaskError as error:  # it ran, and raised: it would again

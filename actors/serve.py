@@ -176,11 +176,13 @@ def serve(
             stack.callback(detached.down, place.run, say=say)
         record = records.read(place.run)
         assert record is not None
+        stack.enter_context(records.in_use(place.run, record))
         stack.enter_context(record.connected())
         crew = Fronts(Place(**{**vars(place), "name": record.name}), fronts, say)
         stack.callback(crew.end)
         ready(crew.start())
         while not ended(LOOK_S):
+            records.check_up(place.run, record)
             crew.look()
         say("ending: nobody new is let in, those inside are answered")
         return crew.drain()
