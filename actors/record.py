@@ -56,27 +56,25 @@ class Record:
         return connected(self.address, token=self.head.token if self.head else None)
 
 
-def state_folder() -> Path:
-    """This user's; ConfigError when anybody else may write there."""
+def state_folder(make: bool = True) -> Path:
+    """This user's; ConfigError when it cannot be made, or anybody else may write there."""
     given = Path(os.environ.get("XDG_STATE_HOME") or "")
-    folder = (given if given.is_absolute() else Path("~/.local/state").expanduser()) / "constellation"
+    base = given if given.is_absolute() else Path(os.path.expanduser("~/.local/state"))
+    folder, way_out = base / "constellation", "set XDG_STATE_HOME to a folder of yours"
     try:
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        ours = alone(folder, stat.S_ISDIR)
+        if make:
+            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        ours = not folder.is_symlink() and (not folder.exists() or alone(folder, stat.S_ISDIR))
     except OSError as error:
-        raise ConfigError(
-            f"{folder} cannot be made ({error.strerror}); set XDG_STATE_HOME to a folder of yours"
-        ) from None
+        raise ConfigError(f"{folder} cannot be used ({error.strerror}); {way_out}") from None
     if not ours:
-        raise ConfigError(
-            f"{folder} is not this user's alone; chmod 700 it, or set XDG_STATE_HOME to a folder of yours"
-        )
+        raise ConfigError(f"{folder} is not this user's alone; chmod 700 it, or {way_out}")
     return folder
 
 
 def read(run: Path) -> Record | None:
     """The record of `run`; None when it is not up."""
-    path = _path(run)
+    path = _path(run, make=False)
     try:
         if not alone(path, stat.S_ISREG):
             raise ConfigError(f"{path} is not this user's alone; remove it")
@@ -85,7 +83,7 @@ def read(run: Path) -> Record | None:
             raise ValueError(f"schema {found['schema']}, this version reads {SCHEMA}")
         head = Head(**found["head"]) if found["head"] is not None else None
         return Record(str(found["name"]), str(found["address"]), head, bool(found["ending"]))
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return None
     except ConfigError:
         raise
@@ -137,5 +135,5 @@ def check_up(run: Path, record: Record) -> None:
         raise RunError(f"{run} was taken down meanwhile; ask again: this process will answer")
 
 
-def _path(run: Path) -> Path:
-    return state_folder() / f"{hashlib.sha256(os.fsencode(run.resolve())).hexdigest()[:32]}.json"
+def _path(run: Path, make: bool = True) -> Path:
+    return state_folder(make) / f"{hashlib.sha256(os.fsencode(run.resolve())).hexdigest()[:32]}.json"

@@ -95,7 +95,7 @@ def run(args: list[str] | None = None) -> int:
         return 1
 
 
-def _line(message: Warning | str, *where: Any) -> str:
+def _line(message: Warning | str, category: Any, filename: str, lineno: int, line: str | None = None) -> str:
     """A warning as the user reads it, without the line of code it came from."""
     return f"constellation: {' '.join(str(message).split())}\n"
 

@@ -304,6 +304,33 @@ def test_an_actor_does_one_thing_and_may_be_told_twice(ray_session: None, micro_
     ray.kill(actor)
 
 
+@pytest.mark.ray
+def test_the_driver_tells_of_a_damaged_checkpoint_and_the_older_one_ends_in_the_same_bits(
+    ray_session: None, micro_run: Path, tmp_path: Path
+) -> None:
+    from actors.plan import kernel_job, open_plan
+    from constellation.train.loop import fit
+
+    run = tmp_path / "run"
+    shutil.copytree(micro_run, run)
+    folder = run / ROLES[0] / "checkpoints"
+    shutil.rmtree(folder.parent)
+    job = kernel_job(open_plan(run), ROLES[0])
+    for _ in fit(dataclasses.replace(job, config=override(job.config, {"train.keep_last": 3}))):
+        pass
+    older, newest, last = sorted(folder.iterdir())[-3:]
+    shutil.rmtree(last)
+    state = (newest / "state.json").read_text()
+    (newest / "state.json").write_text(state.replace('"lr": ', '"lr": 1', 1))
+    said: list[str] = []
+    steps = [step.step for step in train(run, resume=True, roles=ROLES[:1], say=said.append)]
+    assert steps[0] == int(older.name[-8:]) + 1
+    (told,) = [line for line in said if "damaged" in line]
+    assert told.startswith(f"{ROLES[0]}: {newest}/state.json is damaged") and "\n" not in told
+    for name in ("model.safetensors", "optim.safetensors"):
+        assert (last / name).read_bytes() == (micro_run / ROLES[0] / "checkpoints" / last.name / name).read_bytes()
+
+
 def answers(kernels: Any, run: Path, between: Callable[[], None] = lambda: None) -> list[Any]:
     from actors.plan import open_plan
     from constellation.coordizer.tokenizer import Tokenizer

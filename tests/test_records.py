@@ -102,6 +102,16 @@ def test_a_state_folder_or_record_that_others_may_use_is_refused(run: Path, stat
         records.read(run)
 
 
+def test_where_nothing_can_be_written_nothing_is_up_and_up_says_so(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "file"))
+    assert records.read(run) is None
+    with pytest.raises(ConfigError, match="set XDG_STATE_HOME"), records.locked(run):
+        pass
+
+
 def test_a_record_behind_a_link_is_refused(run: Path, state: Path) -> None:
     records.write(run, Record("name", "127.0.0.1:7", None))
     (file,) = state.glob("*.json")
