@@ -7,9 +7,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from actors.plan import open_plan
-from constellation.config import OCEAN, ROLES, Config, override
-from constellation.coordizer.tokenizer import Tokenizer
+from actors.request import open_plan
+from actors.status import check_complete
+from constellation.config import Config, override
 from constellation.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -24,11 +24,7 @@ NAME = "constellation"  # of the model that is asked, whatever the run's folder 
 
 def servable(run: Path, changes: Mapping[str, Any] | None = None) -> Config:
     """The configuration to serve `run` with; ConfigError unless everything that answers is there."""
-    plan = open_plan(run)
-    absent = [r for r in (OCEAN, *ROLES) if not any((run / r / "checkpoints").glob("step-*"))]
-    if not (plan.router / "router.json").exists() or absent:
-        missing = "the router" if not absent else ", ".join(absent)
-        raise ConfigError(f"{run}: {missing} not trained yet; constellation train --run {run} --resume")
+    plan = check_complete(run)
     foreign = [key for key in changes or {} if not key.startswith(("cluster.", "decode."))]
     if foreign:
         raise ConfigError(f"{foreign[0]}: a trained constellation can change cluster.* and decode.* only")
@@ -37,6 +33,7 @@ def servable(run: Path, changes: Mapping[str, Any] | None = None) -> Config:
 
 def service_of(run: Path, kernels: AsyncKernels) -> Service:
     """The service of a run whose kernels are `kernels`."""
+    from constellation.coordizer.tokenizer import Tokenizer
     from router.route import Router
     from router.service import Service
 

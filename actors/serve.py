@@ -21,6 +21,7 @@ from ray.exceptions import GetTimeoutError, RayError, RayTaskError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from actors import detached
+from actors import record as records
 from actors.hire import options_of
 from actors.listen import Place
 from constellation.errors import ConstellationError, RunError
@@ -154,18 +155,20 @@ def serve(
     A constellation that is up is used and left up; one that is not is brought up, and taken down in the end.
     """
     with contextlib.ExitStack() as stack:
-        record = detached.read_record(place.run)
+        record = records.read(place.run)
         ours = record is None or bool(record.unreachable())
         detached.up(place.run, address=address, changes=changes, say=say)
         if ours:
             stack.callback(detached.down, place.run, say=say)
-        record = detached.read_record(place.run)
+        record = records.read(place.run)
         assert record is not None
+        stack.enter_context(records.in_use(place.run, record))
         stack.enter_context(record.connected())
         crew = Fronts(Place(**{**vars(place), "name": record.name}), fronts, say)
         stack.callback(crew.end)
         ready(crew.start())
         while not ended(LOOK_S):
+            records.check_up(place.run, record)
             crew.look()
         say("ending: nobody new is let in, those inside are answered")
         return crew.drain()

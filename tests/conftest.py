@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import atexit
 import os
+import shutil
+import tempfile
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,6 +19,8 @@ if TYPE_CHECKING:
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before numpy and torch: threads of several processes fight for cores
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+os.environ["XDG_STATE_HOME"] = tempfile.mkdtemp(prefix="constellation-tests-")  # what is up here is not the user's
+atexit.register(shutil.rmtree, os.environ["XDG_STATE_HOME"], True)
 os.environ.setdefault("RAY_raylet_start_wait_time_s", "90")  # Ray's own patience is short on a busy machine
 
 

@@ -17,6 +17,7 @@ from typing import Any
 
 import pytest
 
+from actors import record as records
 from actors.listen import bind, url_of
 from constellation.errors import ConfigError
 from tests.processes import processes_of
@@ -110,13 +111,14 @@ def test_on_ray_a_run_that_is_not_up_is_brought_up_and_taken_down_in_the_end(mic
     run = tmp_path / "run"
     shutil.copytree(micro_run, run)
     with served("--run", str(run), timeout=200) as (url, process):
-        head = json.loads((run / "up.json").read_text())["head"]
+        record = records.read(run)
+        assert record is not None and record.head is not None
         body = {"model": "constellation/heart", "prompt": "The import statement", "max_tokens": 20, "temperature": 0}
         assert asked(f"{url}/v1/completions", **body)["usage"]["completion_tokens"] == 20
         process.send_signal(signal.SIGTERM)
         assert process.wait(100) == 0
-    assert not (run / "up.json").exists() and not Path(head["folder"]).exists()
-    assert not processes_of(head["pid"])
+    assert records.read(run) is None and not Path(record.head.folder).exists()
+    assert not processes_of(record.head.pid)
 
 
 def refusal(*argv: str) -> str:

@@ -72,6 +72,7 @@ def command(
 
     changes = parse_assignments(overrides)
     config = servable(run, changes)
+    options.say_unfinished(run)
     from actors.listen import Place, bind
     from router.http.limits import Front
 
