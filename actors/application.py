@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from actors.plan import open_plan
-from constellation.config import OCEAN, ROLES, Config, override
-from constellation.coordizer.tokenizer import Tokenizer
+from actors.request import open_plan
+from actors.status import check_complete
+from constellation.config import Config, override
 from constellation.errors import ConfigError
 
 if TYPE_CHECKING:
     from fastapi import FastAPI
 
+    from router.http.limits import Front
     from router.kernels import AsyncKernels
     from router.service import Service
 
@@ -22,11 +24,7 @@ NAME = "constellation"  # of the model that is asked, whatever the run's folder 
 
 def servable(run: Path, changes: Mapping[str, Any] | None = None) -> Config:
     """The configuration to serve `run` with; ConfigError unless everything that answers is there."""
-    plan = open_plan(run)
-    absent = [r for r in (OCEAN, *ROLES) if not any((run / r / "checkpoints").glob("step-*"))]
-    if not (plan.router / "router.json").exists() or absent:
-        missing = "the router" if not absent else ", ".join(absent)
-        raise ConfigError(f"{run}: {missing} not trained yet; constellation train --run {run} --resume")
+    plan = check_complete(run)
     foreign = [key for key in changes or {} if not key.startswith(("cluster.", "decode."))]
     if foreign:
         raise ConfigError(f"{foreign[0]}: a trained constellation can change cluster.* and decode.* only")
@@ -35,6 +33,7 @@ def servable(run: Path, changes: Mapping[str, Any] | None = None) -> Config:
 
 def service_of(run: Path, kernels: AsyncKernels) -> Service:
     """The service of a run whose kernels are `kernels`."""
+    from constellation.coordizer.tokenizer import Tokenizer
     from router.route import Router
     from router.service import Service
 
@@ -43,11 +42,23 @@ def service_of(run: Path, kernels: AsyncKernels) -> Service:
     return Service(plan.config, router, tokenizer, kernels, name=NAME, created=created)
 
 
-def application(run: Path, kernels: AsyncKernels, key_file: Path | None = None) -> FastAPI:
+def application(run: Path, kernels: AsyncKernels, key_file: Path | None = None, front: Front | None = None) -> FastAPI:
     """The application in front of a run; without a key file everyone may ask."""
     try:
         from router.app import Settings, make_app
         from router.http.keys import Keys
+        from router.http.limits import Front
     except ModuleNotFoundError as error:
         raise ConfigError(f"serving needs {error.name}: pip install 'constellation[serve]'") from None
-    return make_app(service_of(run, kernels), Settings(keys=Keys(key_file)))
+    front = front or Front()
+    if front.access_log:
+        _log_on_stderr("constellation.access")
+    return make_app(service_of(run, kernels), Settings(keys=Keys(key_file), front=front))
+
+
+def _log_on_stderr(name: str) -> None:
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
+    log = logging.getLogger(name)
+    log.handlers, log.propagate = [handler], False
+    log.setLevel(logging.INFO)

@@ -2,9 +2,9 @@
 
     with connected(address): ...
 
-Whoever reaches a Ray port can run code as you. Hence: the dashboard is off, everything that is started
-here listens on 127.0.0.1 alone, and RAY_AUTH_MODE is set on every path (left unset, Ray decides by
-whether a token file happens to lie in the home folder).
+Whoever reaches a Ray port, or may write where Ray does, can run code as you. Hence: the dashboard is off, everything
+that is started here listens on 127.0.0.1 alone, writes below a private folder (private.py) and asks for a token.
+RAY_AUTH_MODE is set on every path (left unset, Ray decides by whether a token file happens to lie in the home folder).
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from actors import private
 from constellation.errors import ConfigError
 
 NAMESPACE = "constellation"
@@ -58,8 +59,13 @@ def connected(
     num_cpus: int | None = None,
     namespace: str = NAMESPACE,
     token: Path | None = None,
+    auth: str | None = None,
 ) -> Iterator[None]:
-    """Ray inside the block; one that this process has already is used and left as it is."""
+    """Ray inside the block: the one at `address` (host:port or "auto"), or an embedded one when it is None.
+
+    One that this process has already is used and left as it is. `auth` "disabled" lets everybody on this machine use
+    an embedded one. ConfigError within seconds when nothing answers; left to itself `ray.init` tries for minutes.
+    """
     import ray
 
     if inside():
@@ -68,48 +74,76 @@ def connected(
             raise ConfigError(f"this process is connected to the Ray at {there}, not at {address}; use another process")
         yield
         return
-    connect(address, num_cpus=num_cpus, namespace=namespace, token=token)
+    os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+    os.environ.setdefault(STARTS_WITHIN, str(round(START_S)))
+    # Ray writes of deaths on standard output, even with log_to_driver=False; the supervisor tells them elsewhere
+    ray._private.worker.print_to_stdstream = lambda data, ignore_prefix=False: None
+    with (
+        _environment(),
+        _embedded(num_cpus, namespace, auth) if address is None else _joined(address, namespace, token),
+    ):
+        yield
+
+
+@contextlib.contextmanager
+def _embedded(num_cpus: int | None, namespace: str, auth: str | None) -> Iterator[None]:
+    """A Ray of this process. After an error its folder stays, for the logs in it, until another one is started."""
+    import ray
+
+    if auth is None:
+        refuse_open()
+    _authenticate(auth or "token")
+    size, (folder, mark) = machine(num_cpus), private.make()
+    try:
+        with _loopback():
+            ray.init(
+                "local", num_cpus=int(size["CPU"]), num_gpus=int(size["GPU"]), include_dashboard=False,
+                object_store_memory=OBJECT_STORE_BYTES, _temp_dir=str(folder / "ray"), **_common(namespace),
+            )  # fmt: skip
+        yield
+    except Exception:
+        ray.shutdown()
+        raise
+    except BaseException:
+        ray.shutdown()
+        private.remove(folder)
+        raise
+    else:
+        ray.shutdown()
+        private.remove(folder)
+    finally:
+        os.close(mark)
+
+
+@contextlib.contextmanager
+def _joined(address: str, namespace: str, token: Path | None) -> Iterator[None]:
+    import ray
+
+    host, port = find(address)
+    with _loopback() if host in ("127.0.0.1", "localhost") else contextlib.nullcontext():
+        _answer(address, token)
+        try:
+            ray.init(f"{host}:{port}", **_common(namespace))
+        except (ConnectionError, RuntimeError, ray.exceptions.RayError) as error:
+            first = str(error).strip().splitlines()[0]
+            raise ConfigError(f"--address {address}: {first}; the same Ray and Python are needed") from None
     try:
         yield
     finally:
         ray.shutdown()
 
 
-def connect(
-    address: str | None = None,
-    *,
-    num_cpus: int | None = None,
-    namespace: str = NAMESPACE,
-    token: Path | None = None,
-) -> None:
-    """Join the Ray at `address` (host:port or "auto"), or start an embedded one when it is None.
+def _common(namespace: str) -> dict[str, Any]:
+    return {"namespace": namespace, "log_to_driver": False, "logging_level": "ERROR"}
 
-    ConfigError within seconds when nothing answers there; left to itself `ray.init` tries for minutes.
-    """
-    import ray
 
-    os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
-    os.environ.setdefault(STARTS_WITHIN, str(round(START_S)))
-    # Ray writes of deaths on standard output, even with log_to_driver=False; the supervisor tells them elsewhere
-    ray._private.worker.print_to_stdstream = lambda data, ignore_prefix=False: None
-    common: dict[str, Any] = {"namespace": namespace, "log_to_driver": False, "logging_level": "ERROR"}
-    if address is None:
-        _authenticate(os.environ.get("RAY_AUTH_MODE", "token"))
-        size = machine(num_cpus)
-        with _loopback():
-            ray.init(
-                "local", num_cpus=int(size["CPU"]), num_gpus=int(size["GPU"]), include_dashboard=False,
-                object_store_memory=OBJECT_STORE_BYTES, **common,
-            )  # fmt: skip
-        return
-    host, port = find(address)
-    with _loopback() if host in ("127.0.0.1", "localhost") else contextlib.nullcontext():
-        answer(address, token)
-        try:
-            ray.init(f"{host}:{port}", **common)
-        except (ConnectionError, RuntimeError, ray.exceptions.RayError) as error:
-            first = str(error).strip().splitlines()[0]
-            raise ConfigError(f"--address {address}: {first}; the same Ray and Python are needed") from None
+def refuse_open() -> None:
+    """ConfigError when the environment wants a Ray that we start to be open to everybody on this machine."""
+    if os.environ.get("RAY_AUTH_MODE") == "disabled":
+        raise ConfigError(
+            "RAY_AUTH_MODE=disabled: whoever is on this machine could run code as you; "
+            "unset it, or say it: constellation train --ray-auth disabled"
+        )
 
 
 def find(address: str) -> tuple[str, int]:
@@ -128,7 +162,13 @@ def find(address: str) -> tuple[str, int]:
 
 
 def answer(address: str, token: Path | None = None) -> None:
-    """ConfigError unless a Ray answers at `address` within seconds; from here on this process has its token."""
+    """ConfigError unless a Ray answers at `address` within seconds."""
+    with _environment():
+        _answer(address, token)
+
+
+def _answer(address: str, token: Path | None) -> None:
+    """`answer`; from here on this process has its token."""
     host, port = find(address)
     way_out = "start one: ray start --head, or leave out --address"
     try:
@@ -173,6 +213,20 @@ def _authenticate(mode: str, token: Path | None = None) -> None:
 
     Config.initialize("")  # this process may have talked to another Ray: forget how
     AuthenticationTokenLoader.instance().reset_cache()
+
+
+@contextlib.contextmanager
+def _environment() -> Iterator[None]:
+    """How this process authenticates inside is forgotten after the block, so that nobody it starts inherits it."""
+    before = {name: os.environ.get(name) for name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN")}
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
 
 
 @contextlib.contextmanager

@@ -4,7 +4,7 @@
     status(run)   what there is: up, in training, finished, stopped
     down(run)     actors first, then their room, then the Ray, if `up` started it
 
-RUN/up.json says where it is.
+record.py says where it is.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ import contextlib
 import dataclasses
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,54 +20,21 @@ import ray
 from ray.exceptions import RayError, RayTaskError
 from ray.util.placement_group import get_placement_group, remove_placement_group
 
+from actors import record as records
 from actors.application import servable
-from actors.cluster import answer, connected, inside, machine, where
-from actors.exclusive import exclusive
-from actors.head import Head, start_head, stop_head
+from actors.cluster import connected, inside, machine, where
+from actors.head import start_head, stop_head
 from actors.hire import ROUTER, options_of
 from actors.keeper import SUPERVISOR, SupervisorActor, namespace_of
 from actors.messages import ClusterStatus
 from actors.placement import check, check_cluster, share
+from actors.record import Record
 from actors.status import folder_status
-from constellation.atomic import read_json, write_json
 from constellation.config import OCEAN, ROLES
 from constellation.errors import ConfigError, RunError
 
-SCHEMA = 1
-RECORD, LOCK = "up.json", ".up.lock"
 UP_S, ASK_S, DOWN_S = 600.0, 10.0, 30.0
 Say = Callable[[str], None]
-
-
-@dataclass(frozen=True)
-class Record:
-    """What up.json says."""
-
-    name: str
-    address: str
-    head: Head | None  # the Ray that `up` started
-
-    def unreachable(self) -> str:
-        """Why nobody answers there, found out within seconds; "" if somebody does."""
-        if self.head is not None and not self.head.here():
-            return f"it is up on {self.head.host}, which that machine alone can reach"
-        if self.head is not None and not self.head.alive():
-            return "its Ray has ended"
-        try:
-            answer(self.address, self.head.token if self.head else None)
-        except ConfigError as error:
-            return str(error)
-        return ""
-
-    def connected(self) -> contextlib.AbstractContextManager[None]:
-        return connected(self.address, token=self.head.token if self.head else None)
-
-
-def read_record(run: Path) -> Record | None:
-    if not (run / RECORD).exists():
-        return None
-    found = read_json(run / RECORD)
-    return Record(found["name"], found["address"], Head(**found["head"]) if found["head"] else None)
 
 
 def up(
@@ -87,7 +53,7 @@ def up(
     """
     config = servable(run, changes)
     name, bundles = name or run.resolve().name, [share(config)] * len(ROLES)
-    with exclusive(run, name=LOCK):
+    with records.locked(run):
         now = status(run)
         if now.state in ("up", "starting"):
             say(f"{run} is up already, as {now.name} at {now.address}")
@@ -105,8 +71,7 @@ def up(
                 if _supervisor(name) is not None:
                     raise ConfigError(f"a constellation named {name} is up in this cluster; choose another --name")
                 record = Record(name, ray.get_runtime_context().gcs_address, head)
-                # private: it holds Ray's token
-                write_json(run / RECORD, {"schema": SCHEMA, **dataclasses.asdict(record)}, private=True)
+                records.write(run, record)
                 options = options_of({}, 1, "DEFAULT") | {"name": SUPERVISOR, "namespace": namespace_of(name)}
                 actor = SupervisorActor.options(**options, lifetime="detached").remote(run.resolve(), name, config)
                 return _until_up(actor, run, say)
@@ -115,7 +80,7 @@ def up(
                 _take_down(record)
             elif head is not None:
                 stop_head(head)
-            (run / RECORD).unlink(missing_ok=True)
+            records.remove(run)
             raise
 
 
@@ -127,12 +92,12 @@ def status(run: Path | None = None, *, name: str | None = None, address: str | N
             if actor is None:
                 raise ConfigError(f"no constellation named {name} is up in this cluster")
             return _ask(actor)
-    folder, record = folder_status(run), read_record(run)
+    folder, record = folder_status(run), records.read(run)
     if record is None:
         return folder
     if why := record.unreachable():
         return dataclasses.replace(folder, detail=f"{why}; {folder.detail}")
-    with record.connected():
+    with records.in_use(run, record), record.connected():
         actor = _supervisor(record.name)
         if actor is None:
             return dataclasses.replace(folder, detail=f"its actors are gone; {folder.detail}")
@@ -152,17 +117,18 @@ def down(run: Path | None = None, *, name: str | None = None, address: str | Non
     if run is None:
         with connected(where(address)):
             return _end_actors(name or "")
-    with exclusive(run, wait_s=DOWN_S, name=LOCK):
-        record = read_record(run)
+    with records.locked(run, wait_s=DOWN_S):
+        record = records.read(run)
         if record is None:
             say(f"{run} is not up")
             return False
-        if why := record.unreachable():
+        _check_here(run, record)
+        if why := dataclasses.replace(record, ending=False).unreachable():  # a `down` before us may have been killed
             say(f"{run} was up, but {why}; forgotten")
             _forget(run)
             return True
-        _take_down(record)
-        (run / RECORD).unlink()
+        with records.ended(run, record):
+            _take_down(record)
         say(f"{run} is down")
         return True
 
@@ -232,7 +198,14 @@ def _end_actors(name: str) -> bool:
 
 def _forget(run: Path) -> None:
     """Remove a record whose Ray does not answer, and what is left of that Ray if it was ours."""
-    record = read_record(run)
-    if record is not None and record.head is not None and record.head.here():
+    record = records.read(run)
+    if record is not None and record.head is not None:
+        _check_here(run, record)
         stop_head(record.head)
-    (run / RECORD).unlink(missing_ok=True)
+    records.remove(run)
+
+
+def _check_here(run: Path, record: Record) -> None:
+    """ConfigError when another machine holds the Ray of `run`: its processes can be ended there alone."""
+    if record.head is not None and not record.head.here():
+        raise ConfigError(f"{run} is up on {record.head.host}: constellation down --run {run} there")

@@ -1,7 +1,7 @@
 """A Ray head on this machine that outlives the command that started it, for `constellation up` without a cluster.
 
-Its temporary folder is its own, so that nobody's `ray.init()` joins it by accident, and ending it ends
-its processes alone (`ray stop` would end every Ray of this user).
+Its temporary folder is its own and private (private.py), so that nobody's `ray.init()` joins it by accident, and
+ending it ends its processes alone (`ray stop` would end every Ray of this user). It asks for a token, always.
 """
 
 from __future__ import annotations
@@ -9,17 +9,16 @@ from __future__ import annotations
 import contextlib
 import os
 import secrets
-import shutil
 import signal
 import socket
 import subprocess
 import sys
-import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from actors.cluster import OBJECT_STORE_BYTES, START_S, STARTS_WITHIN, machine
+from actors import private
+from actors.cluster import OBJECT_STORE_BYTES, START_S, STARTS_WITHIN, machine, refuse_open
 from actors.processes import of_session
 from constellation.errors import RunError
 
@@ -28,13 +27,13 @@ STOP_S = 10.0
 
 @dataclass(frozen=True)
 class Head:
-    """A Ray head on this machine, as `start_head` left it; plain values for up.json."""
+    """A Ray head on this machine, as `start_head` left it; plain values for its record."""
 
     address: str
     host: str
     pid: int  # of `ray start --block`, the parent and session leader of all its processes
     started: float  # when that process began: a pid alone may belong to somebody else by now
-    folder: str  # its temporary folder: sessions, logs and token
+    folder: str  # its private folder: sessions, logs and token
 
     @property
     def token(self) -> Path:
@@ -49,8 +48,9 @@ class Head:
 
 def start_head(num_cpus: int | None = None) -> Head:
     """Start Ray on this machine; RunError with its own words when it does not come up."""
+    refuse_open()
     size = machine(num_cpus)
-    folder = Path(tempfile.mkdtemp(prefix="constellation-", dir="/tmp" if os.path.isdir("/tmp") else None))
+    folder, mark = private.make()
     token = os.environ.get("RAY_AUTH_TOKEN") or secrets.token_hex(32)
     (folder / "token").touch(mode=0o600)
     (folder / "token").write_text(token)
@@ -62,14 +62,15 @@ def start_head(num_cpus: int | None = None) -> Head:
     command = [
         sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block", "--port=0",
         "--include-dashboard=false", f"--num-cpus={int(size['CPU'])}", f"--num-gpus={int(size['GPU'])}",
-        f"--object-store-memory={OBJECT_STORE_BYTES}", f"--temp-dir={folder}", "--disable-usage-stats",
+        f"--object-store-memory={OBJECT_STORE_BYTES}", f"--temp-dir={folder / 'ray'}", "--disable-usage-stats",
         f"--ray-client-server-port={_free_port()}",
     ]  # fmt: skip
     log = folder / "start.log"
     with log.open("wb") as output:
         process = subprocess.Popen(command, env=environment, stdin=subprocess.DEVNULL, stdout=output,
-                                   stderr=subprocess.STDOUT, start_new_session=True)  # fmt: skip
-    where = folder / "ray_current_cluster"
+                                   stderr=subprocess.STDOUT, start_new_session=True, pass_fds=[mark])  # fmt: skip
+    os.close(mark)  # from here on the head keeps its folder in use
+    where = folder / "ray" / "ray_current_cluster"
     until = time.monotonic() + START_S
     try:
         while not (where.exists() and where.read_text().strip()):
@@ -80,7 +81,7 @@ def start_head(num_cpus: int | None = None) -> Head:
     except BaseException:
         process.kill()
         _kill_session(process.pid)
-        shutil.rmtree(folder, ignore_errors=True)
+        private.remove(folder)
         raise
     started = _started(process.pid)
     assert started is not None
@@ -97,7 +98,7 @@ def stop_head(head: Head) -> None:
             _reap(head.pid)
             time.sleep(0.05)
         _kill_session(head.pid)
-    shutil.rmtree(head.folder, ignore_errors=True)
+    private.remove(Path(head.folder))
 
 
 def _free_port() -> int:

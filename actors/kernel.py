@@ -12,7 +12,6 @@ from __future__ import annotations
 import asyncio
 import collections
 import os
-import shutil
 import sys
 import threading
 import traceback
@@ -51,6 +50,7 @@ class Engine:
         self.checkpoint: str | None = None
         self._doing: Any = None  # the Job, or the run folder that is served
         self._steps: collections.deque[Step] = collections.deque()
+        self._notes: list[str] = []
         self._step = 0
         self._lock = threading.Lock()
         self._stop = threading.Event()
@@ -92,7 +92,7 @@ class Engine:
         return Report(
             role=self.role, state=state, pid=os.getpid(), node=ray.util.get_node_ip_address(),
             node_id=ray.get_runtime_context().get_node_id(), step=self._step, checkpoint=self.checkpoint,
-            error=self.error, steps=steps,
+            error=self.error, steps=steps, notes=tuple(self._notes),
         )  # fmt: skip
 
     def stop(self) -> None:
@@ -116,10 +116,10 @@ class Engine:
                 where = ray.util.get_node_ip_address()
                 raise ConfigError(f"{job.train} is not visible on node {where}; --run must be a folder all nodes share")
             with exclusive(job.folder, LOCK_WAIT_S, self._stop.is_set):
-                _sweep(job.folder / "checkpoints")
+                checkpoint.sweep(job.folder)
                 self._step = max(checkpoint.steps_on_disk(job.folder), default=0)
                 self.checkpoint = checkpoint.folder_of(job.folder, self._step).name if self._step else None
-                steps: Any = fit(job)
+                steps: Any = fit(job, say=self._notes.append)
                 for step in steps:
                     with self._lock:
                         self._steps.append(step)
@@ -143,7 +143,7 @@ class Engine:
 
             torch.set_num_threads(threads)
             device = "cuda" if torch.cuda.is_available() else "cpu"
-            model = checkpoint.load_model(run / self.role, device)
+            model = checkpoint.load_model(run / self.role, device, self._notes.append)
             tokenizer = Tokenizer.load(run / "tokenizer.json")
             self._answerer = Answerer(model, tokenizer, slots=decode.slots, precision=decode.precision)
             self._step = checkpoint.steps_on_disk(run / self.role)[-1]
@@ -158,13 +158,6 @@ class Engine:
         self.error = str(error) if isinstance(error, ConstellationError) else f"{type(error).__name__}: {error}"
         self.state = "stopped" if self._stop.is_set() else "failed"
         traceback.print_exc(file=sys.stderr)  # into the actor's log
-
-
-def _sweep(checkpoints: Path) -> None:
-    """Remove what a killed writer left: checkpoints it was writing, or removing."""
-    for path in checkpoints.glob("*"):
-        if path.name.startswith(".") or not (path / "state.json").exists():
-            shutil.rmtree(path)
 
 
 class KernelMailbox:
@@ -211,19 +204,13 @@ class KernelMailbox:
         return await asyncio.wrap_future((await self._loaded()).submit(packet, budget_bytes))
 
     async def bits(self, packet: bytes, count: int) -> float:
-        return await asyncio.to_thread((await self._loaded()).bits, packet, count)
+        return await asyncio.wrap_future((await self._loaded()).submit_bits(packet, count))
 
     async def log_probs(self, windows: Sequence[Sequence[int]], tail: int) -> NDArray[np.float32]:
-        return await asyncio.to_thread((await self._loaded()).log_probs, windows, tail)
+        return await asyncio.wrap_future((await self._loaded()).submit_log_probs(windows, tail))
 
     async def score(self, windows: Sequence[Sequence[int]], top: int, tail: int | None) -> list[list[Scored]]:
-        return await asyncio.to_thread((await self._loaded()).score, windows, top, tail)
-
-    @ray.method(concurrency_group="control")
-    async def cancel(self, request: str) -> None:
-        """End the turn of `request`, if one is under way."""
-        if self._engine.state == "serving":
-            self._engine.answerer.cancel(request)
+        return await asyncio.wrap_future((await self._loaded()).submit_score(windows, top, tail))
 
     @ray.method(concurrency_group="control")
     async def stats(self) -> dict[str, Any]:

@@ -22,7 +22,8 @@ from actors.exclusive import exclusive
 from actors.hire import trainers
 from actors.memory import check_memory, free_bytes
 from actors.placement import check, check_cluster, reserve, share
-from actors.plan import fit_router, kernel_job, ocean_job, open_request, prepare, request
+from actors.plan import fit_router, kernel_job, ocean_job, prepare
+from actors.request import REQUEST, open_request, request
 from actors.status import VIEW, done, finished, roots, summary, write_view
 from actors.supervisor import Supervisor
 from constellation.atomic import read_json
@@ -41,6 +42,7 @@ def train(
     config: Config | None = None,
     *,
     address: str | None = None,
+    auth: str | None = None,
     resume: bool = False,
     num_cpus: int | None = None,
     roles: Sequence[str] = ROLES,
@@ -48,9 +50,9 @@ def train(
 ) -> Iterator[Step]:
     """Train the constellation in `run`; yields the steps of all its models as they come.
 
-    `config` None is the run's own when resuming, else the preset small; `address` None is a Ray of our own;
-    `roles` are the kernels to train in this sitting. Closing the iterator, or Ctrl-C, stops every actor
-    after its step; `resume` goes on.
+    `config` None is the run's own when resuming, else the preset small; `address` None is a Ray of our own, as open as
+    `auth` says (cluster.py); `roles` are the kernels to train in this sitting. Closing the iterator, or Ctrl-C, stops
+    every actor after its step; `resume` goes on.
     """
     fresh = not run.exists()
     if note := request(run, corpus, config, resume):
@@ -73,7 +75,7 @@ def train(
             plan = prepare(run)
         for line in read_json(run / "corpus.json")["report"]:
             say(line)
-        stack.enter_context(connected(address, num_cpus=num_cpus))
+        stack.enter_context(connected(address, num_cpus=num_cpus, auth=auth))
         placement = reserve(bundles, config.cluster.placement_timeout_s, say)
         stack.callback(placement.release)
         interrupted = stack.enter_context(_ctrl_c())
@@ -129,6 +131,6 @@ def _withdrawn(run: Path, fresh: bool) -> Iterator[None]:
     try:
         yield
     except (PlacementError, ConfigError, DataError):
-        if fresh and {file.name for file in run.iterdir()} <= {"constellation.json", ".lock"}:
+        if fresh and {file.name for file in run.iterdir()} <= {REQUEST, ".lock"}:
             shutil.rmtree(run)
         raise

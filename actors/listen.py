@@ -7,9 +7,12 @@ import contextlib
 import socket
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from constellation.errors import ConfigError, RunError
+from router.http.limits import Front
 
 if TYPE_CHECKING:
     from fastapi import FastAPI
@@ -17,6 +20,21 @@ if TYPE_CHECKING:
     from router.http.server import Server
 
 BACKLOG = 2048
+GRACE_S = 30.0
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where, how and for whom an application listens."""
+
+    run: Path
+    name: str  # of the constellation, whose namespace its kernels are in
+    host: str
+    port: int
+    shared: bool  # several fronts on one port
+    key_file: Path | None = None
+    grace_s: float = GRACE_S  # for those who are being answered when the service ends
+    front: Front = field(default_factory=Front)
 
 
 def bind(host: str, port: int, shared: bool = False) -> socket.socket:

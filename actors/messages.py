@@ -28,6 +28,7 @@ class Report:
     checkpoint: str | None = None  # newest complete checkpoint: what a restart goes on from
     error: str | None = None  # why it failed, one line
     steps: tuple[Step, ...] = ()  # those after the step that was asked about
+    notes: tuple[str, ...] = ()  # what the user should read, such as of a damaged checkpoint; all so far
 
 
 @dataclass(frozen=True)

@@ -19,12 +19,13 @@ import ray
 from numpy.typing import NDArray
 from ray.exceptions import GetTimeoutError, RayError, RayTaskError
 
-from actors.cluster import connected, where
-from actors.detached import read_record
+from actors import record as records
+from actors.cluster import connected, find, where
 from actors.hire import servers
-from actors.keeper import namespace_of
+from actors.keeper import SUPERVISOR, namespace_of
 from actors.placement import reserve, share
-from actors.plan import open_plan
+from actors.record import Record
+from actors.request import open_plan
 from actors.supervisor import Supervisor
 from constellation.config import OCEAN, ROLES
 from constellation.errors import ConstellationError, RunError
@@ -32,6 +33,7 @@ from constellation.errors import ConstellationError, RunError
 if TYPE_CHECKING:
     from constellation.kernel.sample import Scored
 
+LOOK_S = 0.2  # between two looks at whether the constellation was taken down
 TURN_S = 120.0  # one turn of one kernel on one batch
 RECOVER_S = 120.0  # until a lost actor is replaced
 RETRY_EVERY_S = 0.5
@@ -45,21 +47,33 @@ def open_kernels(
 ) -> Iterator[RayKernels]:
     """The kernels of `run` as actors: those that are up, else actors of our own for the length of the block.
 
-    Our own are started when they are asked for the first time.
+    With an `address` those that are up in that Ray. Our own are started when they are asked for the first time.
     """
-    record = read_record(run)
-    if record is not None and not record.unreachable():
-        with record.connected():
-            yield RayKernels(lambda role: ray.get_actor(role, namespace=namespace_of(record.name)), say)
-        return
-    if record is not None:
-        say(f"{run} was up, but {record.unreachable()}; starting actors of our own")
+    record = records.read(run)
+    if record is not None and (address is None or find(address)[1] == find(record.address)[1]):
+        why = record.unreachable()
+        if not why:
+            with kernels_of(run, record, say) as kernels:
+                yield kernels
+            return
+        say(f"{run} was up, but {why}; starting actors of our own")
     config = open_plan(run).config
     with contextlib.ExitStack() as stack:
         stack.enter_context(connected(where(address), num_cpus=num_cpus))
         placement = reserve([share(config)] * len(ROLES), config.cluster.placement_timeout_s, say)
         stack.callback(placement.release)
         yield RayKernels(stack.enter_context(_on_demand(Supervisor(config, placement, say), run)), say)
+
+
+@contextlib.contextmanager
+def kernels_of(run: Path, record: Record, say: Callable[[str], None] = print) -> Iterator[RayKernels]:
+    """The kernels of the constellation that is up by `record`; RunError soon after somebody takes it down."""
+
+    def actor(role: str) -> Any:
+        return ray.get_actor(role, namespace=namespace_of(record.name))
+
+    with records.in_use(run, record), record.connected():
+        yield RayKernels(actor, say, lambda: records.check_up(run, record))
 
 
 @contextlib.contextmanager
@@ -94,10 +108,18 @@ def _on_demand(supervisor: Supervisor, run: Path) -> Iterator[Callable[[str], An
 
 
 class RayKernels:
-    """The actors of a constellation that is up; `find` gives an actor's handle by its name, ValueError when absent."""
+    """The actors of a constellation that is up; `find` gives an actor's handle by its name, ValueError when absent.
 
-    def __init__(self, find: Callable[[str], Any], say: Callable[[str], None] = lambda text: None):
-        self.find, self._say = find, say
+    `check` raises when nobody will answer any more.
+    """
+
+    def __init__(
+        self,
+        find: Callable[[str], Any],
+        say: Callable[[str], None] = lambda text: None,
+        check: Callable[[], None] = lambda: None,
+    ):
+        self.find, self._say, self._check = find, say, check
         self._actors: dict[str, Any] = {}
 
     @property
@@ -131,6 +153,7 @@ class RayKernels:
             lost = [name for name, reason in why.items() if reason]
             if not lost:
                 return answers
+            self._check()
             now = time.monotonic()
             if now - began > RECOVER_S:
                 raise RunError(
@@ -140,6 +163,11 @@ class RayKernels:
                 said = now
                 self._say(f"waiting for {', '.join(lost)} to come back ({now - began:.0f} s)")
             time.sleep(RETRY_EVERY_S)
+
+    def steps(self) -> dict[str, int]:
+        """The step that each kernel of a constellation which is up has loaded."""
+        status = self._ask({SUPERVISOR: ("status",)})[SUPERVISOR]
+        return {kernel.role: kernel.step for kernel in status.kernels if kernel.role in self.names}
 
     def _call(self, name: str, method: str, *arguments: Any) -> Any:
         try:
@@ -154,7 +182,10 @@ class RayKernels:
         if ref is None:
             return "no such actor"
         try:
-            answers[name] = ray.get(ref, timeout=TURN_S)
+            until = time.monotonic() + TURN_S
+            while not ray.wait([ref], timeout=LOOK_S)[0] and time.monotonic() < until:
+                self._check()
+            answers[name] = ray.get(ref, timeout=LOOK_S)
             return None
         except RayTaskError as error:  # it ran, and raised: it would again
             cause = error.cause if isinstance(error.cause, ConstellationError) else RunError(f"{name}: {error.cause!r}")
@@ -167,7 +198,8 @@ class RayKernels:
 class AsyncRayKernels:
     """The actors of a constellation that is up, for many askers at once; `find` as for `RayKernels`.
 
-    Every call waits for itself alone. One whose actor is lost is asked again of the replacement.
+    Every call waits for itself alone. One whose actor is lost is asked again of the replacement; one that is left, or
+    took too long, is cancelled in its actor too.
     """
 
     def __init__(self, find: Callable[[str], Any]):
@@ -195,12 +227,6 @@ class AsyncRayKernels:
         found: list[list[Scored]] = await self._ask(kernel, "score", windows, top, tail)
         return found
 
-    async def cancel(self, kernel: str, request: str) -> None:
-        """Once, and no more: a kernel that cannot be reached has lost the request anyway."""
-        if kernel in self._actors:
-            with contextlib.suppress(RayError):
-                await self._actors[kernel].cancel.remote(request)
-
     async def stats(self) -> dict[str, dict[str, Any]]:
         """What each kernel says within STATS_S; {"state": "unreachable"} for one that says nothing."""
         return dict(zip(self.names, await asyncio.gather(*map(self._stats, self.names)), strict=True))
@@ -224,7 +250,7 @@ class AsyncRayKernels:
             actor = None
             try:
                 actor = await self._actor(name)
-                return await asyncio.wait_for(getattr(actor, method).remote(*arguments), TURN_S)
+                return await _answer_of(getattr(actor, method).remote(*arguments))
             except RayTaskError as error:  # it ran, and raised: it would again
                 cause = error.cause
                 raise cause if isinstance(cause, ConstellationError) else RunError(f"{name}: {cause!r}") from None
@@ -235,3 +261,13 @@ class AsyncRayKernels:
                     why = f"does not answer since {RECOVER_S:g} s ({type(error).__name__})"
                     raise RunError(f"{name} {why}; constellation status") from None
                 await asyncio.sleep(RETRY_EVERY_S)
+
+
+async def _answer_of(ref: Any) -> Any:
+    """The answer that `ref` stands for; whoever does not wait for it any more takes it out of the actor."""
+    try:
+        return await asyncio.wait_for(ref, TURN_S)
+    except (asyncio.CancelledError, TimeoutError):
+        with contextlib.suppress(RayError):
+            ray.cancel(ref)
+        raise

@@ -14,7 +14,6 @@ import os
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import ray
@@ -22,24 +21,12 @@ from ray.exceptions import GetTimeoutError, RayError, RayTaskError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from actors import detached
+from actors import record as records
 from actors.hire import options_of
+from actors.listen import Place
 from constellation.errors import ConstellationError, RunError
 
 START_S, LOOK_S, SILENCE_S = 60.0, 1.0, 15.0
-GRACE_S = 30.0
-
-
-@dataclass(frozen=True)
-class Place:
-    """Where and for whom a front listens."""
-
-    run: Path
-    name: str  # of the constellation, whose namespace its kernels are in
-    host: str
-    port: int
-    shared: bool  # several fronts on one port
-    key_file: Path | None = None
-    grace_s: float = GRACE_S  # for those who are being answered when the service ends
 
 
 class FrontMailbox:
@@ -56,7 +43,7 @@ class FrontMailbox:
 
         if self._listener is None:
             place = self._place
-            app = front_of(place.run, place.name, place.key_file)
+            app = front_of(place.run, place.name, place.key_file, place.front)
             self._listener = Listener(app, bind(place.host, place.port, place.shared), place.grace_s)
             await self._listener.start()
         return int(self._listener.port)
@@ -168,18 +155,20 @@ def serve(
     A constellation that is up is used and left up; one that is not is brought up, and taken down in the end.
     """
     with contextlib.ExitStack() as stack:
-        record = detached.read_record(place.run)
+        record = records.read(place.run)
         ours = record is None or bool(record.unreachable())
         detached.up(place.run, address=address, changes=changes, say=say)
         if ours:
             stack.callback(detached.down, place.run, say=say)
-        record = detached.read_record(place.run)
+        record = records.read(place.run)
         assert record is not None
+        stack.enter_context(records.in_use(place.run, record))
         stack.enter_context(record.connected())
         crew = Fronts(Place(**{**vars(place), "name": record.name}), fronts, say)
         stack.callback(crew.end)
         ready(crew.start())
         while not ended(LOOK_S):
+            records.check_up(place.run, record)
             crew.look()
         say("ending: nobody new is let in, those inside are answered")
         return crew.drain()

@@ -21,6 +21,8 @@ from constellation.errors import ConfigError
 if TYPE_CHECKING:
     from fastapi import FastAPI
 
+    from router.http.limits import Front
+
 KNOWN = {"run": "", "name": "", "api_key_file": "", "replicas": "1", "ongoing": "256"}  # arguments and defaults
 
 
@@ -58,9 +60,10 @@ def app(args: Mapping[str, str]) -> Any:
     return deployment(serve.ingress(front)()).bind()
 
 
-def front_of(run: Path, name: str, keys: Path | None) -> FastAPI:
+def front_of(run: Path, name: str, keys: Path | None, front: Front | None = None) -> FastAPI:
     """The application over the kernels of the constellation called `name`, for a process that is part of its Ray."""
     from actors.application import application
     from actors.remote import AsyncRayKernels
 
-    return application(run, AsyncRayKernels(lambda role: ray.get_actor(role, namespace=namespace_of(name))), keys)
+    kernels = AsyncRayKernels(lambda role: ray.get_actor(role, namespace=namespace_of(name)))
+    return application(run, kernels, keys, front)

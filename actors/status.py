@@ -6,18 +6,21 @@ from the folders of the models.
 
 from __future__ import annotations
 
+import contextlib
 import json
+import re
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from actors.exclusive import is_held
 from actors.messages import ClusterStatus, KernelStatus
-from constellation.atomic import read_json, write_json
+from actors.request import Plan, open_plan
+from constellation.atomic import read_object, write_json
 from constellation.config import OCEAN, ROLES
-from constellation.errors import ArtifactError
+from constellation.errors import ArtifactError, ConfigError
 
 VIEW = "status.json"
 OLD_S = 30.0  # a driver writes no view while it reads the corpus or fits the router; older news is told with its age
@@ -25,7 +28,7 @@ OLD_S = 30.0  # a driver writes no view while it reads the corpus or fits the ro
 
 def done(folder: Path) -> bool:
     """Whether the model in `folder` has the checkpoint of its last planned step."""
-    planned = _json(folder / "meta.json").get("steps")
+    planned = _planned(folder)
     return planned is not None and (folder / "checkpoints" / f"step-{planned:08d}").is_dir()
 
 
@@ -34,14 +37,55 @@ def finished(run: Path) -> bool:
     return all(done(run / role) for role in (OCEAN, *ROLES))
 
 
+def unfinished(run: Path, used: Mapping[str, int] | None = None) -> dict[str, dict[str, int | None]]:
+    """The models of `run` that are not used at their last step: the step used, 0 for none, and how many are planned.
+
+    `used` are the steps that a constellation which is up has loaded; None stands for the newest checkpoints.
+    """
+    left = {}
+    for role in (OCEAN, *ROLES):
+        step, planned = (used or {}).get(role, newest_step(run / role)), _planned(run / role)
+        if planned is None or step < planned:
+            left[role] = {"step": step, "steps": planned}
+    return left
+
+
+def unfinished_line(run: Path, left: Mapping[str, Mapping[str, int | None]]) -> str:
+    """What `unfinished` found, for the user."""
+    words = [
+        f"{role} step {of['step']} of {of['steps']}" if of["steps"] else f"{role} none" for role, of in left.items()
+    ]
+    rest = "" if len(left) > len(ROLES) else "; the others are at their last step"
+    return f"{run} is not trained to its end; used are {', '.join(words)}{rest}"
+
+
+def check_complete(run: Path) -> Plan:
+    """The plan of a run in which everything that answers has a checkpoint; ConfigError, with what is missing."""
+    plan = open_plan(run)
+    absent = [role for role in (OCEAN, *ROLES) if not newest_step(run / role)]
+    if not (plan.router / "router.json").exists() or absent:
+        missing = "the router" if not absent else ", ".join(absent)
+        raise ConfigError(f"{run}: {missing} not trained yet; constellation train --run {run} --resume")
+    return plan
+
+
+def newest_step(folder: Path) -> int:
+    """The step of the newest checkpoint in `folder`, by its name; 0 without one."""
+    names = (re.fullmatch(r"step-(\d{8})", path.name) for path in (folder / "checkpoints").glob("step-*"))
+    return max((int(name[1]) for name in names if name), default=0)
+
+
 def folder_status(run: Path) -> ClusterStatus:
     """The constellation in `run` by what lies there: training (then live), finished, stopped, failed or new."""
     addresses = roots(run)
     kernels = [_kernel(run, role, addresses.get(role)) for role in (OCEAN, *ROLES)]
     if is_held(run):
         view = _json(run / VIEW)
-        age = time.time() - view.get("time", time.time())
-        live = {row["role"]: KernelStatus(**row) for row in view.get("kernels", ())}
+        told = view.get("time")
+        age = time.time() - told if isinstance(told, float) else 0.0
+        live = {}
+        with contextlib.suppress(TypeError, KeyError):  # of another version
+            live = {row["role"]: KernelStatus(**row) for row in view.get("kernels", ())}
         kernels = [k if k.state == "done" else live.get(k.role, k) for k in kernels]
         state = "training"
         detail = "a driver is at work" + ("" if age < OLD_S else f", its last news is {age:.0f} s old")
@@ -102,15 +146,14 @@ def root_name(vector: Sequence[float]) -> str:
 def _kernel(run: Path, role: str, root: str | None) -> KernelStatus:
     folder = run / role
     last, page = _last_step(folder / "diag_steps.jsonl"), _json(folder / "summary.json")
-    planned = _json(folder / "meta.json").get("steps")
     if done(folder):
         state = "done"
     else:
         state = "failed" if page.get("status") == "failed" else "stopped" if last else "waiting"
     return KernelStatus(
         role=role, root=root, state=state,
-        health=page["failure"] if state == "failed" else "ok", step=last.get("step", 0),
-        steps=planned, loss_nats=last.get("loss_nats"),
+        health=str(page.get("failure")) if state == "failed" else "ok", step=last.get("step", 0),
+        steps=_planned(folder), loss_nats=last.get("loss_nats"),
     )  # fmt: skip
 
 
@@ -123,17 +166,20 @@ def _last_step(file: Path) -> dict[str, Any]:
     except FileNotFoundError:
         return {}
     for line in reversed(lines):
-        try:
-            found: dict[str, Any] = json.loads(line)
-            return found
-        except ValueError:
-            continue  # torn by a kill
+        with contextlib.suppress(ValueError):  # one that is torn by a kill
+            found = json.loads(line)
+            if isinstance(found, dict):
+                return found
     return {}
+
+
+def _planned(folder: Path) -> int | None:
+    steps = _json(folder / "meta.json").get("steps")
+    return steps if isinstance(steps, int) else None
 
 
 def _json(file: Path) -> dict[str, Any]:
     try:
-        found: dict[str, Any] = read_json(file)
-        return found
+        return read_object(file)
     except ArtifactError:
         return {}

@@ -53,6 +53,7 @@ class Member:
     started: bool = False  # it has answered its first call
     report: Report | None = None
     step: Step | None = None  # newest
+    noted: int = 0  # of its notes, said already
 
     @property
     def role(self) -> str:
@@ -74,7 +75,7 @@ class Member:
 
     def start(self) -> None:
         self.actor = self.hire.create()
-        self.started, self.report = False, None
+        self.started, self.report, self.noted = False, None, 0
         self.born_at = self.heard_at = time.monotonic()
         self.ask()
 
@@ -190,6 +191,9 @@ class Supervisor:
         member.asked = None
         if isinstance(answer, Report):
             member.report = answer
+            for note in answer.notes[member.noted :]:
+                self.say(f"{role}: {note}")
+            member.noted = len(answer.notes)
         if member.at_work:
             member.ask()
         return member.report

@@ -1,4 +1,7 @@
-"""Files that are either whole or absent: write beside, flush to disk, rename. The umask says who may read them."""
+"""Files that are either whole or absent: write beside, flush to disk, rename. The umask says who may read them.
+
+A sealed JSON file holds the checksum of its content, so that a changed bit, or digit, is noticed when it is read.
+"""
 
 from __future__ import annotations
 
@@ -7,12 +10,14 @@ import json
 import os
 import secrets
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from constellation.errors import ArtifactError, RunError
+
+SEAL = "seal"
 
 
 @contextmanager
@@ -31,6 +36,11 @@ def sync(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def no_link(path: str, flags: int) -> int:
+    """An `opener` that writes to no file that a symbolic link names: whoever made a folder may have put one there."""
+    return os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)
 
 
 def _beside(path: Path) -> Path:
@@ -55,17 +65,44 @@ def write_bytes(path: Path, data: bytes, *, private: bool = False) -> None:
         sync(path.parent)
 
 
-def write_json(path: Path, data: Any, *, private: bool = False) -> None:
+def write_json(path: Path, data: Any, *, private: bool = False, sealed: bool = False) -> None:
+    data = seal(data) if sealed else data
     write_bytes(path, (json.dumps(data, indent=1, allow_nan=False, default=str) + "\n").encode(), private=private)
 
 
 def read_json(path: Path) -> Any:
+    """The content of `path`, without its seal; ArtifactError when it is missing, no JSON, or not what was sealed."""
     try:
-        return json.loads(path.read_bytes())
-    except FileNotFoundError:
-        raise ArtifactError(f"{path} is missing") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        data = json.loads(path.read_bytes())
+    except OSError as error:
+        what = "is missing" if isinstance(error, FileNotFoundError) else f"cannot be read ({error.strerror})"
+        raise ArtifactError(f"{path} {what}") from None
+    except (ValueError, RecursionError) as error:
         raise ArtifactError(f"{path} is damaged: {error}") from None
+    if not isinstance(data, dict) or SEAL not in data:  # written before there were seals
+        return data
+    said = data.pop(SEAL)
+    if said != _digest(data):
+        raise ArtifactError(f"{path} is damaged (its checksum differs)")
+    return data
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """`read_json` of a file that holds a JSON object."""
+    data = read_json(path)
+    if not isinstance(data, dict):
+        raise ArtifactError(f"{path} is damaged: a JSON object is wanted")
+    return data
+
+
+def seal(data: Mapping[str, Any]) -> dict[str, Any]:
+    """`data` as JSON has it, with the SHA-256 of its canonical form under "seal"."""
+    plain = json.loads(json.dumps(data, default=str))
+    return {**plain, SEAL: _digest(plain)}
+
+
+def _digest(plain: Any) -> str:
+    return hashlib.sha256(json.dumps(plain, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
 def write_folder(path: Path, fill: Callable[[Path], None]) -> None:

@@ -8,6 +8,8 @@ from __future__ import annotations
 import importlib
 import os
 import sys
+import warnings
+from typing import Any
 
 import click
 
@@ -71,6 +73,7 @@ def main(args: list[str] | None = None) -> None:
 def run(args: list[str] | None = None) -> int:
     # Parallelism is across models and batches; OpenMP threads on busy cores wait for each other.
     os.environ.setdefault("OMP_NUM_THREADS", "1")
+    warnings.formatwarning = _line
     try:
         cli.main(args=args, prog_name="constellation", standalone_mode=False)
         return 0
@@ -90,6 +93,11 @@ def run(args: list[str] | None = None) -> int:
     except BrokenPipeError:  # the reader of our output has gone
         sys.stdout = None
         return 1
+
+
+def _line(message: Warning | str, category: Any, filename: str, lineno: int, line: str | None = None) -> str:
+    """A warning as the user reads it, without the line of code it came from."""
+    return f"constellation: {' '.join(str(message).split())}\n"
 
 
 def _fail(message: str, status: int) -> int:

@@ -5,7 +5,8 @@
     GET  /v1/models, /v1/models/{id}                who can be asked
     POST /tokenize, /detokenize, GET /tokenizer_info
     POST /route                                     who would answer, and why
-    GET  /health, /ready, /metrics                  for probes and scrapers, without a key
+    GET  /health, /ready                            for probes, without a key
+    GET  /metrics                                   for scrapers, with a key of its own where there are keys
     GET  /                                          the page
 
 A request passes the door (door.py), the desk answers it (desk.py); what fails is an OpenAI error object with the status
@@ -50,12 +51,12 @@ class Settings:
     """How a service is offered."""
 
     keys: Keys = field(default_factory=lambda: Keys(None))  # without a file everyone may ask
-    front: Front = field(default_factory=Front)
+    front: Front = field(default_factory=Front)  # limits, names, log
     cors: tuple[str, ...] = ()  # origins whose pages may ask; none
 
 
 def make_app(service: Service, settings: Settings | None = None) -> FastAPI:
-    """The application. `app.state.door` is what a server closes to drain (server.py)."""
+    """The application. `app.state.door` is what a server closes to drain, and whose `front` it keeps (server.py)."""
     settings = settings or Settings()
     app = FastAPI(title="constellation", docs_url=None, redoc_url=None, openapi_url="/openapi.json")
     desk = Desk(service, Admission(settings.front), Metrics())
@@ -72,7 +73,7 @@ def make_app(service: Service, settings: Settings | None = None) -> FastAPI:
         app.add_exception_handler(kind, handle)
     known = frozenset({path for _, path, _, _ in _paths(desk)} | set(pages))
     desk.door = app.state.door = Door(
-        app.build_middleware_stack(), settings.keys, desk.metrics, known, frozenset(pages)
+        app.build_middleware_stack(), settings.keys, desk.metrics, settings.front, known, frozenset(pages)
     )
     app.middleware_stack = _allowing(desk.door, settings.cors) if settings.cors else desk.door
     return app

@@ -1,19 +1,28 @@
 """A route that can be checked: who decided what on which evidence, to be replayed by whoever has the router.
 
-    msgpack, then base64url: [schema, router hash, mode, K kernels, looks, z, posterior]
+    msgpack, then base64url: [schema, router hash, mode, K kernels, looks, z, posterior, top_k, text, tokens]
     looks       [bytes seen, code, new trigram counts (rice.py), kernel in force] for each look, -1 for OCEAN
     z           float32 basin coordinates at the last look
     posterior   float32 over the kernels at the last look
+    top_k       kernels that answer together, in the modes that mix
+    text        blake2b-128 of the answer's text in UTF-8
+    tokens      blake2b-128 of its token ids, little-endian uint32
 
-`replay` adds the counts up, asks the router of that hash and compares. The sums are exact (route.py), so
-decisions must agree and z and posterior to a float's last digits. A certificate holds counts, not the text; it
-is evidence about the router, not a signature: whoever can fit a router can issue certificates of it.
+`replay` adds the counts up, asks the router of that hash and compares. The sums are exact (route.py), so decisions must
+agree and z and posterior to a float's last digits. `verify.py` holds an answer against it: its bytes must have these
+counts, its kernels be those decided, its text and tokens have these digests. Schema 1 ends with the posterior.
+
+A certificate reveals its text. Trigram counts of 64 bytes at a time leave few texts to choose from: one of 64 bytes was
+rebuilt in four seconds. Show it to whoever may read prompt and answer, to nobody else.
+It is evidence about the router, not a signature: whoever can fit a router can issue certificates of it.
 """
 
 from __future__ import annotations
 
 import base64
 import binascii
+import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -24,12 +33,13 @@ from numpy.typing import NDArray
 from constellation.errors import ArtifactError
 from router import rice
 from router.counts import SPAN
+from router.mixture import MIXED, Weights, weights
 from router.policy import ABSTAINED, Choice, decide, kernel_name
 from router.route import Router
 from router.stream import Stream
 from router.view import View
 
-SCHEMA = 1
+SCHEMA = 2
 DIGITS = 1e-5  # how far z and posterior may be from the replay: other machines round otherwise
 
 
@@ -39,6 +49,7 @@ class Ledger:
 
     router: Router
     mode: str
+    top_k: int = 1
     looks: list[list[Any]] = field(default_factory=list)
     _counts: NDArray[np.int64] | None = None
     _choice: Choice | None = None
@@ -51,29 +62,61 @@ class Ledger:
         self.looks.append([view.stream.bytes_seen, *rice.pack(new), view.current])
         self._counts, self._choice = counts.copy(), view.choice
 
-    def certificate(self) -> str:
+    def certificate(self, text: str = "", token_ids: Sequence[int] = ()) -> str:
+        """Of the looks so far, bound to the answer of that text and those tokens."""
         assert self._choice is not None
         z, posterior = (x.astype("<f4").tobytes() for x in (self._choice.z, self._choice.posterior))
         head = [SCHEMA, self.router.hash, self.mode, len(self.router.names)]
-        return base64.urlsafe_b64encode(msgpack.packb([*head, self.looks, z, posterior])).decode()
+        tail = [self.looks, z, posterior, self.top_k, digest_of(text), digest_of(token_ids)]
+        return base64.urlsafe_b64encode(msgpack.packb([*head, *tail])).decode()
 
 
-@dataclass(frozen=True)
+def digest_of(what: str | Sequence[int]) -> bytes:
+    """blake2b-128 of a text, or of token ids."""
+    data = what.encode("utf-8", "surrogatepass") if isinstance(what, str) else np.array(what, "<u4").tobytes()
+    return hashlib.blake2b(data, digest_size=16).digest()
+
+
+@dataclass(frozen=True, eq=False)
+class Decided:
+    """A look, replayed."""
+
+    at_bytes: int
+    kernel: str  # in force from here on
+    choice: Choice
+    new: NDArray[np.int64]  # trigrams since the look before, (B,)
+    panel: Weights | None  # who writes from here on; None when the certificate does not say how many do
+
+
+@dataclass(frozen=True, eq=False)
 class Replay:
     """A certificate that holds."""
 
     router_hash: str
     mode: str
-    at_bytes: tuple[int, ...]
-    kernels: tuple[str, ...]  # in force from those bytes on
+    looks: tuple[Decided, ...]
+    text: bytes | None  # digests of the answer; None in schema 1
+    tokens: bytes | None
+
+    @property
+    def at_bytes(self) -> tuple[int, ...]:
+        return tuple(look.at_bytes for look in self.looks)
+
+    @property
+    def kernels(self) -> tuple[str, ...]:
+        """In force from those bytes on."""
+        return tuple(look.kernel for look in self.looks)
 
     def __str__(self) -> str:
-        return f"{len(self.at_bytes)} looks, {self.at_bytes[-1]} bytes: {' -> '.join(self.kernels)}"
+        return f"{len(self.looks)} looks, {self.at_bytes[-1]} bytes: {' -> '.join(self.kernels)}"
+
+    def to_json(self) -> dict[str, Any]:
+        return {name: getattr(self, name) for name in ("router_hash", "mode", "at_bytes", "kernels")}
 
 
 def replay(certificate: str, router: Router) -> Replay:
     """What `certificate` says, computed anew; ArtifactError, with the first difference, if it does not hold."""
-    router_hash, mode, kernels, looks, z, posterior = _open(certificate)
+    router_hash, mode, kernels, looks, z, posterior, top_k, text, tokens = _open(certificate)
     if router_hash != router.hash:
         raise ArtifactError(
             f"certificate: of the router {router_hash[:12]}, this one is {router.hash[:12]}; another run's"
@@ -82,28 +125,29 @@ def replay(certificate: str, router: Router) -> Replay:
         raise ArtifactError(
             f"certificate: {kernels} kernels and {len(looks)} looks, the router has {len(router.names)}"
         )
-    counts, seen, current = np.zeros(router.config.bins, np.int64), 0, ABSTAINED
+    counts, seen, current, decided = np.zeros(router.config.bins, np.int64), 0, ABSTAINED, []
     for at, code, data, kernel in looks:
-        new = max(0, at - SPAN + 1) - max(0, seen - SPAN + 1)
         if at < seen or (at == seen and seen):
             raise ArtifactError(f"certificate: a look at byte {at} after one at byte {seen}")
         try:
-            counts += rice.unpack(code, data, new, router.config.bins)
+            new = rice.unpack(code, data, max(0, at - SPAN + 1) - max(0, seen - SPAN + 1), router.config.bins)
         except ValueError as error:
             raise ArtifactError(f"certificate: the counts at byte {at} are not those of its bytes: {error}") from None
-        seen = at
+        counts, seen = counts + new, at
         stream = Stream.resumed(router, counts, bytes(min(SPAN - 1, at)))
         current = int(decide(stream.trajectory(), router.config.hysteresis, current)[0])
         if kernel != current:
             said, found = (name_of(router, k) for k in (kernel, current))
             raise ArtifactError(f"certificate: it says {said} at byte {at}, its counts say {found}")
-    choice = stream.choice()
-    for name, claimed, computed in (("z", z, choice.z), ("posterior", posterior, choice.posterior)):
+        choice, name = stream.choice(), name_of(router, current)
+        panel: Weights | None = ((name, 1.0),)
+        if mode in MIXED and not choice.abstained:
+            panel = weights(router.names, choice.posterior, top_k) if top_k is not None else None
+        decided.append(Decided(at, name, choice, new, panel))
+    for which, claimed, computed in (("z", z, choice.z), ("posterior", posterior, choice.posterior)):
         if claimed.shape != computed.shape or not np.abs(claimed - computed).max(initial=0) <= DIGITS:
-            raise ArtifactError(f"certificate: its {name} at byte {seen} is not what its counts give")
-    return Replay(
-        router_hash, mode, tuple(look[0] for look in looks), tuple(name_of(router, look[3]) for look in looks)
-    )
+            raise ArtifactError(f"certificate: its {which} at byte {seen} is not what its counts give")
+    return Replay(router_hash, mode, tuple(decided), text, tokens)
 
 
 def name_of(router: Router, kernel: int) -> str:
@@ -111,18 +155,26 @@ def name_of(router: Router, kernel: int) -> str:
 
 
 def _open(certificate: str) -> tuple[Any, ...]:
-    """The parts after the schema, of the types that `Ledger` writes; ArtifactError otherwise."""
+    """The parts after the schema, of the types that `Ledger` writes, None for what schema 1 has not; ArtifactError."""
+    foreign = ValueError("not as this project writes it")
     try:
-        parts = msgpack.unpackb(base64.b64decode(certificate.encode(), altchars=b"-_", validate=True))
-        schema, router_hash, mode, kernels, looks, z, posterior = parts
-        whole = [schema, kernels, *(x for at, code, _, kernel in looks for x in (at, code, kernel))]
-        if any(type(x) is not int for x in whole) or any(type(data) is not bytes for _, _, data, _ in looks):
-            raise ValueError("not as this project writes it")
-        if type(router_hash) is not str or type(mode) is not str:
-            raise ValueError("not as this project writes it")
+        schema, *parts = msgpack.unpackb(base64.b64decode(certificate.encode(), altchars=b"-_", validate=True))
+        if type(schema) is not int:
+            raise foreign
+        if schema not in (1, SCHEMA):
+            raise ArtifactError(f"certificate: schema {schema}, this version reads {SCHEMA}")
+        router_hash, mode, kernels, looks, z, posterior, top_k, text, tokens = (
+            parts if schema == SCHEMA else [*parts, None, None, None]
+        )
+        whole = [kernels, *(x for at, code, _, kernel in looks for x in (at, code, kernel))]
+        data = [data for _, _, data, _ in looks]
+        if schema == SCHEMA:
+            whole, data = [*whole, top_k], [*data, text, tokens]
+        if any(type(x) is not int for x in whole) or any(type(x) is not bytes for x in data):
+            raise foreign
+        if type(router_hash) is not str or type(mode) is not str or (schema == SCHEMA and top_k < 1):
+            raise foreign
         z, posterior = (np.frombuffer(x, "<f4") for x in (z, posterior))
     except (ValueError, TypeError, binascii.Error, msgpack.UnpackException) as error:
         raise ArtifactError(f"certificate: none of this project ({type(error).__name__}: {error})") from None
-    if schema != SCHEMA:
-        raise ArtifactError(f"certificate: schema {schema}, this version reads {SCHEMA}")
-    return router_hash, mode, kernels, looks, z, posterior
+    return router_hash, mode, kernels, looks, z, posterior, top_k, text, tokens

@@ -20,7 +20,7 @@ from router.turn import Answerer
 
 
 class AsyncKernels(Protocol):
-    """Kernels that are asked by many at once."""
+    """Kernels that are asked by many at once. A call that is cancelled is taken out of its kernel's batch."""
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -48,10 +48,6 @@ class AsyncKernels(Protocol):
         """Log-probability of each window's last `tail` tokens (None: all but the first), and the `top` likeliest."""
         ...
 
-    async def cancel(self, kernel: str, request: str) -> None:
-        """Take the request out of the kernel's batch; its turn, if one is going on, ends with an error."""
-        ...
-
     async def stats(self) -> dict[str, dict[str, Any]]:
         """What each kernel says of its load."""
         ...
@@ -74,23 +70,18 @@ class LocalAsyncKernels:
             await self._answerer(name)
 
     async def turn(self, kernel: str, packet: bytes, budget_bytes: int) -> bytes:
-        answerer = await self._answerer(kernel)
-        return await asyncio.wrap_future(answerer.submit(packet, budget_bytes))
+        return await asyncio.wrap_future((await self._answerer(kernel)).submit(packet, budget_bytes))
 
     async def bits(self, kernel: str, packet: bytes, count: int) -> float:
-        return await asyncio.to_thread((await self._answerer(kernel)).bits, packet, count)
+        return await asyncio.wrap_future((await self._answerer(kernel)).submit_bits(packet, count))
 
     async def log_probs(self, kernel: str, windows: Sequence[Sequence[int]], tail: int) -> NDArray[np.float32]:
-        return await asyncio.to_thread((await self._answerer(kernel)).log_probs, windows, tail)
+        return await asyncio.wrap_future((await self._answerer(kernel)).submit_log_probs(windows, tail))
 
     async def score(
         self, kernel: str, windows: Sequence[Sequence[int]], top: int, tail: int | None = None
     ) -> list[list[Scored]]:
-        return await asyncio.to_thread((await self._answerer(kernel)).score, windows, top, tail)
-
-    async def cancel(self, kernel: str, request: str) -> None:
-        if kernel in self._kernels.loaded:
-            (await self._answerer(kernel)).cancel(request)
+        return await asyncio.wrap_future((await self._answerer(kernel)).submit_score(windows, top, tail))
 
     async def stats(self) -> dict[str, dict[str, Any]]:
         return {name: (await self._answerer(name)).stats() for name in self._kernels.loaded}

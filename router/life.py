@@ -156,7 +156,7 @@ class Life:
         self.token_ids: list[int] = []
         self.kernels: list[str] = []
         self.looks: list[Look] = []
-        self.ledger = Ledger(policy, ask.mode) if self.view and isinstance(policy, Router) else None
+        self.ledger = Ledger(policy, ask.mode, ask.top_k) if self.view and isinstance(policy, Router) else None
         self.draft_bytes = FIRST  # a draft's length, which follows how far the last ones were good
         self.hand_offs: list[HandOff] = []
         self.seconds = 0.0
@@ -168,6 +168,7 @@ class Life:
         self.packet = Packet(ask.request or str(number), ask.mode, self.opening, ask.sampling)
         self._read(prompt)
         self._look()
+        self.packet.check(self.view.names if self.view else ())
 
     def live(self) -> Steps:
         """Yields calls, is sent their results; yields pieces, is sent nothing; returns the answer."""
@@ -284,7 +285,7 @@ class Life:
             hand_offs=tuple(self.hand_offs),
             seconds=self.seconds,
             seconds_per_token=self.seconds / max(1, len(self.token_ids)),
-            certificate=self.ledger.certificate() if self.ledger else "",
+            certificate=self.ledger.certificate(self.written, self.token_ids) if self.ledger else "",
         )
 
 

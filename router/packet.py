@@ -83,11 +83,32 @@ class Packet:
         counts = unpack_counts(self.counts, self.text_bytes, router.config.bins)
         return Stream.resumed(router, counts, self.tail)
 
+    def check(self, kernels: Sequence[str] = ()) -> None:
+        """ConfigError unless the body keeps to its bound until the longest answer ends, whichever kernel writes it.
+
+        What grows meanwhile: numbers, the counts of a text that a router sees, and what may be a stop text's beginning.
+        """
+        longest = max((len(stop.encode("utf-8", "surrogatepass")) for stop in self.sampling.stop), default=1)
+        grown = dataclasses.replace(
+            self, kernel=max((*kernels, self.kernel), key=lambda name: len(name.encode())), finish="length",
+            position=self.sampling.max_new_tokens, text_bytes=0xFFFFFFFF, pending=bytes(longest - 1),
+            counts=bytes(1 + COUNTS_BYTES) if self.z else b"", tail=bytes(2),
+        )  # fmt: skip
+        if (size := len(grown._body())) > BODY_BYTES:
+            raise ConfigError(
+                f"packet {self.request!r}: it may grow to {size} bytes besides its window, {BODY_BYTES} are allowed: "
+                "send fewer stop_token_ids, or shorter or fewer stop texts"
+            )
+
+    def _body(self) -> bytes:
+        sampling = {name: value for name, value in self.sampling.changed().items() if name != "logit_bias"}
+        body: bytes = msgpack.packb({**{n: getattr(self, n) for n in _NAMES}, "sampling": sampling}, **_ANY_TEXT)
+        return body
+
     def encode(self) -> bytes:
         tokens = np.array(self.tokens, "<u4").tobytes()
         bias = np.array(list(self.sampling.logit_bias), _BIAS).tobytes()
-        sampling = {name: value for name, value in self.sampling.changed().items() if name != "logit_bias"}
-        body = msgpack.packb({**{n: getattr(self, n) for n in _NAMES}, "sampling": sampling}, **_ANY_TEXT)
+        body = self._body()
         if len(body) > BODY_BYTES:
             raise ConfigError(
                 f"packet {self.request!r}: {len(body)} bytes besides its window, {BODY_BYTES} are allowed"

@@ -7,8 +7,8 @@ overlap by half, each token once.
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 
 import numpy as np
@@ -21,9 +21,12 @@ from router.evaluate import look_in_force
 from router.kernels import AsyncKernels
 from router.mixture import MIXED, Weights, combine, weights
 from router.policy import Policy, decide, kernel_name
+from router.room import Room
+from router.together import together
 
 ROUTE = "route"
-_MOST = 1 << 22  # log-probabilities that a kernel sends at once
+PIECE_BYTES = 1 << 24  # of log-probabilities, from all kernels, that are asked for at once
+HELD_BYTES = 1 << 28  # of them here at once, whoever asks
 
 
 @dataclass(frozen=True)
@@ -56,52 +59,63 @@ def panels(
     return [found[i] if i >= 0 else first for i in look_N]
 
 
-def spans(panels: Sequence[Weights], context: int, most: int) -> Iterator[tuple[int, int, int]]:
+def spans(panels: Sequence[Weights], context: int) -> Iterator[tuple[int, int, int]]:
     """(first, scored, end): tokens scored..end-1 have one panel, in a window that begins at `first`.
 
-    At most `most` of them where several kernels have to send all their log-probabilities.
     Token i is predicted from those before it, of which its window holds context / 2 at least, or all.
     """
     half, scored = max(1, context // 2), 0
     while scored < len(panels):
         first = 0 if scored < context else (scored - context) // half * half + half
-        many = scored + most if len(panels[scored]) > 1 else len(panels)
-        limit, end = min(len(panels), first + context, many), scored + 1
+        limit, end = min(len(panels), first + context), scored + 1
         while end < limit and panels[end] == panels[scored]:
             end += 1
         yield first, scored, end
         scored = end
 
 
-async def read(
-    kernels: AsyncKernels, read: Sequence[int], panels: Sequence[Weights], mode: str, top: int, config: Kernel
-) -> list[Scored]:
-    """`read[1:]` scored, each token by its panel, given those before it: read[0] is an end of text."""
-    pieces = spans(panels, config.context, max(1, _MOST // config.vocab_size))
-    parts = await asyncio.gather(*(_span(kernels, read[a : c + 1], c - b, panels[b], mode, top) for a, b, c in pieces))
-    return [one for part in parts for one in part]
+class Reader:
+    """Texts read by kernels together, of whose log-probabilities no more than `HELD_BYTES` are here at once."""
 
+    def __init__(self, kernels: AsyncKernels, config: Kernel):
+        self.kernels, self.config, self._room = kernels, config, Room(HELD_BYTES)
 
-async def _span(
-    kernels: AsyncKernels, window: Sequence[int], count: int, panel: Weights, mode: str, top: int
-) -> list[Scored]:
-    if len(panel) == 1:
-        (found,) = await kernels.score(panel[0][0], [window], top, count)
-    else:
-        (log_p_TV,) = await joint(kernels, [window[:-1]], count, panel, mode)
-        found = scored(torch.from_numpy(log_p_TV.astype(np.float32)), list(window[-count:]), top)
-    return [Scored(*one) for one in found]
+    def room(self, positions: int) -> AbstractAsyncContextManager[None]:
+        """Room for the log-probabilities of all tokens at so many positions, whoever sends them."""
+        return self._room.of(positions * self.config.vocab_size * 4)  # float32
 
+    async def read(self, read: Sequence[int], panels: Sequence[Weights], mode: str, top: int) -> list[Scored]:
+        """`read[1:]` scored, each token by its panel, given those before it: read[0] is an end of text."""
+        pieces = spans(panels, self.config.context)
+        parts = await together([self.scores([read[a : c + 1]], c - b, panels[b], mode, top) for a, b, c in pieces])
+        return [one for (part,) in parts for one in part]
 
-async def joint(
-    kernels: AsyncKernels, windows: Sequence[Sequence[int]], tail: int, panel: Weights, mode: str
-) -> np.ndarray:
-    """Next-token log-probabilities of the panel after each of the last `tail` tokens of each window, (B, tail, V).
+    async def scores(
+        self, windows: Sequence[Sequence[int]], count: int, panel: Weights, mode: str, top: int
+    ) -> list[list[Scored]]:
+        """The last `count` tokens of each window, scored by the panel, given those before them.
 
-    One kernel gives its own, untouched.
-    """
-    parts = await asyncio.gather(*(kernels.log_probs(name, windows, tail) for name, _ in panel))
-    if len(parts) == 1:
-        return parts[0]
-    weight = [w for _, w in panel]
-    return np.stack([combine(mode, np.stack(rows), weight) for rows in zip(*parts)])
+        One kernel sends the scores alone. Several have to send the log-probabilities of all tokens: piece by piece.
+        """
+        if len(panel) == 1:
+            found = await self.kernels.score(panel[0][0], windows, top, count)
+            return [[Scored(*one) for one in row] for row in found]
+        rows: list[list[Scored]] = [[] for _ in windows]
+        most = max(1, PIECE_BYTES // (4 * self.config.vocab_size * len(panel)))  # positions of a piece
+        for begin in range(0, count, most):
+            many = min(most, count - begin)
+            cut = [window[: len(window) - count + begin + many] for window in windows]
+            width = max(1, most // many)
+            for at in range(0, len(cut), width):
+                group = cut[at : at + width]
+                log_p_BTV = await self._joint([window[:-1] for window in group], many, panel, mode)
+                for row, window, log_p_TV in zip(rows[at:], group, log_p_BTV):
+                    row += [Scored(*one) for one in scored(torch.from_numpy(log_p_TV), list(window[-many:]), top)]
+        return rows
+
+    async def _joint(self, windows: Sequence[Sequence[int]], tail: int, panel: Weights, mode: str) -> list[np.ndarray]:
+        """Of each window the panel's log-probabilities of the next token after each of the last `tail`, (tail, V)."""
+        async with self.room(len(windows) * tail * len(panel)):
+            parts = await together([self.kernels.log_probs(name, windows, tail) for name, _ in panel])
+            weight = [w for _, w in panel]
+            return [combine(mode, np.stack(rows), weight).astype(np.float32) for rows in zip(*parts)]

@@ -34,6 +34,8 @@ def pack(counts_B: NDArray[np.int64]) -> tuple[int, bytes]:
 
 def unpack(code: int, data: bytes, n: int, bins: int) -> NDArray[np.int64]:
     """The counts, (B,) int64; ValueError unless `data` is what `pack` makes of n counts in `bins` bins."""
+    if not 0 <= code < 2 * len(_K):  # it comes from outside, and sizes follow from it
+        raise ValueError(f"code {code}; there are 0 to {2 * len(_K) - 1}")
     values = _read(data, n if code % 2 else bins, code // 2)
     if code % 2:
         entries = np.cumsum(values)

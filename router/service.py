@@ -3,15 +3,16 @@
     async for piece in service.stream(Ask("The import statement")): ...
 
 Many requests are under way at once; what they have in common are the kernels (kernels.py), which batch
-their turns. A request that is left, by `aclose()` or a cancelled task, is taken out of its kernel's batch.
+their turns. A request that is left, by `aclose()` or a cancelled task, leaves no work behind: every call that it waits
+for is cancelled, down to the kernel's batch. Its work goes by an id of ours; `Ask.request` is shown and no more, for
+two clients may call theirs the same.
 """
 
 from __future__ import annotations
 
-import asyncio
-import contextlib
 import uuid
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -20,18 +21,31 @@ import numpy as np
 from constellation.config import Config
 from constellation.coordizer.tokenizer import Tokenizer
 from constellation.errors import ConfigError
-from router import reading
 from router.certificate import Ledger
+from router.encoding import encoded
 from router.kernels import AsyncKernels
-from router.life import ROUTE, Answer, Ask, Bits, Call, Life, Piece, Turn, check, numbered, opened, read_prompt
+from router.life import (
+    ROUTE,
+    Answer,
+    Ask,
+    Bits,
+    Call,
+    Life,
+    Piece,
+    Reading,
+    Turn,
+    check,
+    numbered,
+    opened,
+    read_prompt,
+)
 from router.policy import Policy
-from router.reading import Scored, joint, panels
+from router.reading import Reader, Scored, panels
 from router.route import Router
+from router.together import together
 from router.view import View
 
 __all__ = ["ROUTE", "Answer", "Ask", "Decision", "Piece", "Service", "numbered"]
-
-CANCEL_S = 5.0  # a kernel that does not hear of a cancellation within is left to notice by itself
 
 
 class Decision(NamedTuple):
@@ -56,6 +70,7 @@ class Service:
     ):
         self.config, self.policy, self.tokenizer, self.kernels = config, policy, tokenizer, kernels
         self.name, self.created = name, created  # created: seconds since 1970
+        self._reader = Reader(kernels, config.kernel)
         self._under_way: set[str] = set()
 
     def models(self) -> list[str]:
@@ -65,34 +80,26 @@ class Service:
     def check(self, ask: Ask) -> None:
         """ConfigError if `ask` cannot be answered, before anything is decoded."""
         check(ask, self.policy, self.kernels.names)
-        Life("", ask, self.policy, self.tokenizer, self.config).packet.encode()
+        Life("", ask, self.policy, self.tokenizer, self.config)
 
     async def stream(self, ask: Ask) -> AsyncGenerator[Piece | Answer, None]:
         """The pieces of the answer as they come, then the `Answer`. Leaving early frees what it took."""
-        request = ask.request or uuid.uuid4().hex
-        ask = replace(ask, request=request)
         check(ask, self.policy, self.kernels.names)
-        life = Life(request, ask, self.policy, self.tokenizer, self.config)
-        steps, asked = life.live(), frozenset[str]()
-        self._under_way.add(request)
-        try:
-            step = next(steps)
-            while True:
-                if isinstance(step, Piece):
-                    yield step
-                    step = next(steps)
-                else:
-                    asked = frozenset(call.kernel for call in step)
-                    results = await self._fetch(step)
-                    asked = frozenset()
-                    step = steps.send(results)
-        except StopIteration as end:
-            yield end.value
-        finally:
-            self._under_way.discard(request)
-            steps.close()
-            if asked:
-                await asyncio.shield(self._cancel(asked, request))
+        with self._working() as work:
+            life = Life(ask.request or work, replace(ask, request=work), self.policy, self.tokenizer, self.config)
+            steps = life.live()
+            try:
+                step = next(steps)
+                while True:
+                    if isinstance(step, Piece):
+                        yield step
+                        step = next(steps)
+                    else:
+                        step = steps.send(await self._fetch(step))
+            except StopIteration as end:
+                yield end.value
+            finally:
+                steps.close()
 
     async def score(
         self, tokens: Sequence[int], mode: str = ROUTE, top: int = 0, top_k: int = 3
@@ -107,31 +114,43 @@ class Service:
         read_prompt(ask.prompt, self.tokenizer)
         read = opened(tokens, self.tokenizer)
         who = panels(read[1:], self.policy, self.tokenizer, self.config, mode, top_k)
-        found = await reading.read(self.kernels, read, who, mode, top, self.config.kernel)
+        with self._working():
+            found = await self._reader.read(read, who, mode, top)
         return [*([None] * (len(tokens) - len(found))), *found]
 
     async def decide(
-        self, prompt: str | tuple[int, ...], answers: Sequence[str], mode: str = ROUTE, top_k: int = 3
-    ) -> Decision:
+        self, prompt: str | tuple[int, ...], answers: Sequence[str] | Sequence[Sequence[int]], mode: str = ROUTE,
+        top_k: int = 3,
+    ) -> Decision:  # fmt: skip
         """Probability that the text goes on with each of `answers`, normalised over them; nothing is decoded.
 
-        All answers are read in one batch by the kernel, or kernels, that the prompt belongs to. An answer is
-        judged by its own tokens, so of two that begin alike the shorter one counts the longer one's text too.
+        Answers are texts, or the tokens of texts. All are read at once by the kernel, or kernels, that the prompt
+        belongs to. An answer is judged by its own tokens, so of two that begin alike the shorter one counts the longer
+        one's text too.
         """
-        if len(set(answers)) < len(answers) or not all(answers) or not answers:
-            raise ConfigError(f"answers={list(answers)!r}: at least one is needed, none empty, no two the same")
+        texts = [one for one in answers if isinstance(one, str)]
+        given: Sequence[Any] = await encoded(self.tokenizer, texts) if texts else answers
+        asked: list[tuple[int, ...]] = [tuple(one) for one in given]
+        if len(set(asked)) < len(asked) or not all(asked) or not asked:
+            raise ConfigError("answers: at least one is needed, none empty, no two the same")
         ask = Ask(prompt, mode=mode, top_k=top_k)
         check(ask, self.policy, self.kernels.names)
         life = Life("", ask, self.policy, self.tokenizer, self.config)
-        asked = [self.tokenizer.encode(answer) for answer in answers]
         longest = max(map(len, asked))
         room = self.config.kernel.context - longest
         if room < 1:
             raise ConfigError(f"answers: one has {longest} tokens, {self.config.kernel.context - 1} are allowed")
-        window = life.question[-room:]
-        windows = [[*window, *one[:-1], *[0] * (longest - len(one))] for one in asked]
-        log_p_BTV = await joint(self.kernels, windows, longest, life.panel, mode)
-        log_p = np.array([rows[range(len(one)), one].sum() for rows, one in zip(log_p_BTV, asked)], np.float64)
+        window, alike = life.question[-room:], dict[int, list[int]]()  # length -> answers of so many tokens
+        for at, one in enumerate(asked):
+            alike.setdefault(len(one), []).append(at)
+        log_p = np.zeros(len(asked))
+        with self._working():
+            parts = await together([
+                self._reader.scores([[*window, *asked[at]] for at in group], count, life.panel, mode, 0)
+                for count, group in alike.items()
+            ])  # fmt: skip
+        for group, rows in zip(alike.values(), parts):
+            log_p[group] = [sum(one.log_prob for one in row) for row in rows]
         p = np.exp(log_p - log_p.max())
         return Decision([float(x) for x in p / p.sum()], life.judged())
 
@@ -155,16 +174,23 @@ class Service:
         """Load of the service and of its kernels."""
         return {"status": "ok", "requests": len(self._under_way), "kernels": await self.kernels.stats()}
 
-    async def _fetch(self, calls: Sequence[Call]) -> list[Any]:
-        """The results of all calls; when one fails, or we are cancelled, the others are cancelled too."""
-        if len(calls) == 1:
-            return [await self._call(calls[0])]
-        tasks = [asyncio.ensure_future(self._call(call)) for call in calls]
+    @contextmanager
+    def _working(self) -> Iterator[str]:
+        """A request is under way: its id among them."""
+        work = uuid.uuid4().hex
+        self._under_way.add(work)
         try:
-            return list(await asyncio.gather(*tasks))
+            yield work
         finally:
-            for task in tasks:
-                task.cancel()
+            self._under_way.discard(work)
+
+    async def _fetch(self, calls: Sequence[Call]) -> list[Any]:
+        """The results of all calls."""
+        positions = sum(call.tail for call in calls if isinstance(call, Reading))
+        if not positions:
+            return await together([self._call(call) for call in calls])
+        async with self._reader.room(positions):
+            return await together([self._call(call) for call in calls])
 
     async def _call(self, call: Call) -> Any:
         if isinstance(call, Turn):
@@ -172,8 +198,3 @@ class Service:
         if isinstance(call, Bits):
             return await self.kernels.bits(call.kernel, call.packet, call.count)
         return (await self.kernels.log_probs(call.kernel, [call.window], call.tail))[0]
-
-    async def _cancel(self, kernels: frozenset[str], request: str) -> None:
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(CANCEL_S):
-                await asyncio.gather(*(self.kernels.cancel(kernel, request) for kernel in kernels))

@@ -10,9 +10,9 @@ which gives the same numbers sooner (kernel/batch.py).
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -27,6 +27,7 @@ from constellation.kernel.model import KernelLM
 from constellation.kernel.sample import Scored, scored
 from router.packet import Packet
 
+T = TypeVar("T")
 NATS = 0.6931471805599453  # of a bit
 
 
@@ -50,58 +51,34 @@ class Answerer:
     def turn(self, packets: Sequence[bytes], budget_bytes: int) -> list[bytes]:
         """The packets after one turn; one that is finished comes back as it is."""
         rows = [_Row(Packet.decode(data), self.context, self.tokenizer, budget_bytes) for data in packets]
-        self.engine.finish([row.work for row in rows if not row.packet.finish])
-        return [row.result().encode() for row in rows]
+        works = [row.work for row in rows if not row.packet.finish]
+        return self.engine.submit(works, lambda: [row.result().encode() for row in rows]).result()
 
     def submit(self, packet: bytes, budget_bytes: int) -> Future[bytes]:
         """The packet after one turn, taken together with whatever else is under way. From any thread.
 
         The future fails with what is wrong with this packet alone; cancelling it frees the slot.
         """
-        outcome: Future[bytes] = Future()
         row = _Row(Packet.decode(packet), self.context, self.tokenizer, budget_bytes)
-        if row.packet.finish:
-            outcome.set_result(packet)
-            return outcome
-
-        def done(work: Future[Any]) -> None:
-            if work.cancelled() or not outcome.set_running_or_notify_cancel():
-                return
-            error = work.exception()
-            if error is not None:
-                outcome.set_exception(error)
-                return
-            try:
-                outcome.set_result(row.result().encode())
-            except Exception as late:  # a packet that has outgrown its bounds
-                outcome.set_exception(late)
-
-        outcome.add_done_callback(lambda future: row.work.done.cancel() if future.cancelled() else None)
-        row.work.done.add_done_callback(done)
-        self.engine.submit(row.work)
-        return outcome
-
-    def cancel(self, request: str) -> None:
-        """End the turn of `request`, if one is under way, with an error, and free its slot."""
-        self.engine.cancel(request)
+        return self.engine.submit([] if row.packet.finish else [row.work], lambda: row.result().encode())
 
     def score(self, windows: Sequence[Sequence[int]], top: int, tail: int | None = None) -> list[list[Scored]]:
-        """For each window the log-probability of its last `tail` tokens (None: of all but the first), given those
-        before them, and the `top` likeliest tokens in their places; both of one tensor."""
-        found: list[list[Scored]] = [[] for _ in windows]
-        for window in windows:
-            wanted = max(1, len(window) - 1) if tail is None else tail
-            if not 1 <= wanted < len(window):
-                raise ConfigError(f"a window of {len(window)} tokens: its last {wanted} cannot be scored")
-
-        def emit(at: int, first: int, log_p_MV: Tensor) -> None:
-            named = list(windows[at])[first + 1 : first + 1 + len(log_p_MV)]
-            found[at] += scored(log_p_MV[: len(named)], named, top)
-
-        self._read([list(window)[:-1] for window in windows], tail, emit)
-        return found
+        return self.submit_score(windows, top, tail).result()
 
     def log_probs(self, windows: Sequence[Sequence[int]], tail: int) -> NDArray[np.float32]:
+        return self.submit_log_probs(windows, tail).result()
+
+    def bits(self, packet: bytes, count: int) -> float:
+        return self.submit_bits(packet, count).result()
+
+    def submit_score(
+        self, windows: Sequence[Sequence[int]], top: int, tail: int | None = None
+    ) -> Future[list[list[Scored]]]:
+        """For each window the log-probability of its last `tail` tokens (None: of all but the first), given those
+        before them, and the `top` likeliest tokens in their places; both of one tensor."""
+        return self._scores(windows, top, tail, lambda found: found)
+
+    def submit_log_probs(self, windows: Sequence[Sequence[int]], tail: int) -> Future[NDArray[np.float32]]:
         """Log-probability of the next token after each of the last `tail` tokens of each window, (B, tail, V).
 
         Windows are cut to their last `context` tokens; one shorter than `tail` has -inf before its first token.
@@ -113,21 +90,35 @@ class Answerer:
             begin = tail - len(cut[at]) + first
             found[at, begin : begin + len(log_p_MV)] = log_p_MV.cpu().numpy()
 
-        self._read(cut, tail, emit)
-        return found
+        return self._read(cut, tail, emit, lambda: found)
 
-    def bits(self, packet: bytes, count: int) -> float:
+    def submit_bits(self, packet: bytes, count: int) -> Future[float]:
         """Bits this kernel needs for the last `count` tokens of the packet's window, given those before them."""
         tokens = Packet.decode(packet).tokens[-self.context :]
-        (found,) = self.score([tokens], 0, min(count, len(tokens) - 1))
-        return -sum(log_p for log_p, _ in found) / NATS
+        count = min(count, len(tokens) - 1)
+        return self._scores([tokens], 0, count, lambda found: -sum(log_p for log_p, _ in found[0]) / NATS)
 
     def stats(self) -> dict[str, Any]:
         """Slots and how many of them work, hold or wait; tokens so far (kernel/batch.py)."""
         return self.engine.stats()
 
-    def _read(self, windows: Sequence[list[int]], tail: int | None, emit: Any) -> None:
-        """`emit(window, position, log-probabilities (M, V))` for the last `tail` positions of each window."""
+    def _scores(
+        self, windows: Sequence[Sequence[int]], top: int, tail: int | None, make: Callable[[list[list[Scored]]], T]
+    ) -> Future[T]:
+        found: list[list[Scored]] = [[] for _ in windows]
+        for window in windows:
+            wanted = max(1, len(window) - 1) if tail is None else tail
+            if not 1 <= wanted < len(window):
+                raise ConfigError(f"a window of {len(window)} tokens: its last {wanted} cannot be scored")
+
+        def emit(at: int, first: int, log_p_MV: Tensor) -> None:
+            named = list(windows[at])[first + 1 : first + 1 + len(log_p_MV)]
+            found[at] += scored(log_p_MV[: len(named)], named, top)
+
+        return self._read([list(window)[:-1] for window in windows], tail, emit, lambda: make(found))
+
+    def _read(self, windows: Sequence[list[int]], tail: int | None, emit: Any, make: Callable[[], T]) -> Future[T]:
+        """What `make` makes after `emit(window, position, log-probabilities (M, V))` for the last `tail` positions."""
 
         def reading(at: int, window: list[int]) -> Reading:
             first = max(0, len(window) - tail) if tail else 0
@@ -137,7 +128,7 @@ class Answerer:
                 emit=lambda position, logits_MV: emit(at, position, torch.log_softmax(logits_MV, -1)),
             )
 
-        self.engine.finish([reading(at, window) for at, window in enumerate(windows)])
+        return self.engine.submit([reading(at, window) for at, window in enumerate(windows)], make)
 
 
 class Ending:
@@ -187,7 +178,6 @@ class _Row:
         self.packet, self.context, self.tokenizer, self.budget_bytes = packet, context, tokenizer, budget_bytes
         self.work = Writing(
             tokens=list(packet.tokens),
-            key=packet.request,
             sampling=packet.sampling,
             taken=packet.position,
             room=step_of(context),

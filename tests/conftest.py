@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import atexit
 import os
+import shutil
+import tempfile
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,6 +19,9 @@ if TYPE_CHECKING:
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before numpy and torch: threads of several processes fight for cores
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+os.environ["XDG_STATE_HOME"] = tempfile.mkdtemp(prefix="constellation-tests-")  # what is up here is not the user's
+atexit.register(shutil.rmtree, os.environ["XDG_STATE_HOME"], True)
+
 
 settings.register_profile("same", deadline=None, derandomize=True)  # no test asserts a time
 settings.register_profile("explore", deadline=None)

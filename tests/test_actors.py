@@ -11,7 +11,8 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from actors import cluster, detached
+from actors import record as records
 from actors.exclusive import exclusive, is_held
+from actors.head import Head
 from actors.hire import options_of, servers
 from actors.launch import summary, train
 from actors.memory import check_memory, free_bytes, needed_bytes
@@ -218,7 +221,7 @@ def test_only_a_trained_run_is_served_and_only_the_cluster_part_may_change(micro
     shutil.rmtree(run / ROLES[4] / "checkpoints")
     with pytest.raises(ConfigError, match=f"{ROLES[4]} not trained yet"):
         detached.up(run)
-    assert not detached.down(run, say=silent) and not (run / detached.RECORD).exists()
+    assert not detached.down(run, say=silent) and records.read(run) is None
 
 
 # -- with Ray ------------------------------------------------------------------------------------------------------
@@ -314,6 +317,33 @@ def test_an_actor_does_one_thing_and_may_be_told_twice(ray_session: None, micro_
     ray.kill(actor)
 
 
+@pytest.mark.ray
+def test_the_driver_tells_of_a_damaged_checkpoint_and_the_older_one_ends_in_the_same_bits(
+    ray_session: None, micro_run: Path, tmp_path: Path
+) -> None:
+    from actors.plan import kernel_job, open_plan
+    from constellation.train.loop import fit
+
+    run = tmp_path / "run"
+    shutil.copytree(micro_run, run)
+    folder = run / ROLES[0] / "checkpoints"
+    shutil.rmtree(folder.parent)
+    job = kernel_job(open_plan(run), ROLES[0])
+    for _ in fit(dataclasses.replace(job, config=override(job.config, {"train.keep_last": 3}))):
+        pass
+    older, newest, last = sorted(folder.iterdir())[-3:]
+    shutil.rmtree(last)
+    state = (newest / "state.json").read_text()
+    (newest / "state.json").write_text(state.replace('"lr": ', '"lr": 1', 1))
+    said: list[str] = []
+    steps = [step.step for step in train(run, resume=True, roles=ROLES[:1], say=said.append)]
+    assert steps[0] == int(older.name[-8:]) + 1
+    (told,) = [line for line in said if "damaged" in line]
+    assert told.startswith(f"{ROLES[0]}: {newest}/state.json is damaged") and "\n" not in told
+    for name in ("model.safetensors", "optim.safetensors"):
+        assert (last / name).read_bytes() == (micro_run / ROLES[0] / "checkpoints" / last.name / name).read_bytes()
+
+
 def answers(kernels: Any, run: Path, between: Callable[[], None] = lambda: None) -> list[Any]:
     from actors.plan import open_plan
     from constellation.coordizer.tokenizer import Tokenizer
@@ -377,7 +407,9 @@ def test_a_constellation_stays_up_heals_and_goes_down(
     from ray.util.placement_group import placement_group_table
 
     from actors.keeper import namespace_of
-    from actors.remote import open_kernels
+    from actors.remote import RayKernels, open_kernels
+    from actors.status import newest_step
+    from constellation.commands.answering import Answering
     from router.local import LocalKernels
     from router.route import Router
 
@@ -391,11 +423,22 @@ def test_a_constellation_stays_up_heals_and_goes_down(
     assert all(k.state == "serving" and k.health == "ok" and k.node for k in status.kernels)
     said: list[str] = []
     assert detached.up(run, say=said.append).name == unique and "is up already" in said[0]
+    with Answering(run, local=False, address=None) as asked:
+        assert isinstance(asked.kernels, RayKernels) and not asked.unfinished, "who is up is asked"
+        assert asked.kernels.steps() == {role: newest_step(run / role) for role in (OCEAN, *ROLES)}
+    with Answering(run, local=True, address=None) as asked:
+        assert isinstance(asked.kernels, LocalKernels)
     with open_kernels(run, say=silent) as kernels:
         assert answers(kernels, run) == local
         assert kernels.route(texts) == [c.to_json(ROLES) for c in Router.load(run / "router").route(texts)]
     heal(run, {k.role: k.pid for k in status.kernels}, killed=("supervisor", ROLES[0]))
+    endless, ended = asked_for_ever(run), []
+    next(endless)
+    asker = threading.Thread(target=lambda: ended.append(failure(endless)))
+    asker.start()
     assert detached.down(run, say=silent)
+    asker.join()
+    assert len(ended) == 1 and isinstance(ended[0], RunError) and "was taken down meanwhile" in str(ended[0])
     assert not detached.down(run, say=silent)
     assert detached.status(run).state == "finished"
     assert not any(a["namespace"] == namespace_of(unique) for a in ray.util.list_named_actors(all_namespaces=True))
@@ -414,6 +457,27 @@ def test_up_without_a_cluster_starts_a_ray_that_outlives_it_and_down_ends_all_of
     assert done.returncode == 0, done.stdout + done.stderr
     leader = done.stdout.split("leader ")[1].split()[0]
     wait_for(lambda: not of_session(int(leader)))  # SIGKILL takes a moment
+
+
+def asked_for_ever(run: Path) -> Iterator[None]:
+    """Questions to the constellation that is up, one after another."""
+    from actors.remote import kernels_of
+
+    record = records.read(run)
+    assert record is not None
+    with kernels_of(run, record, silent) as kernels:
+        while True:
+            kernels.route([b"def f(x): return x"])
+            yield
+
+
+def failure(work: Iterator[None]) -> Exception | None:
+    try:
+        for _ in work:
+            pass
+    except Exception as error:
+        return error
+    return None
 
 
 def heal(run: Path, before: dict[str, int], killed: tuple[str, ...]) -> None:
@@ -437,14 +501,14 @@ def heal(run: Path, before: dict[str, int], killed: tuple[str, ...]) -> None:
 UP_AND_DOWN = """
 import sys
 from pathlib import Path
-from actors import detached
+from actors import detached, record as records
 
 run = Path(sys.argv[1])
 status = detached.up(run)
-head = detached.read_record(run).head
+head = records.read(run).head
 print("leader", head.pid, flush=True)
 assert status.state == "up" and head.alive() and status.address.startswith("127.0.0.1:"), status
-assert head.token.stat().st_mode & 0o77 == 0 and head.token.read_text() not in (run / "up.json").read_text()
+assert head.token.stat().st_mode & 0o77 == 0 and Path(head.folder).stat().st_mode & 0o77 == 0
 assert detached.status(run).state == "up"
 assert detached.down(run) and not detached.down(run)
 assert not head.alive() and not Path(head.folder).exists() and detached.status(run).state == "finished"
@@ -466,8 +530,7 @@ def test_a_record_of_a_ray_that_is_gone_is_seen_through(
         ({**ended, "host": "elsewhere"}, "it is up on elsewhere"),
         (None, "no Ray at 127.0.0.1:1"),
     ):
-        record = {"schema": 1, "name": "run", "address": "127.0.0.1:1", "head": head}
-        (run / detached.RECORD).write_text(json.dumps(record))
+        records.write(run, records.Record("run", "127.0.0.1:1", head and Head(**head)))
         status = detached.status(run)
         assert status.state == "finished" and why in status.detail
     said: list[str] = []

@@ -1,8 +1,10 @@
 """The service over HTTP, in process: the laws between its answers, its refusals, who is let in, and how it ends."""
 
 import asyncio
+import gzip
 import json
 import math
+import re
 
 import httpx
 import numpy as np
@@ -446,14 +448,53 @@ def test_other_methods_and_pickles_are_refused():
     answer = CLIENT.ask("GET", COMPLETIONS)
     assert (answer.status_code, answer.json()["error"]["type"]) == (405, "invalid_request_error")
 
-    async def pickled():
-        transport = httpx.ASGITransport(CLIENT.app)
-        async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
-            return await client.post(
-                COMPLETIONS, content=b"\x80\x04\x8c\x05posix", headers={"content-type": "application/x-pickle"}
-            )
+    pickle = raw(CLIENT.app, b"\x80\x04\x8c\x05posix", {"content-type": "application/x-pickle"})
+    assert (pickle.status_code, pickle.json()["error"]["code"]) == (415, "unsupported_media_type")
 
-    assert asyncio.run(pickled()).status_code == 400
+
+def raw(app, content, headers, method="POST", path=COMPLETIONS):
+    """The answer to a body as it is."""
+
+    async def go():
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://test") as client:
+            return await client.request(method, path, content=content, headers=headers)
+
+    return asyncio.run(go())
+
+
+@pytest.mark.parametrize("path", [COMPLETIONS, CHAT, "/v1/decisions", "/tokenize", "/detokenize", "/route"])
+def test_a_body_is_plain_json_and_says_so(path):
+    """What a page of another origin may send without being asked is none: text, a form, or no kind at all."""
+    body = {"prompt": "x", "messages": HI, "answers": ["a"], "tokens": [17], "max_tokens": 1}
+    del body["prompt" if path in (CHAT, "/detokenize") else "messages"]
+    content = json.dumps(body).encode()
+    for kind in ("text/plain", "application/x-www-form-urlencoded", "multipart/form-data; boundary=x", ""):
+        refused = raw(CLIENT.app, content, {"content-type": kind} if kind else {}, path=path)
+        assert (refused.status_code, refused.json()["error"]["code"]) == (415, "unsupported_media_type")
+    for kind in ("application/json", "Application/JSON; charset=utf-8"):
+        assert raw(CLIENT.app, content, {"content-type": kind}, path=path).status_code == 200
+    packed = {"content-type": "application/json", "content-encoding": "gzip"}
+    refused = raw(CLIENT.app, gzip.compress(content), packed, path=path)
+    assert (refused.status_code, refused.headers["accept-encoding"]) == (415, "identity")
+    assert raw(CLIENT.app, content, {**packed, "content-encoding": "identity"}, path=path).status_code == 200
+
+
+@pytest.mark.parametrize("method", ["TRACE", "PUT", "DELETE", "PATCH", "OPTIONS", "HEAD"])
+def test_other_methods_are_told_those_that_are_answered(method):
+    for path, allowed in ((COMPLETIONS, "POST"), ("/v1/models", "GET"), ("/", "GET")):
+        answer = raw(CLIENT.app, b"", {}, method, path)
+        if method == "HEAD" and allowed == "GET":
+            whole = CLIENT.ask("GET", path)
+            ours = {"x-request-id": None}
+            assert (answer.status_code, {**answer.headers} | ours) == (200, {**whole.headers} | ours)
+        else:
+            assert (answer.status_code, answer.headers["allow"]) == (405, allowed)
+    assert raw(CLIENT.app, b"", {}, method, "/nowhere").status_code == 404
+
+
+def test_a_model_without_a_name_is_none():
+    missing = CLIENT.ask("GET", "/v1/models/")
+    assert (missing.status_code, missing.json()["error"]["code"]) == (404, "model_not_found")
 
 
 def test_what_breaks_before_the_first_text_is_a_status_and_midway_an_event():
@@ -504,7 +545,7 @@ def test_a_key_is_needed_where_there_is_a_key_file(tmp_path):
         assert (answer.status_code, answer.json()["error"]["code"]) == (401, "invalid_api_key")
         assert client.ask("GET", "/v1/models", headers=None).status_code == 401
     assert client.ask("POST", COMPLETIONS, headers={"Authorization": f"Bearer {key}"}, prompt="x").status_code == 200
-    for path in ("/health", "/ready", "/metrics", "/"):
+    for path in ("/health", "/ready", "/"):
         assert client.ask("GET", path).status_code == 200
     assert Client().ask("POST", COMPLETIONS, headers={"Authorization": "Bearer "}, prompt="x").status_code == 200
 
@@ -514,15 +555,193 @@ def test_too_much_is_told_when_to_come_again(tmp_path):
     key = keys.add(path, "ada", Limits(requests_per_minute=2))
     client = Client(Settings(keys=Keys(path), front=Front(answers=4, body_bytes=2000)))
     bearer = {"Authorization": f"Bearer {key}"}
-    answers = [client.ask("POST", COMPLETIONS, headers=bearer, prompt="x", max_tokens=1) for _ in range(3)]
-    assert [a.status_code for a in answers] == [200, 200, 429]
-    assert int(answers[2].headers["retry-after"]) >= 1
-    assert answers[2].json()["error"]["type"] == "rate_limit_error"
     large = client.ask("POST", COMPLETIONS, headers=bearer, prompt="x" * 3000)
     assert (large.status_code, large.json()["error"]["code"]) == (413, "request_too_large")
     many = client.ask("POST", COMPLETIONS, headers=bearer, prompt="x", n=5)
     assert many.status_code == 400
-    assert "constellation_refused_total" in client.ask("GET", "/metrics").text
+    answers = [client.ask("POST", COMPLETIONS, headers=bearer, prompt="x", max_tokens=1) for _ in range(3)]
+    assert [a.status_code for a in answers] == [200, 200, 429]
+    assert int(answers[2].headers["retry-after"]) >= 1
+    assert answers[2].json()["error"]["type"] == "rate_limit_error"
+
+
+def test_how_much_all_keys_use_is_told_to_keys_that_may_know_it(tmp_path):
+    """Else a key would know from the whole and its own use how much the others use."""
+    path = tmp_path / "keys.json"
+    ada, prometheus = keys.add(path, "ada"), keys.add(path, "prometheus", metrics=True)
+    client = Client(Settings(keys=Keys(path)))
+    client.ask("POST", COMPLETIONS, headers={"Authorization": f"Bearer {ada}"}, prompt="x", max_tokens=1)
+
+    def seen(key, path):
+        return client.ask("GET", path, headers={"Authorization": f"Bearer {key}"} if key else None)
+
+    assert seen(None, "/metrics").status_code == seen("ck-wrong", "/metrics").status_code == 401
+    refused = seen(ada, "/metrics")
+    assert (refused.status_code, refused.json()["error"]["type"]) == (403, "permission_error")
+    assert "constellation_tokens_total" in seen(prometheus, "/metrics").text
+    for open_path, status in (("/health", "ok"), ("/ready", "ready")):
+        for key in (None, ada, prometheus):
+            assert seen(key, open_path).json() == {"status": status}
+    assert Client().ask("GET", "/health").json().keys() == {"status", "requests", "kernels"}
+    assert Client().ask("GET", "/metrics").status_code == 200  # without keys there is nobody to hide it from
+
+
+def test_every_path_is_charged(tmp_path):
+    path = tmp_path / "keys.json"
+    bodies = {
+        "/tokenize": {"prompt": "the quick"}, "/detokenize": {"tokens": [17, 18]}, "/route": {"prompt": "the quick"},
+        "/v1/decisions": {"prompt": "the", "answers": ["a"]}, COMPLETIONS: {"prompt": "the", "max_tokens": 1},
+        CHAT: {"messages": HI, "max_tokens": 1}, COMPLETIONS + " ": {"prompt": "x", "temperature": -1},
+    }  # fmt: skip
+    for i, (where, body) in enumerate(bodies.items()):
+        for limits, refused in ((Limits(requests_per_minute=1), 429), (Limits(tokens_per_minute=1), 400)):
+            key = keys.add(path, f"k{i}-{refused}", limits)
+            client = Client(Settings(keys=Keys(path)))
+            bearer = {"Authorization": f"Bearer {key}"}
+            first, second = (client.ask("POST", where.strip(), headers=bearer, **body) for _ in range(2))
+            if refused == 429:
+                assert first.status_code == (400 if " " in where else 200)
+                assert (second.status_code, second.json()["error"]["code"]) == (429, "rate_limit_exceeded")
+            elif " " not in where:
+                assert (first.status_code, first.json()["error"]["code"]) == (400, "request_too_large")
+
+
+class Untouched:
+    """A tokenizer that may be asked for nothing but what is known already."""
+
+    def __init__(self, tokenizer):
+        self.vocab_size, self.eos, self.token_bytes = tokenizer.vocab_size, tokenizer.eos, tokenizer.token_bytes
+        self.encode = self.encode_batch = self.decode = self.work
+
+    def work(self, *_):
+        raise AssertionError("work before admission")
+
+
+def test_nothing_is_made_of_what_is_not_let_in(tmp_path):
+    """1024 prompts, 128 answers to each, 300 biases: counted, and refused before a token or a sampler is made of it."""
+    path = tmp_path / "keys.json"
+    poor = keys.add(path, "poor", Limits(requests_per_minute=1))
+    client = Client(Settings(keys=Keys(path)))
+    bearer = {"Authorization": f"Bearer {poor}"}
+    client.service.tokenizer = Untouched(TOKENIZER)
+    biases = {str(i): 1 for i in range(300)}
+    many = {"prompt": ["x"] * 1024, "n": 128, "max_tokens": 1, "logit_bias": biases}
+    told = [client.ask("POST", COMPLETIONS, headers=bearer, **body).json()["error"] for body in (
+        many, {**many, "prompt": "x"}, {**many, "logit_bias": {}, "prompt": ["x"] * 2},
+    )]  # fmt: skip
+    assert [error["code"] for error in told] == ["request_too_large"] * 3
+    assert "131072 answers" in told[0]["message"] and "38400 token biases" in told[1]["message"]
+    with pytest.raises(AssertionError, match="work before admission"):  # this one is let in
+        client.ask("POST", COMPLETIONS, headers=bearer, prompt="x", max_tokens=1)
+    schema = {"type": "json_schema", "json_schema": {"schema": {"enum": ["a"]}}}
+    bodies = {
+        "/tokenize": {"prompt": "x"}, "/detokenize": {"tokens": [17]}, "/route": {"prompt": "x"},
+        "/v1/decisions": {"prompt": "x", "answers": ["a"]}, CHAT: {"messages": HI, "response_format": schema},
+    }  # fmt: skip
+    for where, body in bodies.items():
+        assert client.ask("POST", where, headers=bearer, **body).status_code == 429
+
+
+def test_what_is_much_too_long_is_not_tokenised():
+    client = Client()
+    client.service.tokenizer = Untouched(TOKENIZER)
+    refused = client.ask("POST", COMPLETIONS, prompt="x" * 1_000_000)
+    assert (refused.status_code, refused.json()["error"]["code"]) == (400, "context_length_exceeded")
+
+
+def test_a_choice_is_charged_for_all_that_is_read(tmp_path):
+    path = tmp_path / "keys.json"
+    answers = ["the quick brown fox", "jumps over", "the lazy dog"]
+    size = len(TOKENIZER.encode("x = ")) + sum(len(TOKENIZER.encode(one)) for one in answers)
+    key = keys.add(path, "ada", Limits(tokens_per_minute=2 * size + 16))
+    client = Client(Settings(keys=Keys(path)))
+    body = {"prompt": "x = ", "guided_choice": answers, "max_tokens": 1, "temperature": 0}
+    asked = [client.ask("POST", COMPLETIONS, headers={"Authorization": f"Bearer {key}"}, **body) for _ in range(3)]
+    assert [answer.status_code for answer in asked] == [200, 200, 429]
+
+
+def test_a_schema_whose_references_double_keeps_nobody_waiting():
+    """It is refused in a thread, in bounded work, while the service answers others."""
+    parts = {f"l{i}": {"type": "array", "prefixItems": [{"$ref": f"#/$defs/l{i + 1}"}] * 2} for i in range(60)}
+    schema = {"$ref": "#/$defs/l0", "$defs": {**parts, "l60": {"const": 1}}}
+    form = {"type": "json_schema", "json_schema": {"name": "x", "schema": schema}}
+    client = Client()
+
+    async def go():
+        transport = httpx.ASGITransport(client.app)
+        async with httpx.AsyncClient(transport=transport, base_url="http://test") as http:
+            refused = asyncio.create_task(http.post(CHAT, json={"messages": HI, "response_format": form}))
+            health = await http.get("/health")
+            return await refused, health
+
+    refused, health = asyncio.run(go())
+    assert (refused.status_code, refused.json()["error"]["param"], health.status_code) == (400, "response_format", 200)
+
+
+def test_a_service_is_asked_by_its_own_names():
+    """A page whose name was made to lead to this machine asks under that name (DNS rebinding)."""
+    client = Client(Settings(front=Front(hosts=("localhost", "[::1]"))))
+    for host in ("localhost", "LOCALHOST:8000", "[::1]:8000", "[::1]"):
+        assert client.ask("GET", "/health", headers={"Host": host}).status_code == 200
+    for host in ("evil.example", "localhost.evil.example", "evil.example:8000", "127.0.0.1", ""):
+        for where in ("/health", "/", "/v1/models", "/nowhere"):
+            refused = client.ask("GET", where, headers={"Host": host})
+            assert (refused.status_code, refused.json()["error"]["code"]) == (421, "unknown_host")
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("logit_bias", {"9" * 5000: 1}), ("logit_bias", {"9" * 10: 1}), ("logit_bias", {str(2**32): 1}),
+        ("seed", 10**30), ("max_tokens", 10**400), ("stop_token_ids", [2**40]), ("prompt", [2**70]),
+        ("truncate_prompt_tokens", -(2**70)), ("n", 10**30), ("response_format", {"type": {}}),
+    ],
+)  # fmt: skip
+def test_numbers_of_any_size_are_refused_and_not_stumbled_over(field, value):
+    answer = CLIENT.ask("POST", COMPLETIONS, **{"prompt": "x", "max_tokens": 1, field: value})
+    assert answer.status_code == 400, answer.text
+    assert field in answer.json()["error"]["message"] + str(answer.json()["error"]["param"])
+
+
+def test_who_leaves_while_the_body_is_read_is_no_failure_of_ours(caplog):
+    client, sent = Client(), []
+    messages = [{"type": "http.request", "body": b'{"prompt": ', "more_body": True}, {"type": "http.disconnect"}]
+
+    async def receive():
+        return messages.pop(0)
+
+    async def send(message):
+        sent.append(message)
+
+    asyncio.run(client.app(dict(SCOPE), receive, send))
+    assert caplog.text == ""
+    assert f'endpoint="{COMPLETIONS}",status="499"}} 1.0' in client.ask("GET", "/metrics").text
+
+
+def test_what_fails_here_is_told_to_the_log_too(caplog, tmp_path):
+    Client(turns=0).ask("POST", COMPLETIONS, prompt="x", max_tokens=60)
+    assert "kernel ocean is away" in caplog.text
+    path = tmp_path / "keys.json"
+    key = keys.add(path, "ada")
+    client = Client(Settings(keys=Keys(path)))
+    path.write_text('{"schema": 1, "keys": [{"name": "ada", "created": 1e400, "sha256": "%s"}]}' % ("0" * 64))
+    caplog.clear()
+    for _ in range(3):
+        answer = client.ask("GET", "/v1/models", headers={"Authorization": f"Bearer {key}"})
+        assert answer.status_code == 409 and "see the server's log" in answer.json()["error"]["message"]
+    assert caplog.text.count(str(path)) == 1  # once, not for every request
+
+
+def test_a_line_for_every_request_where_that_is_wished(caplog):
+    caplog.set_level("INFO", "constellation.access")
+    CLIENT.ask("GET", "/health")
+    assert caplog.text == ""
+    client = Client(Settings(front=Front(access_log=True)))
+    client.ask("POST", COMPLETIONS, headers={"X-Request-Id": "mine-7"}, prompt="x", max_tokens=1)
+    client.ask("GET", "/no%0Awhere")
+    first, second = (record.getMessage() for record in caplog.records)
+    assert re.fullmatch(r'127\.0\.0\.1 anyone "POST /v1/completions" 200 \d+ ms mine-7', first)
+    assert '"GET /no\\nwhere" 404' in second
 
 
 def test_pages_of_other_origins_may_not_ask_unless_told():
@@ -576,8 +795,8 @@ def test_what_happened_is_counted():
 
 SCOPE = {
     "type": "http", "method": "POST", "path": COMPLETIONS, "raw_path": COMPLETIONS.encode(), "root_path": "",
-    "query_string": b"", "headers": [], "http_version": "1.1", "scheme": "http", "server": ("test", 80),
-    "client": ("test", 1), "asgi": {"version": "3.0", "spec_version": "2.3"},
+    "query_string": b"", "headers": [(b"content-type", b"application/json")], "http_version": "1.1",
+    "scheme": "http", "server": ("test", 80), "client": ("test", 1), "asgi": {"version": "3.0", "spec_version": "2.3"},
 }  # fmt: skip
 
 

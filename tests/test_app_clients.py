@@ -183,7 +183,8 @@ def test_a_connection_outlives_the_patience_of_clients(running):
 @pytest.mark.skipif(not shutil.which("curl"), reason="curl is not installed")
 def test_curl_shows_text_while_it_is_written(running):
     body = json.dumps({"prompt": PROMPT, "max_tokens": 4000, "stream": True, "seed": 1, "ignore_eos": True})
-    command = ["curl", "-sN", f"{running.url}/v1/completions", "-H", "Authorization: Bearer ", "-d", body]
+    command = ["curl", "-sN", f"{running.url}/v1/completions", "-H", "Authorization: Bearer ",
+               "-H", "Content-Type: application/json", "-d", body]  # fmt: skip
     with subprocess.Popen(command, stdout=subprocess.PIPE) as process:
         line = process.stdout.readline()
         assert json.loads(line.removeprefix(b"data: "))["choices"][0]["finish_reason"] is None

@@ -10,6 +10,7 @@ import pytest
 from constellation.artifacts.run import CHANNELS, RunFolder, Trace, read_trace
 from constellation.atomic import read_json, write_bytes, write_folder, write_json
 from constellation.errors import ArtifactError, RunError
+from constellation.presets import tiny
 from constellation.telemetry.step import Step
 
 
@@ -58,6 +59,55 @@ def test_json_refuses_nan_and_damage(tmp_path: Path) -> None:
     (tmp_path / "b.json").write_text('{"x":')
     with pytest.raises(ArtifactError, match=r"b\.json"):
         read_json(tmp_path / "b.json")
+
+
+def test_a_sealed_file_is_what_was_sealed(tmp_path: Path) -> None:
+    file = tmp_path / "a.json"
+    data = {"b": [1, 2.5, {"é": None}], "a": {"10": 1, "9": 2}, "nested": {"x": True}}
+    write_json(file, data, sealed=True)
+    whole = file.read_bytes()
+    assert read_json(file) == data
+    for bit in range(len(whole) * 8):
+        damaged = bytearray(whole)
+        damaged[bit // 8] ^= 1 << bit % 8
+        file.write_bytes(damaged)
+        try:
+            found = read_json(file)
+        except ArtifactError as error:
+            assert "damaged" in str(error)
+        else:  # space for space, or another name for the seal itself: nothing else passes
+            assert {name: found[name] for name in data} == data
+
+
+@pytest.mark.parametrize("text", ["[" * 100_000, "1" * 5000, "\\xff", '{"seal": 3}', '{"a": 1, "seal": "0"}'])
+def test_whatever_a_json_file_holds_there_is_one_line_about_it(tmp_path: Path, text: str) -> None:
+    (tmp_path / "a.json").write_text(text)
+    with pytest.raises(ArtifactError, match="damaged") as told:
+        read_json(tmp_path / "a.json")
+    assert "\n" not in str(told.value)
+
+
+def test_a_damaged_summary_is_written_anew_and_meta_too(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path)
+    folder.begin(tiny(), "heart", [], {"steps": 9})
+    whole = read_json(tmp_path / "meta.json")
+    (tmp_path / "meta.json").write_text((tmp_path / "meta.json").read_text().replace('"steps": 9', '"steps": 7'))
+    with pytest.raises(ArtifactError, match="damaged"):
+        read_json(tmp_path / "meta.json")
+    folder.begin(tiny(), "heart", [], {"steps": 9})
+    assert {**read_json(tmp_path / "meta.json"), "created": whole["created"]} == whole
+    for text in ("{", "3", '{"runtime_s": "long"}'):
+        (tmp_path / "summary.json").write_text(text)
+        assert not folder.is_done() and folder.summarise(status="done", runtime_s=1.0)["runtime_s"] == 1.0
+
+
+def test_the_log_is_not_written_through_a_link(tmp_path: Path) -> None:
+    (tmp_path / "dear").write_text("all of it")
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "diag_steps.jsonl").symlink_to(tmp_path / "dear")
+    with pytest.raises(OSError, match="symbolic"):
+        RunFolder(tmp_path / "run").log([step(1)])
+    assert (tmp_path / "dear").read_text() == "all of it"
 
 
 def test_the_log_forgets_what_came_after_the_checkpoint_and_a_torn_line(tmp_path: Path) -> None:

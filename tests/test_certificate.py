@@ -13,12 +13,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from constellation.commands.route import certificate_of
 from constellation.config import Router as RouterConfig
+from constellation.coordizer.tokenizer import Tokenizer
 from constellation.errors import ArtifactError
-from router.certificate import Ledger, replay
+from router import rice
+from router.certificate import Ledger, digest_of, replay
 from router.fit import fit
 from router.route import Router
+from router.verify import told_in, verify
 from router.view import View
 
 NAMES = ("heart", "memory", "action")
@@ -71,7 +73,7 @@ def swap_counts(parts: list) -> None:
 @pytest.mark.parametrize(
     ("change", "told"),
     [
-        (lambda p: p.__setitem__(0, 2), "schema 2"),
+        (lambda p: p.__setitem__(0, 3), "schema 3"),
         (lambda p: p.__setitem__(1, "0" * 64), "another run's"),
         (lambda p: p[4][0].__setitem__(3, (p[4][0][3] + 1) % 3), "its counts say"),
         (lambda p: p[4][-1].__setitem__(3, 7), "says kernel 7"),
@@ -83,6 +85,10 @@ def swap_counts(parts: list) -> None:
         (lambda p: p.__setitem__(6, b"\x00\x00\xc0\x7f" * 3), "its posterior"),
         (lambda p: p.pop(), "none of this project"),
         (lambda p: p[4][0].__setitem__(2, "text"), "none of this project"),
+        (lambda p: p[4][0].__setitem__(1, 2 * 10**12), "not those of its bytes"),
+        (lambda p: p[4][0].__setitem__(1, -2), "not those of its bytes"),
+        (lambda p: p.__setitem__(7, 0), "none of this project"),
+        (lambda p: p.__setitem__(8, None), "none of this project"),
         (swap_counts, "its counts say|is not what"),
     ],
 )
@@ -103,13 +109,138 @@ def test_a_router_that_differs_in_one_number_is_another_one() -> None:
         replay(walked(PARTS)[0], dataclasses.replace(ROUTER, log_prior=ROUTER.log_prior + 1e-9))
 
 
-def test_the_certificate_of_an_answer_is_found_where_answers_have_it() -> None:
-    for answer in ({"certificate": "abc"}, {"constellation": {"certificate": "abc"}, "id": "x"}):
-        assert certificate_of(json.dumps(answer)) == "abc"
-    assert certificate_of(" abc\n") == "abc"
-    for wrong in ("{", "{}", '{"constellation": 3}'):
-        with pytest.raises(ArtifactError):
-            certificate_of(wrong)
+@pytest.mark.parametrize("code", [2 * 10**12, 2 * 10**12 + 1, 34, 255, -1, -2])
+def test_the_code_of_counts_is_one_that_pack_writes(code: int) -> None:
+    """508 characters of a certificate made an array of 10 GB, as long as its code said."""
+    with pytest.raises(ValueError, match="code"):
+        rice.unpack(code, bytes(64), 62, 512)
+
+
+TOKENIZER = Tokenizer.train([text.decode() for text in TEXTS], 300)
+PROMPT, ANSWER = KINDS[0] * 3, " def f(x): return x" * 12 + " and é."
+
+
+def answered(mode: str = "route", top_k: int = 2, prompt: str = PROMPT, text: str = ANSWER) -> dict[str, Any]:
+    """What `generate --json` says of `text`, looked at every 32 bytes."""
+    from router.mixture import MIXED, weights
+
+    data, start = (prompt + text).encode(), len(prompt.encode())
+    view, ledger, looks, wrote = View(ROUTER), Ledger(ROUTER, mode, top_k), [], []
+    seen, moves = 0, []
+    for at in (start, *range(start + 16, len(data) - 8, 32)):
+        view.update(data[seen:at])
+        look, seen = view.decide(at, SETTINGS.hysteresis), at
+        ledger.add(view)
+        assert view.choice is not None
+        panel = [(look.kernel, 1.0)]
+        if mode in MIXED and not look.abstained:
+            panel = list(weights(NAMES, view.choice.posterior, top_k))
+            look = dataclasses.replace(look, kernel=max(panel, key=lambda one: one[1])[0])
+        if mode == "route" and looks and looks[-1]["kernel"] != look.kernel:
+            moves.append({"at_bytes": at, "source": looks[-1]["kernel"], "target": look.kernel})
+        looks.append(dataclasses.asdict(look))
+        wrote += [name for name, _ in panel if name not in wrote]
+    ids = TOKENIZER.encode(text)
+    return {"prompt": prompt, "text": text, "token_ids": ids, "mode": mode, "kernels": wrote, "looks": looks,
+            "hand_offs": moves, "certificate": ledger.certificate(text, ids)}  # fmt: skip
+
+
+def checked(reply: dict[str, Any]) -> list[str]:
+    return [str(verify(told, ROUTER, TOKENIZER)) for told in told_in(reply, TOKENIZER)]
+
+
+@pytest.mark.parametrize("mode", ["route", "mixture", "barycenter"])
+@pytest.mark.parametrize("shown", [("text", "token_ids", "prompt"), ("text",), ("token_ids",), ()])
+def test_an_answer_holds_however_much_of_it_is_shown(mode: str, shown: tuple[str, ...]) -> None:
+    whole = answered(mode)
+    kept = {name: value for name, value in whole.items() if name in (*shown, "certificate", "kernels", "looks", "mode")}
+    assert len(checked(kept)) == 1
+    assert len(set(whole["kernels"])) > 1 or mode == "route"
+
+
+def moved(values: list[Any], i: int = 2) -> list[Any]:
+    return [*values[:i], *values[i : i + 2][::-1], *values[i + 2 :]]
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ({"text": ANSWER.replace("x", "y", 1)}, "text is not the one"),
+        ({"text": ANSWER[:-1] + "!"}, "text is not the one"),  # after the last look
+        ({"text": ANSWER[:-1]}, "text is not the one"),
+        ({"token_ids": moved(TOKENIZER.encode(ANSWER))}, "tokens are not those"),
+        ({"token_ids": TOKENIZER.encode(ANSWER)[:-1]}, "tokens are not those"),
+        ({"token_ids": [10**6]}, "tokens are not those of this run"),
+        ({"token_ids": "abc"}, "tokens are not those of this run"),
+        ({"kernels": ["action"]}, "kernels="),
+        ({"kernels": ["ocean", "heart", "memory"]}, "kernels="),
+        ({"mode": "mixture"}, "mode="),
+        ({"looks": []}, "looks"),
+        ({"looks": 7}, "looks"),
+        ({"hand_offs": [{"at_bytes": 1, "source": "heart", "target": "action"}]}, "hand-offs"),
+        ({"prompt": PROMPT.replace("quick", "quack", 1)}, "bytes before byte"),
+        ({"prompt": PROMPT + "!"}, "the prompt has"),
+        ({"certificate": ""}, "named one kernel"),
+        ({"certificate": 7}, "no field"),
+    ],
+)
+def test_a_changed_answer_is_found(change: dict[str, Any], told: str) -> None:
+    assert checked(answered())
+    with pytest.raises(ArtifactError, match=told):
+        checked({**answered(), **change})
+
+
+def test_a_text_with_new_digests_is_found_by_its_counts() -> None:
+    """Whoever changes text and tokens and writes their digests into the certificate still has the wrong counts."""
+    text = ANSWER.replace("x", "y", 1)
+    whole, ids = answered(), TOKENIZER.encode(text)
+    parts = msgpack.unpackb(base64.urlsafe_b64decode(whole["certificate"]))
+    parts[8:] = [digest_of(text), digest_of(ids)]
+    forged = {**whole, "certificate": base64.urlsafe_b64encode(msgpack.packb(parts)).decode()}
+    for shown in ({"text": text, "token_ids": ids}, {"text": text, "token_ids": None, "prompt": None}):
+        with pytest.raises(ArtifactError, match="bytes before byte"):
+            checked({**forged, **shown})
+
+
+def test_a_certificate_of_the_first_schema_holds_as_far_as_it_says() -> None:
+    whole = answered()
+    parts = msgpack.unpackb(base64.urlsafe_b64decode(whole["certificate"]))
+    older = base64.urlsafe_b64encode(msgpack.packb([1, *parts[1:7]])).decode()
+    assert checked({**whole, "certificate": older}) == checked(whole)
+    with pytest.raises(ArtifactError, match="bytes before byte"):
+        checked({**whole, "certificate": older, "text": ANSWER.replace("x", "y", 1), "token_ids": None})
+    with pytest.raises(ArtifactError, match="kernels="):
+        checked({**whole, "certificate": older, "kernels": ["action"]})
+    with pytest.raises(ArtifactError, match="do not decode"):
+        checked({**whole, "certificate": older, "text": ANSWER[:-1] + "!"})
+
+
+def test_every_choice_of_a_reply_is_held_against_its_own_certificate() -> None:
+    one, other = answered(), answered(text=ANSWER[20:])
+    story = {n: {k: w[k] for k in ("certificate", "kernels", "mode")} for n, w in (("one", one), ("other", other))}
+    choices = [{"text": one["text"]}, {"message": {"content": other["text"]}, "constellation": story["other"]}]
+    assert len(checked({"choices": choices, "constellation": story["one"]})) == 2
+    echoed = [{"text": PROMPT + one["text"]}, choices[1]]
+    assert len(checked({"choices": echoed, "constellation": story["one"]})) == 2
+    for wrong in ([choices[0], {**choices[1], "message": {"content": "no"}}], [{"text": one["text"][1:]}, choices[1]]):
+        with pytest.raises(ArtifactError, match="text is not the one"):
+            checked({"choices": wrong, "constellation": story["one"]})
+    for wrong in ({"choices": [3]}, {"choices": 3}, {}, {"constellation": 3}, {"choices": choices}):
+        with pytest.raises(ArtifactError, match="no field"):
+            checked(wrong)
+
+
+ANYTHING = st.recursive(st.none() | st.integers() | st.text(max_size=5), st.lists, max_leaves=5)
+FIELDS = st.sampled_from(["text", "token_ids", "prompt", "kernels", "looks", "hand_offs", "choices"])
+
+
+@given(st.dictionaries(FIELDS, ANYTHING))
+@settings(max_examples=60, deadline=None)
+def test_whatever_an_answer_holds_there_is_one_line_about_it(change: dict[str, Any]) -> None:
+    try:
+        checked({**answered(), **change})
+    except ArtifactError as error:
+        assert "\n" not in str(error)
 
 
 def test_the_command_says_whether_an_answer_holds(micro_run: Path, tmp_path: Path) -> None:
@@ -125,6 +256,9 @@ def test_the_command_says_whether_an_answer_holds(micro_run: Path, tmp_path: Pat
     assert answer["mode"] == "mixture" and any(len(look["weights"]) == 2 for look in answer["looks"])
     holds = constellation("route", "--run", run, "--verify", "-", stdin=asked.stdout)
     assert holds.returncode == 0 and holds.stdout.startswith("holds: "), holds.stderr
+    for change in ({"text": answer["text"] + "."}, {"token_ids": answer["token_ids"][1:]}, {"kernels": ["heart"]}):
+        refused = constellation("route", "--run", run, "--verify", "-", stdin=json.dumps({**answer, **change}))
+        assert refused.returncode == 1 and refused.stderr.count("\n") == 1, change
     parts = msgpack.unpackb(base64.urlsafe_b64decode(answer["certificate"]))
     parts[4][-1][3] = (parts[4][-1][3] + 2) % 8
     forged = tmp_path / "forged"

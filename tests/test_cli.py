@@ -1,5 +1,6 @@
 """The command line: help is fast, every wrong request is one line with status 2 and touches nothing."""
 
+import json
 import os
 import subprocess
 import sys
@@ -111,6 +112,29 @@ def test_a_wrong_request_is_one_line_status_2_and_touches_nothing(
     assert (status, len(err.strip().splitlines())) == (2, 1), err
     assert err.startswith("constellation") and "Traceback" not in err
     assert snapshot(tmp_path) == before
+
+
+BY_CONTENT = ("empty", "broken", "--arms", "--tasks", "--optimizers")  # a corpus that is read, names of a heavy table
+
+
+def test_wrong_paths_and_settings_are_told_before_torch_and_ray_are_imported(tmp_path: Path) -> None:
+    """In less than half a second, for an import of torch alone takes longer."""
+    (tmp_path / "text").mkdir()
+    (tmp_path / "text" / "a.txt").write_text("some text")
+    (tmp_path / "foreign").mkdir()
+    (tmp_path / "foreign" / "constellation.json").write_text('{"schema": 99}')
+    asked = [argv for argv in WRONG if not set(argv) & set(BY_CONTENT)]
+    asked += [["train", "--run", "new", "foo.bar=1"], ["eval", "--run", "text", "--corpus", "missing"],
+              ["up", "--run", "text", "foo.bar=1"], ["route", "--run", "text", "--verify", "missing"]]  # fmt: skip
+    code = (
+        "import json, sys; from constellation.cli import run\n"
+        "for argv in json.loads(sys.argv[1]):\n"
+        "    status = run(argv); heavy = [m for m in ('torch', 'ray') if m in sys.modules]\n"
+        "    if status != 2 or heavy: sys.exit(f'{argv}: status {status}, imported {heavy}')\n"
+    )
+    command = [sys.executable, "-c", code, json.dumps(asked)]
+    found = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert found.returncode == 0 and len(found.stderr.splitlines()) == len(asked), found.stderr
 
 
 def test_the_program_exits_with_the_status(tmp_path: Path) -> None:

@@ -1,10 +1,12 @@
 """The continuous batch and its thread: what a request gets is its own affair, to the bit on a CPU."""
 
 import dataclasses
+import gc
 import subprocess
 import sys
 import threading
-import time
+import weakref
+from concurrent.futures import CancelledError
 from pathlib import Path
 
 import pytest
@@ -13,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from constellation.config import Kernel
-from constellation.errors import ConfigError, RunError
+from constellation.errors import ConfigError
 from constellation.kernel.batch import Batch, Reading, Writing
 from constellation.kernel.compiled import available
 from constellation.kernel.decode import decode_naive
@@ -48,9 +50,9 @@ def window(length, seed=0):
     return torch.randint(300, (length,), generator=torch.Generator().manual_seed(seed)).tolist()
 
 
-def writing(tokens, count=12, room=12, taken=0, key="", **sampling):
+def writing(tokens, count=12, room=12, taken=0, **sampling):
     sampling = Sampling(**{"max_new_tokens": 200, "logprobs": 5, **sampling})
-    work = Writing(tokens=list(tokens), sampling=sampling, room=room, taken=taken, key=key,
+    work = Writing(tokens=list(tokens), sampling=sampling, room=room, taken=taken,
                    take=lambda token: work.taken >= taken + count)  # fmt: skip
     return work
 
@@ -67,7 +69,14 @@ def drain(batch, *works):
         batch.add(work)
     while not batch.idle:
         batch.step()
-    return [work.done.result() for work in works]
+    for work in works:
+        work.done.result()
+    return works
+
+
+def sent(engine, work):
+    """The future of `work` itself."""
+    return engine.submit([work], lambda: work)
 
 
 def alone(work, **options):
@@ -111,7 +120,7 @@ def test_a_request_does_not_depend_on_its_neighbours_its_admission_the_chunks_or
         batch.step()
         step += 1
     for work, (tokens, scores) in zip(works, expected):
-        assert work.done.result().tokens == tokens
+        assert work.tokens == tokens
         assert work.scored == scores  # floats, compared to the bit
 
 
@@ -210,29 +219,30 @@ def test_a_long_prompt_does_not_stall_those_who_write_nor_the_prompts_behind_it(
     assert long.tokens[900:] == decode_naive(model, window(900), Sampling(max_new_tokens=4))
 
 
-def test_cancelling_frees_the_slot_and_tells_the_one_who_waits():
+def test_cancelling_frees_the_slot_for_the_one_who_waits():
     batch = Batch(MODEL, slots=1)
-    endless, next_one = writing(window(4), 10**6, key="a"), writing(window(5), 3)
+    endless, next_one = writing(window(4), 10**6), writing(window(5), 3)
     batch.add(endless)
     batch.add(next_one)
     for _ in range(5):
         batch.step()
     assert not next_one.done.done()
-    batch.cancel("a")
-    with pytest.raises(RunError, match="'a' was cancelled"):
-        endless.done.result()
-    drain(batch)
-    assert next_one.done.result() is next_one
-
-
-def test_a_future_that_is_cancelled_frees_the_slot_too():
-    batch = Batch(MODEL, slots=1)
-    endless, next_one = writing(window(4), 10**6), writing(window(5), 3)
-    batch.add(endless)
-    batch.step()
     assert endless.done.cancel()
-    drain(batch, next_one)
-    assert batch.stats()["active"] == 0
+    drain(batch)
+    assert next_one.done.done() and batch.stats()["active"] == 0
+
+
+def test_what_is_done_is_freed_without_the_garbage_collector():
+    """Else the arrays of a thousand answers wait for it."""
+    batch, work = Batch(MODEL, slots=1), reading(window(9))
+    kept = weakref.ref(work)
+    gc.disable()
+    try:
+        drain(batch, work)
+        del work
+        assert kept() is None
+    finally:
+        gc.enable()
 
 
 def test_an_error_of_one_request_does_not_hurt_the_others():
@@ -274,7 +284,7 @@ def test_many_threads_submit_at_once_and_each_gets_its_own():
 
     def client(i):
         work = ask(i, 5 + i, 6 + i % 5)
-        found[i] = (work, engine.submit(work).result())
+        found[i] = (work, sent(engine, work).result())
 
     threads = [threading.Thread(target=client, args=(i,)) for i in range(12)]
     for thread in threads:
@@ -287,15 +297,60 @@ def test_many_threads_submit_at_once_and_each_gets_its_own():
     assert engine.stats()["tokens"] == sum(6 + i % 5 for i in range(12))
 
 
-def test_an_engine_is_cancelled_from_outside_and_goes_on():
-    engine, endless = Engine(Batch(MODEL, slots=1)), writing(window(4), 10**9, key="x")
-    future = engine.submit(endless)
-    while engine.stats()["tokens"] < 3:
-        time.sleep(0.001)
-    engine.cancel("x")
-    with pytest.raises(RunError, match="cancelled"):
+class Held:
+    """An engine of one slot whose thread is inside a step until `release()`."""
+
+    def __init__(self):
+        self.engine, self.inside, self.may_go = Engine(Batch(MODEL, slots=1)), threading.Event(), threading.Event()
+        self.first = sent(self.engine, Reading(tokens=window(4), first=3, emit=self.hold))
+        self.inside.wait()
+
+    def hold(self, at, logits):
+        self.inside.set()
+        self.may_go.wait()
+
+    def release(self):
+        self.may_go.set()
+        self.first.result()
+
+
+def test_several_works_are_one_future_and_nothing_of_it_is_done_once_it_is_cancelled():
+    held = Held()
+    many = [writing(window(4), 10**9), *(reading(window(9, n)) for n in range(20))]
+    future = held.engine.submit(many, lambda: "never made")
+    after = sent(held.engine, reading(window(5)))
+    assert future.cancel()
+    held.release()
+    after.result()
+    with pytest.raises(CancelledError):
         future.result()
-    assert engine.submit(writing(window(5), 3)).result().taken == 3
+    stats = held.engine.stats()
+    assert (stats["tokens"], stats["prompt_tokens"], stats["queue"]) == (0, 4 + 5, 0)
+
+
+def test_several_works_are_done_together_and_fail_with_the_first_error_when_all_have_ended():
+    engine, works = Engine(Batch(MODEL, slots=2)), [reading(window(n)) for n in (3, 5, 7)]
+    assert engine.submit(works, lambda: [len(work.rows) for work in works]).result() == [1, 1, 1]
+    assert engine.submit([], lambda: "nothing to wait for").result() == "nothing to wait for"
+    good = reading(window(6))
+    failing = engine.submit([reading([1, 300]), good], lambda: "never made")
+    with pytest.raises(ConfigError, match="token 300"):
+        failing.result()
+    assert good.done.done() and good.rows
+
+
+def test_what_several_works_held_is_freed_with_them():
+    engine, works = Engine(Batch(MODEL, slots=2)), [reading(window(n)) for n in (3, 5)]
+    kept = [weakref.ref(work) for work in works]
+    gc.disable()
+    try:
+        future = engine.submit(works, lambda made=works: len(made))
+        del works
+        assert future.result() == 2
+        sent(engine, reading(window(4))).result()  # the thread has left the step in which they ended
+        assert [one() for one in kept] == [None, None]
+    finally:
+        gc.enable()
 
 
 def test_a_failure_of_the_device_reaches_those_who_wait_and_the_engine_goes_on():
@@ -309,15 +364,15 @@ def test_a_failure_of_the_device_reaches_those_who_wait_and_the_engine_goes_on()
 
     engine.batch.slots.read = fails_once
     with pytest.raises(RuntimeError, match="out of memory"):
-        engine.submit(writing(window(5), 3)).result()
-    assert engine.submit(writing(window(5), 3)).result().taken == 3
+        sent(engine, writing(window(5), 3)).result()
+    assert sent(engine, writing(window(5), 3)).result().taken == 3
 
 
 def test_a_process_ends_cleanly_in_the_middle_of_work():
     program = """
 import torch
-from tests.test_engine import Batch, Engine, MODEL, window, writing
-future = Engine(Batch(MODEL)).submit(writing(window(4), 10**9))
+from tests.test_engine import Batch, Engine, MODEL, sent, window, writing
+future = sent(Engine(Batch(MODEL)), writing(window(4), 10**9))
 future.add_done_callback(lambda f: print(f.exception()))
 """
     done = subprocess.run(

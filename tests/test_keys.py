@@ -85,8 +85,11 @@ GOOD = {"name": "ada", "sha256": "0" * 64, "created": 1}
         json.dumps({"schema": 1, "keys": [GOOD, GOOD]}),
         *(json.dumps({"schema": 1, "keys": [{**GOOD, **wrong}]}) for wrong in (
             {"sha256": "0" * 63}, {"sha256": 1}, {"name": ""}, {"name": "a\nb"}, {"created": None}, {"more": 1},
-            {"concurrent": 0}, {"requests_per_minute": 0.5}, {"tokens_per_minute": True},
+            {"concurrent": 0}, {"requests_per_minute": 0.5}, {"tokens_per_minute": True}, {"metrics": 1},
+            {"created": float("inf")}, {"created": 1.5}, {"created": 10**18}, {"created": -1}, {"created": True},
         )),
+        json.dumps({"schema": 1, "keys": [GOOD]}).replace("1}]", "1e400}]"), '{"schema": 1, "keys": ' + "[" * 100_000,
+        json.dumps({"schema": 1, "keys": [GOOD]}).replace("1}]", "9" * 5000 + "}]"), '{"a":' * 100_000,
     ],
 )  # fmt: skip
 def test_a_damaged_file_is_one_clear_line(tmp_path: Path, text: str) -> None:
@@ -95,7 +98,7 @@ def test_a_damaged_file_is_one_clear_line(tmp_path: Path, text: str) -> None:
     path.chmod(0o600)
     with pytest.raises((ArtifactError, ConfigError)) as caught:
         Keys(path)
-    assert "\n" not in str(caught.value) and str(caught.value)
+    assert "\n" not in str(caught.value) and len(str(caught.value)) < 400
 
 
 @pytest.mark.parametrize("mode", [0o644, 0o640, 0o660, 0o602])
@@ -150,6 +153,8 @@ def test_the_command_prints_a_key_once_lists_and_removes(tmp_path: Path, capsys:
         command.main(args=[*words, "--file", str(tmp_path / "keys.json")], standalone_mode=False)
         return capsys.readouterr().out
 
+    assert "metrics" in (call("add", "--name", "prom", "--metrics") and call("list"))
+    assert Keys(tmp_path / "keys.json").find("Bearer none") is None and call("remove", "--name", "prom") == ""
     key = call("add", "--name", "ada", "--concurrent", "2").strip()
     assert Keys(tmp_path / "keys.json").find(f"Bearer {key}")
     assert "ada" in (shown := call("list")) and "concurrent 2" in shown and key not in shown

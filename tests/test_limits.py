@@ -110,6 +110,73 @@ def test_what_was_reserved_and_not_used_can_be_used_at_once() -> None:
     assert door.under_way == 0
 
 
+def test_tokens_that_are_known_later_are_reserved_then_or_not_at_all() -> None:
+    door, owner = Admission(), key(requests_per_minute=9, tokens_per_minute=100)
+    first, second = let_in(door.admit(owner, 0, tokens=40)), let_in(door.admit(owner, 0, tokens=20))
+    assert first.more(30, 0) is None
+    told = refused(second.more(20, 0))  # 10 are left
+    assert (told.status, told.retry_after_s) == (429, 6)
+    assert second.more(10, 0) is None
+    never = refused(second.more(71, 0))
+    assert (never.status, never.retry_after_s) == (400, None) and "101 tokens" in never.message
+    first.leave(70, 0)
+    second.leave(0, 0)  # what it reserved is there again, all of it
+    let_in(door.admit(owner, 0, tokens=30))
+    refused(door.admit(owner, 0, tokens=1))
+
+
+def test_a_request_that_was_read_in_vain_counts_and_a_key_without_requests_is_not_read() -> None:
+    door, owner = Admission(), key(requests_per_minute=2)
+    for _ in range(2):
+        assert door.hears(owner, 0) is None
+        door.charge(owner, 0)
+    told = refused(door.hears(owner, 0))
+    assert (told.status, told.code, told.retry_after_s) == (429, "rate_limit_exceeded", 30)
+    assert door.hears(owner, 30 * S) is None and door.hears(key("bob", requests_per_minute=1), 0) is None
+
+
+def test_biases_are_counted_over_all_answers() -> None:
+    door = Admission(Front(biases=600))
+    let_in(door.admit(key(), 0, answers=2, biases=600))
+    told = refused(door.admit(key(), 0, answers=3, biases=900))
+    assert (told.status, told.code) == (400, "request_too_large")
+
+
+def test_how_many_others_are_there_is_not_told() -> None:
+    def full(others: int) -> Refused:
+        door = Admission(Front(answers=8))
+        let_in(door.admit(key("bob"), 0, answers=others))
+        return refused(door.admit(key(), 0, answers=6))
+
+    assert full(3) == full(8) and "bob" not in full(3).message
+
+
+def test_bodies_that_are_read_at_once_are_bounded_together() -> None:
+    """Whoever sends slowly holds no more than its part, and gives it back."""
+
+    async def go() -> None:
+        door, more = Admission(Front(body_bytes=8, bodies_bytes=20)), asyncio.Event()
+
+        async def slowly() -> AsyncIterator[bytes]:
+            yield b"x" * 8
+            await more.wait()
+
+        async def at_once() -> AsyncIterator[bytes]:
+            yield b"x" * 8
+
+        slow = [asyncio.ensure_future(door.body(slowly())) for _ in range(2)]
+        await asyncio.sleep(0)
+        assert door.reading_bytes == 16
+        told = refused(await door.body(at_once()))
+        assert (told.status, told.code) == (429, "queue_full")
+        slow[0].cancel()
+        more.set()
+        assert (await asyncio.gather(*slow, return_exceptions=True))[1] == b"x" * 8
+        assert door.reading_bytes == 0 and await door.body(at_once()) == b"x" * 8
+
+    asyncio.run(go())
+
+
 def test_keys_do_not_share_their_rates() -> None:
     door = Admission()
     let_in(door.admit(key("ada", requests_per_minute=1), 0))

@@ -234,3 +234,46 @@ def test_a_kill_between_the_last_checkpoint_and_the_summary_is_made_good(
     assert list(fit(job(corpus, tmp_path / "ocean", 4))) == []
     assert json.loads((tmp_path / "ocean" / "summary.json").read_text())["status"] == "done"
     assert np.array_equal(read_trace(tmp_path / "ocean")["loss_nats"], kept["loss_nats"])
+
+
+def test_a_damaged_checkpoint_is_told_in_a_line_and_the_older_one_ends_in_the_same_bits(
+    corpus: tuple[Path, Path, Path], alone: Path, tmp_path: Path
+) -> None:
+    steps = fit(job(corpus, tmp_path / "ocean"))
+    for step in steps:
+        if step.step == 21:
+            break
+    steps.close()
+    state = tmp_path / "ocean" / "checkpoints" / "step-00000021" / "state.json"
+    text = state.read_text()
+    assert text.count('"lr": ') >= 1
+    state.write_text(text.replace('"lr": ', '"lr": 1', 1))
+    said: list[str] = []
+    done = [step.step for step in fit(job(corpus, tmp_path / "ocean"), say=said.append)]
+    assert done == list(range(15, STEPS + 1)) and len(said) == 1 and "trying the next older one" in said[0]
+    assert weights(tmp_path / "ocean") == weights(alone)
+
+
+def test_the_token_ranges_of_a_role_are_under_a_checksum(corpus: tuple[Path, Path, Path], tmp_path: Path) -> None:
+    """A single bit of <role>.npy gave other weights without a word."""
+    from constellation.artifacts import segments
+    from constellation.errors import ArtifactError
+
+    own = np.array([[0, 300], [500, 900]])
+    segments.write(tmp_path, {"heart": own, "meta": own[:0]})
+    assert np.array_equal(segments.read(tmp_path / "heart.npy"), own) and len(segments.read(tmp_path / "meta.npy")) == 0
+    job_of_heart = dataclasses.replace(job(corpus, tmp_path / "heart", 2), segments=tmp_path / "heart.npy")
+    whole = (tmp_path / "heart.npy").read_bytes()
+    for bit in (0, 70 * 8, len(whole) * 8 - 64 * 2, len(whole) * 8 - 64 * 4 + 3):
+        damaged = bytearray(whole)
+        damaged[bit // 8] ^= 1 << bit % 8
+        (tmp_path / "heart.npy").write_bytes(damaged)
+        with pytest.raises(ArtifactError, match=r"heart\.npy is missing or damaged"):
+            next(fit(job_of_heart))
+    (tmp_path / "heart.npy").write_bytes(whole)
+    (tmp_path / "segments.json").write_text('{"heart": 700, "meta": 0}')  # as it was before there were checksums
+    assert len(list(fit(job_of_heart))) == 2
+    (tmp_path / "segments.json").write_text('{"heart": 701}')
+    for name in ("heart", "meta"):
+        with pytest.raises(ArtifactError, match="missing or damaged"):
+            segments.read(tmp_path / f"{name}.npy")

@@ -13,7 +13,7 @@ from openai.types import completion_create_params as completion_params
 from openai.types.chat import completion_create_params as chat_params
 
 from router.http.chat import JINJA, render
-from router.http.finite import MOST, texts_of
+from router.http.finite import MOST, MOST_CHARACTERS, MOST_PARTS, texts_of
 from router.http.openai import (
     LABELS,
     ChatRequest,
@@ -285,6 +285,64 @@ def test_references_are_followed_and_circles_found():
     circle = {"$ref": "#/$defs/a", "$defs": {"a": {"anyOf": [{"type": "null"}, {"$ref": "#/$defs/a"}]}}}
     with pytest.raises(Refusal, match="endless"):
         texts_of({"schema": circle})
+
+
+class Watched(dict):
+    """A part of a schema that counts how often it is looked into."""
+
+    looks = 0
+
+    def __contains__(self, name):
+        Watched.looks += 1
+        return super().__contains__(name)
+
+
+def doubling(levels, leaf, part):
+    """A schema each of whose levels refers twice to the one below it."""
+    refs = [[Watched({"$ref": f"#/$defs/l{i + 1}"}) for _ in "ab"] for i in range(levels)]
+    parts = {f"l{i}": Watched(part(two)) for i, two in enumerate(refs)}
+    return Watched({"$ref": "#/$defs/l0", "$defs": {**parts, f"l{levels}": Watched(leaf)}})
+
+
+PAIRS = {
+    "array": lambda two: {"type": "array", "prefixItems": two},
+    "object": lambda two: {"type": "object", "properties": dict(zip("ab", two))},
+    "anyOf": lambda two: {"anyOf": two},
+}
+
+
+@pytest.mark.parametrize("kind", PAIRS)
+@pytest.mark.parametrize("leaf", [{"const": 1}, {"enum": []}, {"type": "boolean"}, {"type": "string"}])
+def test_references_that_double_at_each_level_are_followed_once_each(kind, leaf):
+    """14 levels of two references are 16 384 ways and 45 parts, each of which is looked into four times at most."""
+    Watched.looks, levels = 0, 14
+    try:
+        assert texts_of({"schema": doubling(levels, leaf, PAIRS[kind])})
+    except Refusal as refused:
+        assert refused.param == "response_format"
+    assert Watched.looks <= 4 * (3 * levels + 2)
+
+
+@pytest.mark.parametrize("kind", ["array", "object"])
+def test_a_short_schema_of_a_text_without_end_is_refused(kind):
+    with pytest.raises(Refusal, match=f"more than {MOST_CHARACTERS} characters"):
+        texts_of({"schema": doubling(60, {"const": 1}, PAIRS[kind])})
+    with pytest.raises(Refusal, match=f"more than {MOST_CHARACTERS} characters"):
+        texts_of({"schema": doubling(1, {"const": "long" * MOST_CHARACTERS}, PAIRS[kind])})
+
+
+def test_a_schema_of_too_many_parts_or_without_a_value_is_refused():
+    many = {"anyOf": [{"const": 1}] * 3 + [{"const": 1} for _ in range(MOST_PARTS)]}
+    with pytest.raises(Refusal, match=f"more than {MOST_PARTS} parts"):
+        texts_of({"schema": many})
+    with pytest.raises(Refusal, match="admits no value"):
+        texts_of({"schema": {"enum": []}})
+    deep = []
+    for _ in range(5000):
+        deep = [deep]
+    with pytest.raises(Refusal, match="not a JSON schema"):
+        texts_of({"schema": {"const": deep}})
+    assert texts_of({"schema": {"anyOf": [{"const": 1}] * 300}}) == ["1"]  # one value, however often it is told
 
 
 @pytest.mark.parametrize(

@@ -111,21 +111,32 @@ def test_texts_are_scored_and_decided_as_in_one_process(run: Path, up: str) -> N
     assert asyncio.run(both(on_ray(run, up))) == local
 
 
-def test_who_leaves_frees_the_slot_of_a_kernel_in_another_process(run: Path, up: str) -> None:
+def test_who_leaves_frees_the_slots_of_a_kernel_in_another_process(run: Path, up: str) -> None:
+    """An endless answer keeps the kernel busy while thousands of readings wait for it; both are left."""
     endless = Ask("x", Sampling(seed=1, max_new_tokens=1_000_000, ignore_eos=True), "heart")
 
     async def leave() -> None:
         service = on_ray(run, up)
-        steps = service.stream(endless)
-        await anext(steps)
-        pending = asyncio.create_task(anext(steps))
-        await asyncio.sleep(0.05)
-        pending.cancel()
-        with contextlib.suppress(asyncio.CancelledError):
-            await pending
-        await steps.aclose()
-        while (await service.health())["kernels"]["heart"]["active"]:
-            await asyncio.sleep(0.05)
+
+        async def heart() -> dict[str, Any]:
+            return (await service.health())["kernels"]["heart"]
+
+        async def answered() -> None:
+            async for _ in service.stream(endless):
+                pass
+
+        answers = [f"{i} and more" for i in range(3000)]
+        works: list[Any] = [answered(), service.decide("The import statement", answers, "heart")]
+        for work, seen in zip(works, ("active", "queue")):
+            task, before = asyncio.ensure_future(work), await heart()
+            while not (await heart())[seen]:
+                await asyncio.sleep(0.01)
+            task.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await task
+            while (now := await heart())["active"] or now["queue"]:
+                await asyncio.sleep(0.01)
+            assert now["prompt_tokens"] - before["prompt_tokens"] < 3 * len(answers)  # nothing was read to its end
 
     asyncio.run(leave())
 

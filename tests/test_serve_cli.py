@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 import threading
+import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,6 +17,7 @@ from typing import Any
 
 import pytest
 
+from actors import record as records
 from actors.listen import bind, url_of
 from actors.processes import of_session
 from constellation.errors import ConfigError
@@ -66,6 +68,34 @@ def test_the_local_service_gives_the_text_of_generate_and_drains_on_sigterm(micr
         assert process.stderr and "ending" in process.stderr.read()
 
 
+def test_on_this_machine_it_is_asked_by_its_own_names_and_logs_each_request(micro_run: Path) -> None:
+    """A page whose name was made to lead here (DNS rebinding) is not answered, nor what a page may send unasked."""
+
+    def status(url: str, data: bytes | None = None, **headers: str) -> int:
+        request = urllib.request.Request(url, data, {name.replace("_", "-"): value for name, value in headers.items()})
+        try:
+            with urllib.request.urlopen(request) as response:
+                return int(response.status)
+        except urllib.error.HTTPError as error:
+            return error.code
+
+    body = json.dumps({"prompt": "x", "max_tokens": 1}).encode()
+    more = ("--allow-host", "Laptop.local", "--access-log")
+    with served("--run", str(micro_run), "--local", *more) as (url, process):
+        port = url.rpartition(":")[2]
+        for host, expected in (("evil.example", 421), (f"localhost:{port}", 200), ("laptop.local", 200)):
+            assert status(f"{url}/v1/models", Host=host) == expected
+        asked = f"{url}/v1/completions"
+        assert status(asked, body, Content_Type="text/plain", Origin="http://evil.example") == 415
+        assert status(asked, body, Content_Type="application/json", X_Request_Id="mine-7") == 200
+        process.send_signal(signal.SIGTERM)
+        assert process.wait() == 0
+        assert process.stderr
+        lines = [line for line in process.stderr.read().splitlines() if '"' in line]
+        assert [re.sub(r".* (\d{3}) .*", r"\1", line) for line in lines] == ["421", "200", "200", "415", "200"]
+        assert lines[-1].endswith("mine-7") and '127.0.0.1 anyone "POST /v1/completions"' in lines[-1]
+
+
 def test_ctrl_c_ends_the_service_as_an_interruption(micro_run: Path) -> None:
     with served("--run", str(micro_run), "--local") as (_, process):
         process.send_signal(signal.SIGINT)
@@ -78,13 +108,14 @@ def test_on_ray_a_run_that_is_not_up_is_brought_up_and_taken_down_in_the_end(mic
     run = tmp_path / "run"
     shutil.copytree(micro_run, run)
     with served("--run", str(run)) as (url, process):
-        head = json.loads((run / "up.json").read_text())["head"]
+        record = records.read(run)
+        assert record is not None and record.head is not None
         body = {"model": "constellation/heart", "prompt": "The import statement", "max_tokens": 20, "temperature": 0}
         assert asked(f"{url}/v1/completions", **body)["usage"]["completion_tokens"] == 20
         process.send_signal(signal.SIGTERM)
         assert process.wait() == 0
-    assert not (run / "up.json").exists() and not Path(head["folder"]).exists()
-    wait_for(lambda: not of_session(head["pid"]))  # SIGKILL takes a moment
+    assert records.read(run) is None and not Path(record.head.folder).exists()
+    wait_for(lambda: not of_session(record.head.pid))  # SIGKILL takes a moment
 
 
 def refusal(*argv: str) -> str:

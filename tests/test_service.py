@@ -2,6 +2,9 @@
 
 import asyncio
 import dataclasses
+import threading
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,11 +14,15 @@ from constellation.config import OCEAN, Config, Kernel
 from constellation.config import Router as RouterConfig
 from constellation.coordizer.tokenizer import Tokenizer
 from constellation.errors import ConfigError, RunError
+from constellation.kernel.batch import Reading
 from constellation.kernel.model import KernelLM
 from constellation.kernel.sample import Sampling
+from router import reading
 from router.fit import fit
 from router.kernels import LocalAsyncKernels
 from router.local import LocalKernels
+from router.packet import COUNTS_BYTES, Packet
+from router.room import Room
 from router.service import Answer, Ask, Piece, Service, numbered
 from router.session import generate
 
@@ -184,7 +191,7 @@ def test_a_decision_is_the_normalised_probability_of_each_answer() -> None:
     expected = np.exp(sums) / np.exp(sums).sum()
     assert sum(found) == pytest.approx(1) and found == pytest.approx(list(expected), rel=1e-4)
     for wrong in ([], ["a", "a"], ["a", ""]):
-        with pytest.raises(ConfigError, match="answers="):
+        with pytest.raises(ConfigError, match="answers:"):
             asyncio.run(made.decide(prompt, wrong))
 
 
@@ -196,6 +203,39 @@ def test_a_question_that_cannot_be_answered_is_refused_before_anything_is_decode
     ):
         with pytest.raises(ConfigError, match=wanted):
             service().check(ask)
+
+
+def test_a_packet_that_would_outgrow_its_bound_at_the_end_of_a_long_answer_is_refused_at_its_beginning(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """And one that is let in keeps to it however long the answer becomes, and whatever its text is."""
+    wishes: dict[str, Any] = {
+        "temperature": 0.123, "top_k": 2**31 - 1, "top_p": 0.9, "min_p": 0.1, "repetition_penalty": 1.5, "index": 127,
+        "presence_penalty": 1.1, "frequency_penalty": 1.2, "min_tokens": 65_535, "max_new_tokens": 65_536,
+        "ignore_eos": True, "logprobs": 20, "stop_token_ids": tuple(2**32 - 1 - i for i in range(64)),
+        "seed": 2**64 - 1,
+    }  # fmt: skip
+    found = set()
+    for length in range(1, 31):
+        stop = tuple(f"{i:x}" * length for i in range(16))
+        begun = Packet("f" * 32, "heart", (17,), Sampling(**wishes, stop=stop), z=bytes(256), posterior=bytes(32))
+        begun.encode()
+        grown = dataclasses.replace(
+            begun, kernel="integration", position=65_536, pending=b"x" * (length - 1), finish="length", tail=b"xx",
+            text_bytes=2**31, counts=bytes(1 + COUNTS_BYTES),
+        )  # fmt: skip
+        try:
+            begun.check(("heart", "integration"))
+        except ConfigError as refused:
+            assert "may grow to" in str(refused)
+            found.add("refused")
+        else:
+            assert grown.encode()
+            found.add("let in")
+    assert found == {"refused", "let in"}
+    monkeypatch.setattr("router.packet.BODY_BYTES", 2048)  # room for what the answer begins with, not for its end
+    with pytest.raises(ConfigError, match="may grow to"):
+        asyncio.run(whole(service(), ASKS[0]))
 
 
 def test_the_service_lists_its_models_and_explains_a_route() -> None:
@@ -226,6 +266,167 @@ def test_who_leaves_is_taken_out_of_the_batch() -> None:
         assert (await whole(made, ASKS[0]))[1].text
 
     asyncio.run(leave())
+
+
+class Held:
+    """A service whose kernel `heart` is inside a step until `release()`."""
+
+    def __init__(self) -> None:
+        local = LocalKernels(MODELS, TOKENIZER)
+        self.service = Service(CONFIG, POLICY, TOKENIZER, LocalAsyncKernels(local))
+        self.engine = local.answerer("heart").engine
+        self.inside, self.may_go = threading.Event(), threading.Event()
+        self.engine.submit([Reading(tokens=[0], first=0, emit=self._hold)], lambda: None)
+        self.inside.wait()
+
+    def _hold(self, at: int, logits: Any) -> None:
+        self.inside.set()
+        self.may_go.wait()
+
+    async def submitted(self, works: int) -> None:
+        """Returns when so many works wait for the kernel."""
+        while len(self.engine._news) < works:
+            await asyncio.sleep(0)
+
+    async def release(self) -> dict[str, Any]:
+        """What the kernel has done once it has nothing to do."""
+        self.may_go.set()
+        while not self.engine.batch.idle or self.engine._news:
+            await asyncio.sleep(0.01)
+        return self.engine.stats()
+
+
+ANSWERS = [f"{a} {b}" for a in ("fox", "dog", "cat") for b in range(80)]
+
+
+@pytest.mark.parametrize(
+    ("leave", "works"),
+    [
+        (lambda made: made.decide("the quick", ANSWERS, "heart"), len(ANSWERS)),
+        (lambda made: made.score(TOKENIZER.encode("the quick brown fox " * 40), "heart"), 2),
+        (lambda made: anext(made.stream(Ask("the quick", Sampling(max_new_tokens=9), "heart"))), 1),
+    ],
+    ids=["decide", "score", "stream"],
+)
+def test_whatever_is_left_leaves_no_work_in_the_kernel(leave: Any, works: int) -> None:
+    async def go() -> None:
+        held = Held()
+        task = asyncio.ensure_future(leave(held.service))
+        await held.submitted(works)
+        assert (await held.service.health())["requests"] == 1
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        assert (await held.service.health())["requests"] == 0
+        done = await held.release()
+        assert (done["prompt_tokens"], done["tokens"]) == (1, 0)  # what held it, and nothing else
+
+    asyncio.run(go())
+
+
+def test_two_requests_of_one_name_are_two_requests() -> None:
+    """The name is the client's: whoever calls his own like another's and leaves takes nothing from that one."""
+    ask = Ask("the quick", Sampling(seed=1, max_new_tokens=40), "heart", request="mine")
+
+    async def go() -> Answer:
+        held = Held()
+        stays, leaves = (asyncio.ensure_future(whole(held.service, ask)) for _ in range(2))
+        await held.submitted(2)
+        leaves.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await leaves
+        await held.release()
+        return (await stays)[1]
+
+    found = asyncio.run(go())
+    assert found.request == "mine"
+    assert untimed(found) == untimed(asyncio.run(whole(service(), ask))[1])
+
+
+class Weighed(LocalAsyncKernels):
+    """Kernels that count the log-probabilities they are asked for, in bytes."""
+
+    def __init__(self) -> None:
+        super().__init__(LocalKernels(MODELS, TOKENIZER))
+        self.under_way, self.most, self.calls = 0, 0, 0
+
+    async def log_probs(self, kernel: str, windows: Sequence[Sequence[int]], tail: int) -> Any:
+        size = len(windows) * tail * KERNEL.vocab_size * 4
+        self.under_way, self.calls = self.under_way + size, self.calls + 1
+        self.most = max(self.most, self.under_way)
+        try:
+            return await super().log_probs(kernel, windows, tail)
+        finally:
+            self.under_way -= size
+
+
+def test_answers_times_length_times_kernels_times_vocabulary_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of one kernel only scores are sent; of several as many log-probabilities at once as there is room for."""
+    text = TOKENIZER.encode("the quick brown fox number def f(x): GENESIS 1:1 number " * 3)
+
+    async def asked(made: Service, mode: str) -> list[Any]:
+        return await asyncio.gather(
+            *(made.decide("def f(x):", ANSWERS[i::6], mode) for i in range(6)),
+            *(made.score(text, mode) for _ in range(3)),
+            *(whole(made, Ask("def f(x): number", Sampling(seed=i, max_new_tokens=8), mode)) for i in range(3)),
+        )
+
+    def plain(found: list[Any]) -> list[Any]:
+        return [*(p for p, _ in found[:6]), *found[6:9], *(answer.token_ids for _, answer in found[9:])]
+
+    for mode in ("heart", "mixture"):
+        free, kernels = Weighed(), Weighed()
+        expected = asyncio.run(asked(Service(CONFIG, POLICY, TOKENIZER, free), mode))
+        row = KERNEL.vocab_size * 4
+        with monkeypatch.context() as patch:
+            patch.setattr(reading, "PIECE_BYTES", 9 * row)
+            patch.setattr(reading, "HELD_BYTES", 30 * row)
+            found = asyncio.run(asked(Service(CONFIG, POLICY, TOKENIZER, kernels), mode))
+        assert plain(found) == plain(expected)
+        if mode == "heart":
+            assert kernels.calls == free.calls == 0
+        else:
+            # a draft and what follows it is one call, however long: at most FIRST bytes and one more, from 3 kernels
+            assert 0 < kernels.most <= max(30, 3 * 17) * row < free.most
+            assert kernels.calls > free.calls
+
+
+def test_room_is_given_in_order_and_never_twice() -> None:
+    async def go() -> None:
+        room, inside, order = Room(10), 0, []
+
+        async def stay(name: int, amount: int, leave: asyncio.Event) -> None:
+            nonlocal inside
+            async with room.of(amount):
+                order.append(name)
+                inside += min(amount, 10)
+                assert inside <= 10
+                await leave.wait()
+                inside -= min(amount, 10)
+
+        events = [asyncio.Event() for _ in range(6)]
+        amounts = (6, 5, 4, 99, 1, 0)
+        tasks = [asyncio.ensure_future(stay(i, amount, events[i])) for i, amount in enumerate(amounts)]
+
+        async def now() -> list[int]:
+            for _ in range(9):
+                await asyncio.sleep(0)
+            return order
+
+        assert await now() == [0]  # 4 would fit 2, but 1 came first
+        tasks[1].cancel()
+        assert await now() == [0, 2]
+        events[2].set()
+        events[0].set()
+        assert await now() == [0, 2, 3]  # more than all of it: alone
+        tasks[3].cancel()
+        assert await now() == [0, 2, 3, 4, 5]
+        for event in events:
+            event.set()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        assert room.free == 10
+
+    asyncio.run(go())
 
 
 def test_an_error_of_a_kernel_ends_the_stream_with_its_reason() -> None:

@@ -11,6 +11,7 @@ on batch t, so there is one more state than steps. Every file is replaced whole.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import importlib.metadata
 import io
@@ -24,8 +25,9 @@ from typing import Any
 
 import numpy as np
 
-from constellation.atomic import read_json, write_bytes, write_json
+from constellation.atomic import no_link, read_object, write_bytes, write_json
 from constellation.config import Config
+from constellation.errors import ArtifactError
 from constellation.telemetry.step import Step
 
 SCHEMA = 1
@@ -63,7 +65,8 @@ class RunFolder:
     def begin(self, config: Config, role: str, layout: list[dict[str, Any]], extra: dict[str, Any]) -> None:
         """meta.json, once: a resumed run keeps its identity."""
         file = self.path / "meta.json"
-        if file.exists():
+        with contextlib.suppress(ArtifactError):
+            read_object(file)
             return
         plain = config.to_json()
         digest = hashlib.sha256(json.dumps([plain, role, extra], sort_keys=True, default=str).encode()).hexdigest()
@@ -71,11 +74,10 @@ class RunFolder:
             "schema": SCHEMA, "run_id": f"{role}-{digest[:12]}", "role": role,
             "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), "git": _git(), "versions": _versions(),
             "seed": config.train.seed, "config": plain, "layout": layout, **extra,
-        })  # fmt: skip
+        }, sealed=True)  # fmt: skip
 
     def is_done(self) -> bool:
-        file = self.path / "summary.json"
-        return file.exists() and read_json(file).get("status") == "done"
+        return self._summary().get("status") == "done"
 
     def truncate(self, step: int) -> None:
         """Forget the logged steps after `step`: a resumed run writes them again."""
@@ -86,7 +88,7 @@ class RunFolder:
     def log(self, steps: Iterable[Step]) -> None:
         lines = "".join(json.dumps(step.to_json()) + "\n" for step in steps)
         if lines:
-            with self._steps.open("a") as file:
+            with open(self._steps, "a", opener=no_link) as file:
                 file.write(lines)
 
     def write_trace(self, arrays: dict[str, np.ndarray]) -> None:
@@ -96,12 +98,19 @@ class RunFolder:
 
     def summarise(self, **values: Any) -> dict[str, Any]:
         """Merge `values` into summary.json; the runtime of earlier sittings adds up."""
-        file = self.path / "summary.json"
-        old = read_json(file) if file.exists() else {}
+        old = self._summary()
         values["runtime_s"] = round(values.get("runtime_s", 0.0) + old.get("runtime_s", 0.0), 3)
         summary = {"schema": SCHEMA, **old, **values}
-        write_json(file, summary)
+        write_json(self.path / "summary.json", summary)
         return summary
+
+    def _summary(self) -> dict[str, Any]:
+        """What earlier sittings wrote; a damaged one is written anew."""
+        with contextlib.suppress(ArtifactError):
+            found = read_object(self.path / "summary.json")
+            if isinstance(found.get("runtime_s", 0.0), float | int):
+                return found
+        return {}
 
 
 def read_trace(path: Path) -> dict[str, np.ndarray]:

@@ -1,4 +1,4 @@
-"""A run that answers: its kernels on Ray or in this process, its router, its tokenizer."""
+"""A run that answers: its kernels in this process or on Ray, its router, its tokenizer."""
 
 from __future__ import annotations
 
@@ -17,41 +17,62 @@ if TYPE_CHECKING:
 
 
 class Answering:
-    """`with Answering(run, local, address) as c: for piece in c.ask(prompt, settings, mode): ...`"""
+    """`with Answering(run, local, address) as c: for piece in c.ask(prompt, settings, mode): ...`
+
+    Who answers: actors in the Ray at `address`, if it is given; else the constellation of this run that is up; else,
+    or if `local`, the models in this process. The tokens are the same.
+    """
 
     def __init__(self, run: Path, local: bool, address: str | None):
         if local and address:
             raise ConfigError("--local and --address exclude each other: --local uses no Ray")
         self.run, self.local, self.address = run, local, address
-        self._stack = contextlib.ExitStack()
 
     def __enter__(self) -> Answering:
-        from actors.plan import open_plan
+        from actors.request import open_plan
+        from actors.status import unfinished, unfinished_line
+
+        plan = open_plan(self.run)
+        if not (plan.router / "router.json").exists():
+            raise ConfigError(f"{self.run} is not trained yet; constellation train --run {self.run} --resume")
         from constellation.coordizer.tokenizer import Tokenizer
         from router.route import Router
 
-        plan = open_plan(self.run)
         self.config = plan.config
-        if not (plan.router / "segments.json").exists():
-            raise ConfigError(f"{self.run} is not trained yet; constellation train --run {self.run} --resume")
         self.router, self.tokenizer = Router.load(plan.router), Tokenizer.load(plan.tokenizer)
-        self.kernels = self._stack.enter_context(self._open())
+        with contextlib.ExitStack() as stack:
+            self.kernels, used = self._open(stack)
+            self.unfinished = unfinished(self.run, used)
+            if self.unfinished:
+                _say(unfinished_line(self.run, self.unfinished))
+            self._stack = stack.pop_all()
         return self
 
     def __exit__(self, *exception: Any) -> None:
         self._stack.close()
 
-    def _open(self) -> contextlib.AbstractContextManager[Any]:
-        if self.local:
-            import torch
+    def _open(self, stack: contextlib.ExitStack) -> tuple[Any, dict[str, int] | None]:
+        """The kernels, and the step of each if those are not their newest checkpoints."""
+        if self.address is not None:
+            from actors.remote import open_kernels
 
-            from router.local import LocalKernels
+            return stack.enter_context(open_kernels(self.run, address=self.address, say=_say)), None
+        from actors import record as records
 
-            torch.set_num_threads(self.config.train.threads)
-            return contextlib.nullcontext(LocalKernels.from_run(self.run, decode=self.config.decode))
-        from actors.remote import open_kernels
+        record = None if self.local else records.read(self.run)
+        if record is not None and (why := record.unreachable()):
+            _say(f"{self.run} was up, but {why}; answering in this process")
+        elif record is not None:
+            from actors.remote import kernels_of
 
-        return open_kernels(self.run, address=self.address, say=lambda text: click.echo(text, err=True))
+            kernels = stack.enter_context(kernels_of(self.run, record, _say))
+            return kernels, kernels.steps()
+        import torch
+
+        from router.local import LocalKernels
+
+        torch.set_num_threads(self.config.train.threads)
+        return LocalKernels.from_run(self.run, decode=self.config.decode), None
 
     def ask(self, prompt: str, settings: Settings, mode: str, top_k: int = 3) -> Iterator[Chunk | Answer]:
         """Chunks as they come, the Answer last."""
@@ -63,3 +84,7 @@ class Answering:
         from router.session import generate
 
         return generate(self.router, self.kernels, self.tokenizer, requests, self.config)
+
+
+def _say(text: str) -> None:
+    click.echo(text, err=True)

@@ -148,6 +148,8 @@ def optim(
     """Natural-gradient optimizers against tuned AdamW, Muon, SOAP, PSGD and schedule-free: steps and CPU-seconds."""
     import dataclasses
 
+    if corpus is not None and not corpus.exists():
+        raise ConfigError(f"corpus {corpus} does not exist")
     from constellation.atomic import read_json
     from constellation.experiments import bench_optim, optim_report
 
@@ -229,6 +231,9 @@ def modes(
     run: Path, corpus: Path | None, most_bytes: int, answers: int, tokens: int, local: bool, out: Path | None
 ) -> None:
     """Ways to answer: held-out bits per byte beside tokens per second; what HTTP and Ray cost a token."""
+    from actors.status import check_complete
+
+    check_complete(run)
     from constellation.experiments import bench_modes
 
     result = bench_modes.run(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import click
@@ -32,19 +34,15 @@ def command(
     """Prompt after prompt: everything said so far is the context of the next answer.
 
     The kernels are trained on text, not on dialogue: they continue what stands there. An empty line
-    begins anew, end of input (Ctrl-D) leaves.
+    begins anew, end of input (Ctrl-D) leaves. From a pipe a line in gives an answer out, and nothing else.
     """
     from constellation.commands.answering import Answering
-    from router.session import Answer
 
     with Answering(run, local, address) as constellation:
-        said, turn = "", 0
-        while True:
-            try:
-                line = click.prompt("you", default="", show_default=False, prompt_suffix="> ")
-            except click.Abort:
-                click.echo()
-                return
+        from router.session import Answer
+
+        said, turn, terminal = "", 0, sys.stdin.isatty()
+        for line in _typed() if terminal else _piped():
             if not line:
                 said = ""
                 click.echo("[a new text]", err=True)
@@ -58,9 +56,24 @@ def command(
                 if isinstance(piece, Answer):
                     said += piece.text + "\n"
                 else:
-                    if piece.kernel != shown:
+                    if terminal and piece.kernel != shown:
                         click.secho(f"{piece.kernel}> ", nl=False, bold=True)
                         shown = piece.kernel
                     click.echo(piece.text, nl=False)
             click.echo()
             turn += 1
+
+
+def _typed() -> Iterator[str]:
+    """Lines typed on a terminal, each after a prompt mark."""
+    while True:
+        try:
+            yield click.prompt("you", default="", show_default=False, prompt_suffix="> ")
+        except click.Abort:
+            click.echo()
+            return
+
+
+def _piped() -> Iterator[str]:
+    for line in sys.stdin.buffer:
+        yield line.decode("utf-8", "replace").rstrip("\r\n")

@@ -8,6 +8,7 @@ from typing import Any
 import click
 
 from constellation.commands import options
+from constellation.errors import ConfigError
 
 
 @click.command()
@@ -16,14 +17,20 @@ from constellation.commands import options
 @click.option("--top-k", default=3, show_default=True, type=click.IntRange(1, 240), help="kernels of the mixture")
 @options.as_json
 def command(run: Path, corpus: Path | None, top_k: int, as_json: bool) -> None:
-    """Causal bits per byte of every way to answer held-out text.
+    """Causal bits per byte of every way to answer held-out text, in this process.
 
     Documents that the run was trained on are left out and counted. Without --corpus the run's own held-out
     documents are scored.
     """
+    from actors.status import check_complete
+
+    check_complete(run)
+    if corpus is not None and not corpus.exists():
+        raise ConfigError(f"corpus {corpus} does not exist")
+    left = options.say_unfinished(run)
     from actors.evaluation import evaluate_run
 
-    result = evaluate_run(run, corpus, top_k)
+    result = {**evaluate_run(run, corpus, top_k), "unfinished": left}
     if as_json:
         options.print_json(result)
     else:

@@ -25,13 +25,15 @@ def command(run: Path, kernel: str, format_: str, out: Path) -> None:
     The kernel must have been trained with kernel.metric=dot kernel.look_back=0 kernel.coupling=off; every other kind
     is refused with the reason.
     """
-    from actors.plan import open_request
+    from actors.request import open_plan
+
+    open_plan(run)
+    options.check_writable(out)
+    options.say_unfinished(run, kernel)
     from constellation.coordizer.tokenizer import SPECIALS, Tokenizer
     from constellation.kernel.export import export_llama
     from constellation.train.checkpoint import load_model
 
-    open_request(run)
-    options.check_writable(out)
     model, tokenizer = load_model(run / kernel), Tokenizer.load(run / "tokenizer.json")
     export_llama(model, out, tokenizer.eos, SPECIALS[tokenizer.eos], run / "tokenizer.json")
     click.echo(f"{out}: {kernel}, {model.num_parameters():,} parameters, LlamaForCausalLM")

@@ -37,8 +37,9 @@ def command(
 ) -> None:
     """Answer a prompt: route it, decode on the kernel it belongs to, look again every W bytes, hand off.
 
-    The kernels of a constellation that is `up` answer, else actors started for this query; with --local the
-    same happens in this process and gives the same tokens. --json prints text, tokens and the route.
+    The kernels of a constellation that is `up` answer, else this process does; with --address actors in that Ray. The
+    tokens are the same. --json prints text, tokens and the route, with a certificate of it, which reveals prompt and
+    answer: `constellation route --verify`.
     """
     settings = options.Settings(max_new_tokens, temperature, top_k, top_p, min_p, repetition_penalty, seed, stop)
     from constellation.commands.answering import Answering
@@ -54,7 +55,7 @@ def command(
                 click.echo(piece.text, nl=False)
     assert answer is not None
     if as_json:
-        options.print_json({"prompt": prompt, **answer.to_json()})
+        options.print_json({"prompt": prompt, **answer.to_json(), "unfinished": constellation.unfinished})
     else:
         click.echo()
         route = " -> ".join(answer.kernels)

@@ -26,13 +26,20 @@ def command() -> None:
 @click.option("--requests-per-minute", default=None, type=click.IntRange(1), metavar="N", help="default: no limit")
 @click.option("--tokens-per-minute", default=None, type=click.IntRange(1), metavar="N", help="of prompts and answers")
 @click.option("--concurrent", default=None, type=click.IntRange(1), metavar="N", help="answers under way at once")
+@click.option("--metrics", is_flag=True, help="it opens /metrics, which tells how much all keys use")
 def add(
-    file: Path, name: str, requests_per_minute: int | None, tokens_per_minute: int | None, concurrent: int | None
+    file: Path,
+    name: str,
+    requests_per_minute: int | None,
+    tokens_per_minute: int | None,
+    concurrent: int | None,
+    metrics: bool,
 ) -> None:
     """Make a key and print it: this once. The file is made when it is not there, with mode 0600."""
     from router.http import keys
 
-    click.echo(keys.add(file, name, keys.Limits(requests_per_minute, tokens_per_minute, concurrent)))
+    limits = keys.Limits(requests_per_minute, tokens_per_minute, concurrent)
+    click.echo(keys.add(file, name, limits, metrics=metrics))
     click.echo(f"the key of {name}: write it down, it cannot be shown again", err=True)
 
 
@@ -50,6 +57,7 @@ def list_(file: Path, as_json: bool) -> None:
     for key in found:
         limits = {k: v for k, v in vars(key.limits).items() if v is not None}
         said = ", ".join(f"{k.replace('_', ' ')} {v}" for k, v in limits.items()) or "no limits"
+        said += ", metrics" if key.metrics else ""
         day = datetime.datetime.fromtimestamp(key.created, datetime.UTC).date()
         click.echo(f"{key.name:<24} {day}  {said}")
 

@@ -31,7 +31,7 @@ overrides = click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
 name = click.option(
     "--name", default=None, metavar="NAME", help="of the constellation on Ray; default: the run folder's"
 )
-local = click.option("--local", is_flag=True, help="answer in this process, without Ray; the tokens are the same")
+local = click.option("--local", is_flag=True, help="in this process, whatever is up; the tokens are the same")
 mode = click.option(
     "--mode", type=click.Choice(["route", "mixture", "barycenter", OCEAN, *ROLES]), default="route", show_default=True,
     metavar="route|mixture|barycenter|ocean|KERNEL", help="who answers",
@@ -88,9 +88,19 @@ def check_run_or_name(run: Path | None, name: str | None) -> None:
     if (run is None) == (name is None):
         raise ConfigError("name the constellation by --run DIR, or by --name NAME and --address A")
     if run is not None:
-        from actors.plan import open_request
+        from actors.request import open_request
 
         open_request(run)
+
+
+def say_unfinished(run: Path, *roles: str) -> dict[str, dict[str, int | None]]:
+    """Which models of `run`, or of its `roles`, are used before they are trained to their end; told in one line."""
+    from actors.status import unfinished, unfinished_line
+
+    left = {role: steps for role, steps in unfinished(run).items() if not roles or role in roles}
+    if left:
+        click.echo(unfinished_line(run, left), err=True)
+    return left
 
 
 def say(as_json: bool) -> Callable[[str], None]:

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import json
 import sys
-from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -30,16 +29,21 @@ def command(run: Path, as_json: bool, verify: str | None) -> None:
     """Explain who would answer each line of standard input: one text a line in, one decision a line out.
 
     With --json: counts used, basin coordinates z, distance to every centre, posterior, kernel, E8 root and
-    neighbours. With --verify: replay the decisions of an answer from the counts in its certificate; status 0
-    when they hold, 1 when they do not.
+    neighbours. With --verify: replay the decisions of an answer from the counts in its certificate, and hold text,
+    tokens and kernels of the answer against it; status 0 when all agree, 1 when not. A certificate reveals its text.
     """
-    from actors.plan import open_request
+    from actors.request import open_plan
+
+    plan = open_plan(run)
+    if not (plan.router / "router.json").exists():
+        raise ConfigError(f"{run} is not trained yet; constellation train --run {run} --resume")
+    text = None if verify is None else sys.stdin.read() if verify == "-" else read(verify)
+    options.say_unfinished(run)
     from router.route import Router
 
-    open_request(run)
-    router = Router.load(run / "router")
-    if verify is not None:
-        check(verify, router, as_json)
+    router = Router.load(plan.router)
+    if text is not None:
+        check(text, router, plan.tokenizer, as_json)
         return
     for line in sys.stdin.buffer:
         text = line.rstrip(b"\r\n")
@@ -53,18 +57,26 @@ def command(run: Path, as_json: bool, verify: str | None) -> None:
             click.echo(f"{choice.kernel:<12}{why} {choice.counts_used} trigrams; {shown}; next {choice.neighbours[0]}")
 
 
-def check(source: str, router: Router, as_json: bool) -> None:
-    """Replay the certificate in `source` and say what it holds; RunError when it does not."""
+def check(text: str, router: Router, tokenizer: Path, as_json: bool) -> None:
+    """Replay the certificate in `text`, or those of the answers in it, and say what holds; RunError when not."""
+    from constellation.coordizer.tokenizer import Tokenizer
     from router.certificate import replay
+    from router.verify import told_in, verify
 
     try:
-        found = replay(certificate_of(sys.stdin.read() if source == "-" else read(source)), router)
+        if not text.lstrip().startswith("{"):
+            found, of = [replay(text.strip(), router)], "no answer beside it"
+        else:
+            words = Tokenizer.load(tokenizer)
+            found = [verify(told, router, words) for told in told_in(parsed(text), words)]
+            of = "it is this answer's"
     except ArtifactError as error:
         raise RunError(str(error)) from None
-    if as_json:
-        options.print_json(asdict(found))
-    else:
-        click.echo(f"holds: {found}; mode {found.mode}, router {found.router_hash[:12]}")
+    for one in found:
+        if as_json:
+            options.print_json(one.to_json())
+        else:
+            click.echo(f"holds: {one}; mode {one.mode}, router {one.router_hash[:12]}; {of}")
 
 
 def read(path: str) -> str:
@@ -74,17 +86,9 @@ def read(path: str) -> str:
         raise ConfigError(f"--verify {path}: cannot be read ({getattr(error, 'strerror', None) or error})") from None
 
 
-def certificate_of(text: str) -> str:
-    """The certificate in `text`: the text itself, or that of an answer in JSON."""
-    text = text.strip()
-    if not text.startswith("{"):
-        return text
+def parsed(text: str) -> dict[str, Any]:
     try:
-        answer = json.loads(text)
-    except json.JSONDecodeError as error:
+        answer: dict[str, Any] = json.loads(text)
+    except (ValueError, RecursionError) as error:
         raise ArtifactError(f"certificate: the answer is no JSON ({error})") from None
-    inner = answer.get("constellation")
-    found = answer.get("certificate") or (inner.get("certificate") if isinstance(inner, dict) else None)
-    if not isinstance(found, str):
-        raise ArtifactError('certificate: the answer has no field "certificate", at the top or under "constellation"')
-    return found
+    return answer

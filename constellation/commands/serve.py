@@ -10,12 +10,18 @@ import threading
 from collections.abc import Iterator
 from pathlib import Path
 from types import FrameType
+from typing import TYPE_CHECKING
 
 import click
 
 from constellation.commands import options
 from constellation.config import Config, parse_assignments
 from constellation.errors import ConfigError, RunError
+
+if TYPE_CHECKING:
+    from actors.listen import Place
+
+HERE = ("localhost", "127.0.0.1", "[::1]")
 
 
 @click.command()
@@ -29,6 +35,11 @@ from constellation.errors import ConfigError, RunError
 @click.option("--fronts", default=1, show_default=True, type=click.IntRange(1), metavar="N", help="processes for HTTP")
 @click.option("--grace", default=30.0, show_default=True, type=click.FloatRange(0), metavar="S",
               help="seconds for those who are being answered when the service ends")  # fmt: skip
+@click.option("--connections", default=512, show_default=True, type=click.IntRange(1), metavar="N",
+              help="of one peer at once; a proxy is one peer")  # fmt: skip
+@click.option("--allow-host", "hosts", multiple=True, metavar="NAME",
+              help="be asked by this name too, and by no other than localhost and these; repeatable")  # fmt: skip
+@click.option("--access-log", is_flag=True, help="a line on stderr for every request")
 @options.local
 @options.address
 @options.overrides
@@ -39,6 +50,9 @@ def command(
     api_key_file: Path | None,
     fronts: int,
     grace: float,
+    connections: int,
+    hosts: tuple[str, ...],
+    access_log: bool,
     local: bool,
     address: str | None,
     overrides: tuple[str, ...],
@@ -48,6 +62,9 @@ def command(
     A constellation that is `up` is used, else it is brought up and taken down in the end. With --local the
     kernels run in this process, without Ray; the tokens are the same. KEY=VALUE may change cluster.* and
     decode.* settings of a constellation that is brought up here, such as decode.precision=int8.
+
+    On a loopback address without keys it is asked as localhost alone, and by names that --allow-host adds: else any
+    page in a browser on this machine could ask it under a name of its own.
     """
     if local and (address or fronts > 1):
         raise ConfigError("--local is one process without Ray; leave out --address and --fronts")
@@ -55,7 +72,9 @@ def command(
 
     changes = parse_assignments(overrides)
     config = servable(run, changes)
-    from actors.listen import bind
+    options.say_unfinished(run)
+    from actors.listen import Place, bind
+    from router.http.limits import Front
 
     bind(host, port).close()  # told before anything is started
     if api_key_file is not None:
@@ -64,12 +83,17 @@ def command(
         Keys(api_key_file)
     if api_key_file is None and not _loopback(host):
         click.echo(f"warning: whoever reaches {host}:{port} may ask; --api-key-file says who", err=True)
-    ends = Ends(host)
+    named = f"[{host}]" if ":" in host else host
+    known = {name.lower(): None for name in (*HERE, named, *hosts)}
+    only = bool(hosts) or (_loopback(host) and api_key_file is None)
+    front = Front(connections=connections, hosts=tuple(known) if only else None, access_log=access_log)
+    keys = api_key_file.resolve() if api_key_file else None
+    place, ends = Place(run.resolve(), "", host, port, fronts > 1, keys, grace, front), Ends(host)
     with ends.heard():
         if local:
-            whole = asyncio.run(_in_this_process(run, config, host, port, api_key_file, grace, ends))
+            whole = asyncio.run(_in_this_process(place, config, ends))
         else:
-            whole = _on_ray(run, host, port, api_key_file, fronts, grace, address, ends, changes)
+            whole = _on_ray(place, fronts, address, ends, changes)
         if not whole:
             raise RunError(f"some who were being answered were cut off after {grace:g} s; --grace gives them longer")
         if ends.pressed:
@@ -110,29 +134,16 @@ class Ends:
         self.event.set()
 
 
-def _on_ray(
-    run: Path,
-    host: str,
-    port: int,
-    keys: Path | None,
-    fronts: int,
-    grace: float,
-    address: str | None,
-    ends: Ends,
-    changes: dict[str, str],
-) -> bool:
+def _on_ray(place: Place, fronts: int, address: str | None, ends: Ends, changes: dict[str, str]) -> bool:
     from actors import serve
 
-    place = serve.Place(run.resolve(), "", host, port, fronts > 1, keys.resolve() if keys else None, grace)
     return serve.serve(
         place, fronts=fronts, address=address, changes=changes, ready=ends.say_ready, ended=ends.event.wait,
         say=lambda text: click.echo(text, err=True),
     )  # fmt: skip
 
 
-async def _in_this_process(
-    run: Path, config: Config, host: str, port: int, keys: Path | None, grace: float, ends: Ends
-) -> bool:
+async def _in_this_process(place: Place, config: Config, ends: Ends) -> bool:
     import torch
 
     from actors.application import application
@@ -141,10 +152,10 @@ async def _in_this_process(
     from router.local import LocalKernels
 
     torch.set_num_threads(config.train.threads)
-    kernels = LocalAsyncKernels(LocalKernels.from_run(run, decode=config.decode))
+    kernels = LocalAsyncKernels(LocalKernels.from_run(place.run, decode=config.decode))
     await kernels.load()
-    app = application(run, kernels, keys)
-    listener = Listener(app, bind(host, port), grace)
+    app = application(place.run, kernels, place.key_file, place.front)
+    listener = Listener(app, bind(place.host, place.port), place.grace_s)
     await listener.start()
     ends.say_ready(listener.port)
     while not ends.event.is_set():

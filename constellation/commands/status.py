@@ -16,8 +16,14 @@ from constellation.commands import options
 def command(run: Path | None, name: str | None, address: str | None, as_json: bool) -> None:
     """Kernels, roles, E8 roots, nodes, steps, loss and health: of a run, alive or on disk, or by its name on Ray."""
     options.check_run_or_name(run, name)
-    from actors import detached
+    from actors import record
+    from actors.status import folder_status
     from constellation.commands.display import status_table
 
-    found = detached.status(run, name=name, address=address)
+    if run is not None and record.read(run) is None:  # the folder says it all, without Ray
+        found = folder_status(run)
+    else:
+        from actors import detached
+
+        found = detached.status(run, name=name, address=address)
     options.print_json(found.to_json()) if as_json else status_table(found)

@@ -18,6 +18,12 @@ from constellation.presets import preset as make_preset
 @click.option("--preset", default=None, metavar="NAME", help="tiny | small (default) | 23m | 100m")
 @click.option("--resume", is_flag=True, help="go on with the run in DIR")
 @options.address
+@click.option(
+    "--ray-auth",
+    type=click.Choice(["token", "disabled"]),
+    default=None,
+    help="of a Ray that is started here; disabled: whoever is on this machine can run code as you",
+)
 @options.as_json
 @options.overrides
 def command(
@@ -26,6 +32,7 @@ def command(
     preset: str | None,
     resume: bool,
     address: str | None,
+    ray_auth: str | None,
     as_json: bool,
     overrides: tuple[str, ...],
 ) -> None:
@@ -37,12 +44,15 @@ def command(
     own_settings = resume and not preset and not overrides
     config = None if own_settings else override(make_preset(preset or "small"), parse_assignments(overrides))
     options.check_writable(run)
+    from actors.request import check_request
 
+    check_request(run, corpus, config, resume)  # told before torch and Ray are imported
     from actors import launch
     from constellation.commands.display import Display, result_table
 
     with Display(as_json) as display:
-        for step in launch.train(run, corpus, config, address=address, resume=resume, say=display.say):
+        how: dict[str, Any] = {"address": address, "auth": ray_auth, "resume": resume, "say": display.say}
+        for step in launch.train(run, corpus, config, **how):
             display.show(step)
     summary: dict[str, Any] = launch.summary(run)
     options.print_json(summary) if as_json else result_table(summary)

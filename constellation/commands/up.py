@@ -23,6 +23,10 @@ def command(run: Path, address: str | None, name: str | None, as_json: bool, ove
     KEY=VALUE may change cluster.* and decode.* settings, such as decode.precision=int8.
     """
     changes = parse_assignments(overrides)
+    from actors.application import servable
+
+    servable(run, changes)
+    options.say_unfinished(run)
     from actors import detached
     from constellation.commands.display import status_table
 

@@ -25,7 +25,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from constellation.atomic import sha256, sync
+from constellation.atomic import read_json, seal, sha256, sync
 from constellation.data.document import Document
 from constellation.errors import ArtifactError, ConfigError, DataError, RunError
 
@@ -129,13 +129,14 @@ def open_cache(path: Path, verify: bool = True) -> TokenCache:
         meta = json.loads((path / "meta.json").read_text(encoding="utf-8"))
         if meta["schema"] != SCHEMA:
             raise ValueError(f"schema {meta['schema']}, this version reads {SCHEMA}")
+        meta = read_json(path / "meta.json")
         for name in _FILES:
             if (path / name).stat().st_size != meta["bytes"][name]:
                 raise ValueError(f"{name} has another length than when it was written")
             if verify and sha256(path / name) != meta["sha256"][name]:
                 raise ValueError(f"{name} has another content than when it was written")
         return TokenCache(path, meta)
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (ArtifactError, OSError, ValueError, KeyError, TypeError) as error:
         raise ArtifactError(f"{path}: damaged token cache ({error}); delete the folder, it will be rebuilt") from None
 
 
@@ -170,7 +171,7 @@ def _write(folder: Path, key: str, documents: Sequence[Document], tokenizer: Enc
         "bytes": {name: (folder / name).stat().st_size for name in _FILES},
         "sha256": {name: sha256(folder / name) for name in _FILES},
     }
-    (folder / "meta.json").write_text(json.dumps(meta, indent=1), encoding="utf-8")
+    (folder / "meta.json").write_text(json.dumps(seal(meta), indent=1), encoding="utf-8")
     for name in (*_FILES, "meta.json"):
         sync(folder / name)
     sync(folder)

@@ -110,7 +110,9 @@ def _ours(model: KernelLM) -> dict[str, Contestant]:
                 batch.add(work)
             while not batch.idle:
                 batch.step()
-            return [work.done.result().tokens[PROMPT:] for work in works]
+            for work in works:
+                work.done.result()  # raises what went wrong
+            return [work.tokens[PROMPT:] for work in works]
 
         return decode
 

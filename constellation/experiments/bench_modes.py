@@ -68,7 +68,7 @@ class Counted:
     def __init__(self, inner: AsyncKernels):
         self.inner, self.turns, self.readings = inner, 0, 0
         self.names = inner.names
-        self.bits, self.score, self.cancel, self.stats = inner.bits, inner.score, inner.cancel, inner.stats
+        self.bits, self.score, self.stats = inner.bits, inner.score, inner.stats
 
     async def turn(self, kernel: str, packet: bytes, budget_bytes: int) -> bytes:
         self.turns += 1

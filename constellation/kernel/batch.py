@@ -40,11 +40,13 @@ PIECE_WORK = 400_000_000  # multiply-adds of a pass that reads: about ten millis
 
 @dataclasses.dataclass(eq=False, kw_only=True)
 class Work:
-    """A request in the engine, of either kind below. `done` gets it back, or an error."""
+    """A request in the engine, of either kind below. `done` ends with it or its error; to cancel it frees the slot.
+
+    `done` does not point back, so what a request holds is freed with it and waits for no garbage collector.
+    """
 
     tokens: list[int]  # the last ones of which are the window
-    key: str = ""  # by which it is cancelled
-    done: Future[Any] = dataclasses.field(default_factory=Future)
+    done: Future[None] = dataclasses.field(default_factory=Future)
     slot: int = -1
     start: int = 0  # of the window in `tokens`
     fed: int = 0  # tokens of the window whose keys and values are held
@@ -138,12 +140,6 @@ class Batch:
         if outside:
             raise ConfigError(f"token {outside[0]} is not in the vocabulary, 0..{self.packed.vocabulary - 1}")
 
-    def cancel(self, key: str) -> None:
-        """End the requests called `key` with an error and free their slots."""
-        for work in [w for w in (*self._waiting, *self._owner) if w is not None and w.key == key]:
-            self._leave(work)
-            _fail(work, RunError(f"request {key!r} was cancelled"))
-
     def fail(self, error: BaseException) -> None:
         """Everything under way gets `error`; what the slots hold is forgotten."""
         for work in [w for w in (*self._waiting, *self._owner) if w is not None]:
@@ -228,7 +224,7 @@ class Batch:
     def _finish(self, work: Work) -> None:
         self._leave(work)
         if work.done.set_running_or_notify_cancel():
-            work.done.set_result(work)
+            work.done.set_result(None)
 
     # -- a step --------------------------------------------------------------------------------------------------------
 

@@ -31,7 +31,9 @@ def generate(
         batch.add(work)
     while not batch.idle:
         batch.step()
-    return [work.done.result().tokens[len(w) :] for work, w in zip(works, windows, strict=True)]
+    for work in works:
+        work.done.result()  # raises what went wrong
+    return [work.tokens[len(w) :] for work, w in zip(works, windows, strict=True)]
 
 
 def _writing(window: Sequence[int], sampling: Sampling, room: int) -> Writing:

@@ -15,10 +15,57 @@ import threading
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
-from typing import Any
+from typing import Any, TypeVar
 
 from constellation.errors import RunError
 from constellation.kernel.batch import Batch, Work
+
+T = TypeVar("T")
+
+
+class Together(Future[T]):
+    """What `make` makes once all works are done, or the first error, when the others are done too.
+
+    Cancelling it cancels all of them. It forgets them with the last, so what they held is freed at once.
+    """
+
+    def __init__(self, works: Sequence[Work], make: Callable[[], T]):
+        super().__init__()
+        self._dones, self._left, self._lock = [work.done for work in works], len(works), threading.Lock()
+        self._make: Callable[[], T] | None = make
+        for done in list(self._dones):
+            done.add_done_callback(self._ended)
+        if not works:
+            self._whole()
+
+    def cancel(self) -> bool:
+        cancelled = super().cancel()
+        for done in list(self._dones) if cancelled else ():
+            done.cancel()
+        return cancelled
+
+    def _ended(self, done: Future[None]) -> None:
+        with self._lock:
+            self._left -= 1
+            last = self._left == 0
+        if last:
+            self._whole()
+
+    def _whole(self) -> None:
+        make, self._make = self._make, None
+        errors = [error for done in self._dones if not done.cancelled() and (error := done.exception())]
+        self._dones.clear()
+        if make is None or not self.set_running_or_notify_cancel():
+            return
+        if errors:
+            self.set_exception(errors[0])
+            return
+        try:
+            made = make()
+        except Exception as error:  # such as a packet that has outgrown its bounds
+            self.set_exception(error)
+        else:
+            self.set_result(made)
 
 
 class Engine:
@@ -30,21 +77,11 @@ class Engine:
         self._lock = threading.Lock()
         self._awake = False  # queued up, or at a step
 
-    def submit(self, work: Work) -> Future[Any]:
-        """`work.done`: the work once it is done, or its error. Cancelling the future frees the slot."""
-        self._tell([lambda: self.batch.add(work)])
-        return work.done
-
-    def finish(self, works: Sequence[Work]) -> None:
-        """Returns when all are done; the first error is raised, when the others are done too."""
+    def submit(self, works: Sequence[Work], make: Callable[[], T]) -> Together[T]:
+        """What `make` makes once all of `works` are done. Cancelling it frees their slots at the next step."""
+        whole = Together(works, make)
         self._tell([lambda work=work: self.batch.add(work) for work in works])  # type: ignore[misc]
-        errors = [work.done.exception() for work in works]
-        for error in filter(None, errors):
-            raise error
-
-    def cancel(self, key: str) -> None:
-        """End the requests called `key` with a RunError."""
-        self._tell([lambda: self.batch.cancel(key)])
+        return whole
 
     def stats(self) -> dict[str, Any]:
         return self.batch.stats()

@@ -7,7 +7,7 @@ small; `constellation doctor` and `/ready` tell.
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -74,13 +74,19 @@ class Panels:
         return self._add(x_NI, sum_NO, True)
 
     def _add(self, x_NI: Tensor, y_NO: Tensor, onto: bool) -> Tensor:
-        x_NI, size = x_NI.contiguous(), ctypes.c_int64
+        self.prepared(x_NI.contiguous(), y_NO, onto)()
+        return y_NO[:, : self.outputs]
+
+    def prepared(self, x_NI: Tensor, y_NO: Tensor | None = None, onto: bool = False) -> Callable[[], Any]:
+        """The call that writes x W^T to `y_NO`."""
+        y_NO, size = x_NI.new_empty(len(x_NI), self.padded) if y_NO is None else y_NO, ctypes.c_int64
         scratch = torch.empty(library().product_scratch(size(self.inputs)), dtype=torch.uint8)
-        library().product(
+        words = (
             _at(x_NI), size(self.inputs), size(len(x_NI)), ctypes.byref(self.native), _at(y_NO), size(self.padded),
             int(onto), _at(scratch),
         )  # fmt: skip
-        return y_NO[:, : self.outputs]
+        kept = x_NI, y_NO, scratch  # alive as long as the call is
+        return lambda: library().product(*words) if kept else None
 
 
 class Panels8(Panels):

@@ -3,19 +3,22 @@
     checkpoints/step-00000120/{model.safetensors, optim.safetensors, trace.npz, state.json}
 
 state.json holds the step, the scalars of the optimizer, the generator state and the sha256 of each
-other file. The folder is written beside and renamed, so a killed writer leaves the last one intact.
+other file, and is sealed itself (atomic.py). The folder is written beside and renamed, so a killed writer
+leaves the last one intact. One that is damaged is named, and the next older one is taken.
 """
 
 from __future__ import annotations
 
 import base64
+import contextlib
 import json
 import re
 import shutil
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -23,13 +26,21 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from constellation.atomic import read_json, sha256, write_folder
+from constellation.atomic import read_object, seal, sha256, write_folder
 from constellation.config import Kernel
 from constellation.errors import ArtifactError
 from constellation.kernel.model import KernelLM
 
 SCHEMA = 1
 FILES = ("model.safetensors", "optim.safetensors", "trace.npz")
+_TYPES = {"step": int, "kernel": dict, "optimizer": dict, "rng": str, "sha256": dict}  # of state.json
+_UNFIT = (SafetensorError, RuntimeError, ValueError, TypeError, KeyError, IndexError, AttributeError, OSError)
+T = TypeVar("T")
+Say = Callable[[str], None]
+
+
+def warn(text: str) -> None:
+    warnings.warn(text, stacklevel=3)
 
 
 @dataclass(frozen=True)
@@ -86,11 +97,10 @@ def save(
             "rng": base64.b64encode(torch.get_rng_state().numpy().tobytes()).decode(),
             "sha256": {name: sha256(folder / name) for name in FILES},
         }
-        (folder / "state.json").write_text(json.dumps(state, indent=1))
+        (folder / "state.json").write_text(json.dumps(seal(state), indent=1))
 
     path = folder_of(run, step)
-    for leftover in path.parent.glob(".*"):  # of a writer that was killed
-        shutil.rmtree(leftover, ignore_errors=True)
+    sweep(run)
     write_folder(path, fill)
     _prune(run, keep_last, keep_best)
     return path
@@ -102,45 +112,70 @@ def steps_on_disk(run: Path) -> list[int]:
     return sorted(int(m[1]) for m in names if m)
 
 
+def sweep(run: Path) -> None:
+    """Remove what a killed writer left in `run`: checkpoints that it was writing, or removing."""
+    folder = run / "checkpoints"
+    for path in [] if folder.is_symlink() else folder.glob("*"):
+        left = re.fullmatch(r"\.step-\d{8}\.[0-9a-f]{12}|\.gone-\d{8}", path.name)
+        if left or (re.fullmatch(r"step-\d{8}", path.name) and not (path / "state.json").exists()):
+            shutil.rmtree(path, ignore_errors=True)
+
+
 def open_checkpoint(path: Path) -> Checkpoint:
     """The checkpoint in `path`; ArtifactError when anything of it is missing or changed."""
-    state = read_json(path / "state.json")
+    state = read_object(path / "state.json")
     if state.get("schema") != SCHEMA:
         raise ArtifactError(f"{path}: schema {state.get('schema')!r}, this version reads {SCHEMA}")
+    wrong = [name for name, kind in _TYPES.items() if type(state.get(name)) is not kind]
+    if wrong or set(state["sha256"]) != set(FILES) or not {"groups", "scalars"} <= set(state["optimizer"]):
+        raise ArtifactError(f"{path / 'state.json'} is damaged: {wrong[0] if wrong else 'sha256 or optimizer'}")
+    if path.name != folder_of(path, state["step"]).name:
+        raise ArtifactError(f"{path / 'state.json'} is damaged: it is of step {state['step']}")
     for name, wanted in state["sha256"].items():
         file = path / name
         if not file.is_file() or sha256(file) != wanted:
-            raise ArtifactError(f"{file} is missing or damaged (checksum differs); delete {path} to use an older one")
+            raise ArtifactError(f"{file} is missing or damaged (checksum differs)")
     return Checkpoint(path, state["step"], state)
 
 
-def newest(run: Path) -> Checkpoint | None:
-    """The newest complete checkpoint of `run`; None when there is none.
+def use_newest(run: Path, use: Callable[[Checkpoint], T], say: Say = warn) -> T | None:
+    """`use(checkpoint)` of the newest one of `run` that is whole and fits; None when there is none at all.
 
-    A damaged one is named in a warning and the next older one is taken; when all are damaged, ArtifactError.
+    One that is damaged is told to `say` and the next older one is taken; when all are damaged, ArtifactError.
     """
     damaged: ArtifactError | None = None
     for step in reversed(steps_on_disk(run)):
+        path = folder_of(run, step)
         try:
-            return open_checkpoint(folder_of(run, step))
+            return use(open_checkpoint(path))
         except ArtifactError as error:
-            damaged = damaged or error
-            warnings.warn(str(error), stacklevel=2)
+            why = error
+        except _UNFIT as error:
+            first = str(error).strip().partition("\n")[0]
+            why = ArtifactError(f"{path} does not fit its own configuration ({type(error).__name__}: {first})")
+        say(f"{why}; trying the next older one")
+        damaged = damaged or why
     if damaged is not None:
-        raise damaged
+        raise ArtifactError(f"{damaged}; no older checkpoint of {run} is whole: delete {run}, then --resume")
     return None
 
 
-def load_model(run: Path, device: str | torch.device = "cpu") -> KernelLM:
-    """The model of the newest complete checkpoint of `run`, in evaluation mode."""
-    checkpoint = newest(run)
-    if checkpoint is None:
-        raise ArtifactError(f"{run} holds no checkpoint; train it first: constellation train --run {run.parent}")
-    model = KernelLM(Kernel(**checkpoint.state["kernel"]), seed=None)
-    try:
+def newest(run: Path, say: Say = warn) -> Checkpoint | None:
+    """The newest whole checkpoint of `run`, as `use_newest` finds it."""
+    return use_newest(run, lambda checkpoint: checkpoint, say)
+
+
+def load_model(run: Path, device: str | torch.device = "cpu", say: Say = warn) -> KernelLM:
+    """The model of the newest whole checkpoint of `run`, in evaluation mode."""
+
+    def load(checkpoint: Checkpoint) -> KernelLM:
+        model = KernelLM(Kernel(**checkpoint.state["kernel"]), seed=None)
         checkpoint.restore(model)
-    except (SafetensorError, RuntimeError) as error:
-        raise ArtifactError(f"{checkpoint.path} does not fit its own configuration: {error}") from error
+        return model
+
+    model = use_newest(run, load, say)
+    if model is None:
+        raise ArtifactError(f"{run} holds no checkpoint; train it first: constellation train --run {run.parent}")
     return model.to(device).eval()
 
 
@@ -172,9 +207,10 @@ def _prune(run: Path, keep_last: int, keep_best: int) -> None:
     if keep_best and len(steps) > len(keep):
         scored = []
         for step in steps:
-            bits = read_json(folder_of(run, step) / "state.json").get("dev_bits_per_byte")
-            if bits is not None:
-                scored.append((bits, step))
+            with contextlib.suppress(ArtifactError):  # a damaged one is nobody's best
+                bits = read_object(folder_of(run, step) / "state.json").get("dev_bits_per_byte")
+                if isinstance(bits, float):
+                    scored.append((bits, step))
         keep |= {step for _, step in sorted(scored)[:keep_best]}
     for step in set(steps) - keep:  # out of sight first: a kill in between leaves no half checkpoint
         condemned = folder_of(run, step).with_name(f".gone-{step:08d}")

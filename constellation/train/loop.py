@@ -25,6 +25,7 @@ import torch
 from numpy.typing import NDArray
 
 from constellation import optim
+from constellation.artifacts import segments
 from constellation.artifacts.run import THETA_UP_TO, RunFolder, Trace
 from constellation.config import OCEAN, Config
 from constellation.coordizer.tokenizer import Tokenizer
@@ -121,10 +122,10 @@ class Source(Protocol):
     def at(self, step: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]: ...
 
 
-def fit(job: Job, source: Source | None = None) -> Iterator[Step]:
+def fit(job: Job, source: Source | None = None, say: checkpoint.Say = checkpoint.warn) -> Iterator[Step]:
     """Train until `job.steps`, yielding a Step after each optimizer step; resumes by itself.
 
-    Batches come from the job's segments, or from the `source` of an experiment.
+    Batches come from the job's segments, or from the `source` of an experiment. `say` hears of a damaged checkpoint.
     """
     t = job.config.train
     torch.set_num_threads(t.ocean_threads if job.role == OCEAN else t.threads)
@@ -137,8 +138,8 @@ def fit(job: Job, source: Source | None = None) -> Iterator[Step]:
     peak = job.config.optim.lr * (t.kernel_lr_scale if is_kernel else 1.0)
 
     if source is None:
-        segments = None if job.segments is None else np.load(job.segments, allow_pickle=False)
-        source = Batches(open_cache(job.train), segments, job.config.kernel.context, batch, t.seed)
+        ranges = None if job.segments is None else segments.read(job.segments)
+        source = Batches(open_cache(job.train), ranges, job.config.kernel.context, batch, t.seed)
     dev = None if job.dev is None else open_cache(job.dev)
     model = KernelLM(job.config.kernel, seed=t.seed).to(device)
     optimizer = optim.build(job.config.optim, model)
@@ -147,12 +148,13 @@ def fit(job: Job, source: Source | None = None) -> Iterator[Step]:
     layout = [{"name": n, "shape": list(p.shape), "dtype": str(p.dtype)} for n, p in model.named_parameters()]
     folder.begin(job.config, job.role, layout, {"steps": job.steps, "parameters": model.num_parameters()})
 
-    start, trace, best = 0, Trace(), math.inf
-    last = checkpoint.newest(job.folder)
-    if last is not None:
-        last.restore(model, optimizer)
-        start, trace = last.step, Trace(last.trace)
-    elif job.branch is not None:
+    def restored(found: checkpoint.Checkpoint) -> tuple[int, Trace]:
+        found.restore(model, optimizer)
+        return found.step, Trace(found.trace)
+
+    best, last = math.inf, checkpoint.use_newest(job.folder, restored, say)
+    start, trace = last or (0, Trace())
+    if last is None and job.branch is not None:
         inherit(checkpoint.open_checkpoint(job.branch), model, optimizer if t.inherit_optimizer else None)
     folder.truncate(start)
     autocast: AbstractContextManager[Any] = (

@@ -1,17 +1,18 @@
 """From a request of the protocol to what the service is asked: who answers, which tokens, how many answers.
 
-A kernel reads `context` tokens at most. A longer prompt is refused, unless `truncate_prompt_tokens` says how many of
-its last tokens are to be kept: nobody's text is cut without their knowing.
+First it is counted, which costs next to nothing (`wanted_of`); once it is let in, it is made (`asked`). A kernel reads
+`context` tokens at most. A longer prompt is refused, unless `truncate_prompt_tokens` says how many of its last tokens
+are to be kept: nobody's text is cut without their knowing.
 """
 
 from __future__ import annotations
 
-import asyncio
 import dataclasses
 import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from router.encoding import encoded
 from router.http.chat import STOPS, render
 from router.http.openai import (
     Addressed,
@@ -26,7 +27,20 @@ from router.http.openai import (
 from router.service import ROUTE, Ask, Service, numbered
 
 MODES = (ROUTE, "mixture", "barycenter")
-_LONG = 1 << 14  # characters that take about a millisecond to tokenise: longer texts leave the event loop alone
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What a request asks for, nothing of which is made yet."""
+
+    mode: str
+    prompts: Sequence[str | tuple[int, ...]]
+    made: int  # answers to each prompt, of which the request may keep fewer (`best_of`)
+    biases: int  # of tokens, in all answers
+
+    @property
+    def answers(self) -> int:
+        return len(self.prompts) * self.made
 
 
 @dataclass(frozen=True)
@@ -62,27 +76,33 @@ def who(request: Addressed, service: Service) -> str:
     return kernel or request.mode or ROUTE
 
 
-async def tokens(prompt: str | tuple[int, ...], request: Addressed, service: Service) -> tuple[int, ...]:
-    """The tokens of a prompt, no more than a kernel can read."""
-    context = service.config.kernel.context
-    if isinstance(prompt, str):
-        encode = service.tokenizer.encode
-        found = tuple(await asyncio.to_thread(encode, prompt) if len(prompt) > _LONG else encode(prompt))
-    else:
-        found = prompt
-        size = service.tokenizer.vocab_size
-        if wrong := next((t for t in found if not 0 <= t < size), None):
+async def tokens(
+    prompts: Sequence[str | tuple[int, ...]], request: Addressed, service: Service
+) -> tuple[tuple[int, ...], ...]:
+    """The tokens of each prompt, no more than a kernel can read."""
+    context, kept = service.config.kernel.context, request.truncate_prompt_tokens
+    longest = max(map(len, service.tokenizer.token_bytes))
+
+    def fits(count: int, more: str = "") -> None:
+        if count > context and not kept:
+            raise Refusal(
+                f"this prompt has {more}{count} tokens, kernels read {context}: shorten it, or send "
+                f"truncate_prompt_tokens=-1 to let them read its end",
+                "messages" if isinstance(request, ChatRequest) else "prompt", "context_length_exceeded",
+            )  # fmt: skip
+
+    for prompt in prompts:  # a character is a byte at least: what is much too long is not tokenised
+        fits(len(prompt) // longest, "more than ") if isinstance(prompt, str) else fits(len(prompt))
+    texts = iter(await encoded(service.tokenizer, [prompt for prompt in prompts if isinstance(prompt, str)]))
+    found, size = [], service.tokenizer.vocab_size
+    for prompt in prompts:
+        given = tuple(next(texts)) if isinstance(prompt, str) else prompt
+        fits(len(given))
+        given = given[-min(context if kept == -1 else kept, context) :] if kept else given
+        if wrong := next((t for t in given if not 0 <= t < size), None):
             raise Refusal(f"prompt: {wrong} is no token; there are 0 to {size - 1}", "prompt")
-    kept = request.truncate_prompt_tokens
-    if kept:
-        return found[-min(context if kept == -1 else kept, context) :]
-    if len(found) > context:
-        raise Refusal(
-            f"this prompt has {len(found)} tokens, kernels read {context}: shorten it, or send "
-            f"truncate_prompt_tokens=-1 to let them read its end",
-            "messages" if isinstance(request, ChatRequest) else "prompt", "context_length_exceeded",
-        )  # fmt: skip
-    return found
+        found.append(given)
+    return tuple(found)
 
 
 def text(request: DecisionRequest | TokenizeRequest | RouteRequest) -> str:
@@ -97,10 +117,9 @@ def text(request: DecisionRequest | TokenizeRequest | RouteRequest) -> str:
     return render(request.messages)
 
 
-async def asked(request: Generation, service: Service, request_id: str) -> Asked:
-    """What `request` asks; raises Refusal before anything is answered."""
+def wanted_of(request: Generation, service: Service) -> Wanted:
+    """What `request` asks for; Refusal when its parameters contradict each other."""
     mode, most, made = who(request, service), request.most_tokens, request.n
-    stops: tuple[str, ...] = ()
     prompts: Sequence[str | tuple[int, ...]]
     if isinstance(request, CompletionRequest):
         prompts, made = request.prompts(), request.best_of or request.n
@@ -110,21 +129,26 @@ async def asked(request: Generation, service: Service, request_id: str) -> Asked
     else:
         assert isinstance(request, ChatRequest)
         prompts = [render(request.messages, request.add_generation_prompt, request.continue_final_message)]
-        stops = STOPS
         if request.top_logprobs and not request.logprobs:
             raise Refusal("top_logprobs needs logprobs=true", "top_logprobs")
     if request.stream_options and not request.stream:
         raise Refusal("stream_options needs stream=true", "stream_options")
     if request.min_tokens > most:
         raise Refusal(f"min_tokens={request.min_tokens}: more than the {most} that an answer may have", "min_tokens")
-    sampling = request.sampling(stops)
+    return Wanted(mode, prompts, made, len(request.logit_bias) * len(prompts) * made)
+
+
+async def asked(wanted: Wanted, request: Generation, service: Service, request_id: str) -> Asked:
+    """What the service is asked for `request`; Refusal when its prompts are none."""
+    made = wanted.made
+    sampling = request.sampling(STOPS if isinstance(request, ChatRequest) else ())
     if request.seed is None:
         sampling = dataclasses.replace(sampling, seed=secrets.randbits(63))
     if made > request.n:
         sampling = dataclasses.replace(sampling, logprobs=sampling.logprobs or 0)
-    read = tuple([await tokens(prompt, request, service) for prompt in prompts])
+    prompts = await tokens(wanted.prompts, request, service)
     asks = [
-        Ask(prompt, sampling, mode, request.top_kernels, f"{request_id}-{i}", measure=request.measure_hand_offs)
-        for i, prompt in enumerate(read)
+        Ask(prompt, sampling, wanted.mode, request.top_kernels, f"{request_id}-{i}", measure=request.measure_hand_offs)
+        for i, prompt in enumerate(prompts)
     ]
-    return Asked(mode, read, tuple(numbered(ask, i) for ask in asks for i in range(made)), made)
+    return Asked(wanted.mode, prompts, tuple(numbered(ask, i) for ask in asks for i in range(made)), made)

@@ -30,13 +30,13 @@ _PLAIN = (
 )  # fmt: skip
 
 
-def allowed(request: Generation) -> tuple[str, ...] | None:
+async def allowed(request: Generation) -> tuple[str, ...] | None:
     """The texts of which the answer has to be one; None when it is free."""
     texts: Sequence[str] | None = request.allowed
     if isinstance(request, ChatRequest) and request.response_format and request.response_format.type == "json_schema":
         if texts is not None:
             raise Refusal("response_format and a choice exclude each other", "response_format")
-        texts = texts_of(request.response_format.json_schema or {})
+        texts = await asyncio.to_thread(texts_of, request.response_format.json_schema or {})
     if texts is None:
         return None
     if len(set(texts)) < len(texts) or not all(texts):
@@ -61,17 +61,19 @@ def choose(probabilities: Sequence[float], sampling: Sampling) -> int:
     return int(np.searchsorted(mass, u * mass[-1], side="right"))
 
 
-def chosen(service: Service, asks: Sequence[Ask], texts: Sequence[str]) -> list[AsyncGenerator[Piece | Answer, None]]:
+def chosen(
+    service: Service, asks: Sequence[Ask], texts: Sequence[str], tokens_of: Sequence[Sequence[int]]
+) -> list[AsyncGenerator[Piece | Answer, None]]:
     """The answers as `Service.stream` would give them, one piece and the end; a prompt is read once for all of its."""
     reading: dict[Any, asyncio.Task[Decision]] = {}
 
     async def one(ask: Ask) -> AsyncGenerator[Piece | Answer, None]:
         begin = time.perf_counter()
         if ask.prompt not in reading:
-            reading[ask.prompt] = asyncio.ensure_future(service.decide(ask.prompt, texts, ask.mode, ask.top_k))
+            reading[ask.prompt] = asyncio.ensure_future(service.decide(ask.prompt, tokens_of, ask.mode, ask.top_k))
         probabilities, told = await reading[ask.prompt]
-        text = texts[choose(probabilities, ask.sampling)]
-        tokens, seconds = tuple(service.tokenizer.encode(text)), time.perf_counter() - begin
+        at = choose(probabilities, ask.sampling)
+        text, tokens, seconds = texts[at], tuple(tokens_of[at]), time.perf_counter() - begin
         yield Piece(text, tokens, told.kernels[0])
         yield replace(
             told, request=ask.request, text=text, token_ids=tokens, completion_tokens=len(tokens), seconds=seconds,

@@ -1,6 +1,6 @@
-"""What answers the paths: a request is read and checked (openai.py), let in (limits.py), answered, and counted.
+"""What answers the paths: a request is read and checked (openai.py), counted and let in (limits.py), made, answered.
 
-A client that leaves takes its work with it, also while its prompt is still being read or its reply is not streamed.
+A client that leaves takes its work with it, also while its reply is not streamed.
 """
 
 from __future__ import annotations
@@ -8,21 +8,22 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import AsyncGenerator, Sequence
-from typing import Any, NoReturn, TypeVar
+from collections.abc import AsyncGenerator, Callable, Iterable, Iterator, Sequence
+from typing import Any, TypeVar
 
 import msgspec
 from starlette.requests import Request
 from starlette.responses import Response
 
 from constellation.coordizer.tokenizer import SPECIALS
+from router.encoding import beside, encoded
 from router.http import replies
-from router.http.asking import Asked, asked, text, tokens, who
+from router.http.asking import asked, text, tokens, wanted_of, who
 from router.http.chat import JINJA
 from router.http.choosing import allowed, chosen, nothing
 from router.http.door import Door, Visit, ending
 from router.http.failures import error_json, refusal_of
-from router.http.limits import Admission, Refused, Ticket
+from router.http.limits import Admission, Refused
 from router.http.metrics import CLIENT_LEFT, Metrics
 from router.http.openai import (
     Addressed,
@@ -34,14 +35,38 @@ from router.http.openai import (
     Refusal,
     RouteRequest,
     TokenizeRequest,
+    check_kind,
     read,
 )
 from router.http.replies import Names, Scored
 from router.http.stream_events import EventStream, error_event, first_of, while_connected
 from router.http.telling import ChatTelling, CompletionTelling, Steps, Telling
 from router.service import Answer, Piece, Service
+from router.together import together
 
 R = TypeVar("R", bound=Addressed)
+G = TypeVar("G", bound=Generation)
+P = TypeVar("P")
+_TOGETHER = 16  # prompts that are scored at once, so that others have their turn
+
+
+class Stay:
+    """A request that was let in."""
+
+    def __init__(self, reserve: Callable[[int], None]):
+        self.leave, self.tokens = contextlib.ExitStack(), 0
+        self.used: Callable[[], int] = lambda: self.tokens  # when it leaves
+        self._reserve = reserve
+
+    def reads(self, tokens: int) -> None:
+        """It reads so many tokens more; Refusal when it may not."""
+        self._reserve(tokens)
+        self.tokens += tokens
+
+    def goes_on(self) -> contextlib.ExitStack:
+        """What ends it, when that is not the end of the block."""
+        self.leave = self.leave.pop_all()
+        return self.leave
 
 
 class Desk:
@@ -55,51 +80,50 @@ class Desk:
     # -- text
 
     async def completions(self, request: Request) -> Response:
-        wanted, headers = await self._read(request, CompletionRequest)
-        request_id = wanted.request_id or Visit.of(request).request_id
-        ask = await asked(wanted, self.service, request_id)
-        telling = CompletionTelling(wanted, ask, self.service, request_id)
-        return await self._generate(request, wanted, ask, telling, headers)
+        return await self._generate(request, CompletionRequest, CompletionTelling)
 
     async def chat(self, request: Request) -> Response:
-        wanted, headers = await self._read(request, ChatRequest)
-        request_id = wanted.request_id or Visit.of(request).request_id
-        ask = await asked(wanted, self.service, request_id)
-        return await self._generate(request, wanted, ask, ChatTelling(wanted, ask, self.service, request_id), headers)
+        return await self._generate(request, ChatRequest, ChatTelling)
 
-    async def _generate(
-        self, request: Request, wanted: Generation, ask: Asked, telling: Telling, headers: dict[str, str]
-    ) -> Response:
-        visit, texts = Visit.of(request), allowed(wanted)
-        steps: list[Steps]
-        if texts is not None:
-            steps = chosen(self.service, ask.asks, texts)
-        elif wanted.most_tokens == 0:
-            steps = [nothing(one) for one in ask.asks]
-        else:
-            steps = [self.service.stream(one) for one in ask.asks]
-        most = ask.prompt_tokens * ask.made + wanted.most_tokens * len(ask.asks)
-        ticket = self._admit(visit, len(ask.asks), most)
-        visit.watch.mode = ask.mode
+    async def _generate(self, request: Request, kind: type[G], tells: Callable[..., Telling]) -> Response:
+        told, headers = await self._read(request, kind)
+        visit, wanted = Visit.of(request), wanted_of(told, self.service)
+        request_id = told.request_id or visit.request_id
+        with self._let_in(visit, wanted.answers, told.most_tokens * wanted.answers, wanted.biases) as stay:
+            visit.watch.mode = wanted.mode
+            texts = await allowed(told)
+            among = await encoded(self.service.tokenizer, texts or ())
+            ask = await asked(wanted, told, self.service, request_id)
+            choice = len(set(ask.prompts)) * sum(map(len, among))
+            stay.reads(ask.prompt_tokens * ask.made + choice)
+            steps: list[Steps]
+            if texts is not None:
+                steps = chosen(self.service, ask.asks, texts, among)
+            elif told.most_tokens == 0:
+                steps = [nothing(one) for one in ask.asks]
+            else:
+                steps = [self.service.stream(one) for one in ask.asks]
+            telling = tells(told, ask, self.service, request_id)
+            telling.heard = self._hearing(visit)
+            stay.used = lambda: telling.usage().total_tokens + choice
+            if not told.stream:
+                reply = await while_connected(self._whole(telling, steps), request.receive)
+                return _left(visit) if reply is None else _json(reply, headers)
+            leave = stay.goes_on()
+            events = await while_connected(first_of(self._events(visit, telling, steps, leave)), request.receive)
+            if events is None:
+                leave.close()  # a second time, unless it was left before it began
+                return _left(visit)
+            return EventStream(events, headers, visit)
 
+    def _hearing(self, visit: Visit) -> Callable[[int, Piece | Answer], None]:
         def heard(stream: int, step: Piece | Answer) -> None:
             if isinstance(step, Answer):
                 self.metrics.answered(step)
             else:
                 visit.watch.piece(step.kernel, len(step.token_ids), stream)
 
-        telling.heard = heard
-        leave = contextlib.ExitStack()
-        leave.callback(lambda: ticket.leave(telling.usage().total_tokens, time.monotonic_ns()))
-        if not wanted.stream:
-            with leave:
-                reply = await while_connected(self._whole(telling, steps), request.receive)
-            return _left(visit) if reply is None else _json(reply, headers)
-        events = await while_connected(first_of(self._events(visit, telling, steps, leave)), request.receive)
-        if events is None:
-            leave.close()  # a second time, unless it was left before it began
-            return _left(visit)
-        return EventStream(events, headers, visit)
+        return heard
 
     async def _whole(self, telling: Telling, steps: Sequence[Steps]) -> replies.Reply:
         await self._score(telling)
@@ -129,8 +153,11 @@ class Desk:
         if not isinstance(wanted, CompletionRequest) or not wanted.echo or wanted.logprobs is None:
             return
         prompts, mode, top, top_k = telling.asked.prompts, telling.asked.mode, wanted.logprobs, wanted.top_kernels
-        found = await asyncio.gather(*(self.service.score(p, mode, top, top_k) for p in prompts if p))
-        by_prompt = dict(zip([p for p in prompts if p], found))
+        different, by_prompt = list(dict.fromkeys(p for p in prompts if p)), dict[tuple[int, ...], Any]()
+        for at in range(0, len(different), _TOGETHER):
+            some = different[at : at + _TOGETHER]
+            found = await together([self.service.score(p, mode, top, top_k) for p in some])
+            by_prompt |= zip(some, found)
         for told in telling.told:
             told.prompt_scored = [
                 Scored(token, None if i == 0 or one is None else one.log_prob, () if one is None else one.top)
@@ -142,14 +169,13 @@ class Desk:
     async def decisions(self, request: Request) -> Response:
         wanted, headers = await self._read(request, DecisionRequest)
         mode, visit = who(wanted, self.service), Visit.of(request)
-        prompt = await tokens(text(wanted), wanted, self.service)
         texts = [one if isinstance(one, str) else msgspec.json.encode(one).decode() for one in wanted.answers]
-        used = len(prompt) + sum(len(self.service.tokenizer.encode(one)) for one in texts)
-        ticket = self._admit(visit, 1, used)
-        visit.watch.mode = mode
-        with contextlib.ExitStack() as leave:
-            leave.callback(lambda: ticket.leave(used, time.monotonic_ns()))
-            work = self.service.decide(prompt, texts, mode, wanted.top_kernels)
+        with self._let_in(visit) as stay:
+            visit.watch.mode = mode
+            (prompt,) = await tokens([text(wanted)], wanted, self.service)
+            among = await encoded(self.service.tokenizer, texts)
+            stay.reads(len(prompt) + sum(map(len, among)))
+            work = self.service.decide(prompt, among, mode, wanted.top_kernels)
             decided = await while_connected(work, request.receive)
         if decided is None:
             return _left(visit)
@@ -166,18 +192,20 @@ class Desk:
         wanted, headers = await self._read(request, TokenizeRequest)
         who(wanted, self.service)
         said, names = text(wanted), Names(self.service.tokenizer)
-        # the name of a special token, and nothing else, is that token: how clients learn its id
-        if said in SPECIALS:
-            ids = [SPECIALS.index(said)]
-        else:
-            ids = await asyncio.to_thread(self.service.tokenizer.encode, said)
-        context, strings = self.service.config.kernel.context, wanted.return_token_strs
-        return _json(replies.Tokens(len(ids), context, ids, [names(i) for i in ids] if strings else None), headers)
+        with self._let_in(Visit.of(request)) as stay:
+            # the name of a special token, and nothing else, is that token: how clients learn its id
+            (ids,) = [[SPECIALS.index(said)]] if said in SPECIALS else await encoded(self.service.tokenizer, [said])
+            stay.reads(len(ids))
+            strings = await beside(len(ids), _each, names, ids) if wanted.return_token_strs else None
+            return _json(replies.Tokens(len(ids), self.service.config.kernel.context, ids, strings), headers)
 
     async def detokenize(self, request: Request) -> Response:
         wanted, headers = await self._read(request, DetokenizeRequest)
         who(wanted, self.service)
-        return _json(replies.Prompt(self.service.tokenizer.decode(wanted.tokens).decode("utf-8", "replace")), headers)
+        with self._let_in(Visit.of(request)) as stay:
+            stay.reads(len(wanted.tokens))
+            data = await beside(len(wanted.tokens), self.service.tokenizer.decode, wanted.tokens)
+            return _json(replies.Prompt(data.decode("utf-8", "replace")), headers)
 
     async def tokenizer_info(self) -> Response:
         tokenizer, eos = self.service.tokenizer, SPECIALS[self.service.tokenizer.eos]
@@ -192,12 +220,18 @@ class Desk:
         who(wanted, self.service)
         if self.service.policy is None:
             raise Refusal(f"there is no router here; name one of {', '.join(self.service.models()[1:])}", "model")
-        return _json(await asyncio.to_thread(self.service.explain, text(wanted)), headers)
+        said = text(wanted)
+        with self._let_in(Visit.of(request)) as stay:
+            (ids,) = await encoded(self.service.tokenizer, [said])
+            stay.reads(len(ids))
+            return _json(await asyncio.to_thread(self.service.explain, said), headers)
 
     async def models(self) -> Response:
         return _json(replies.Models([self._model(name) for name in self.service.models()]))
 
     async def model(self, model: str) -> Response:
+        if not model:
+            raise Refusal("GET /v1/models, without a slash, lists the models", "model", "model_not_found", 404)
         who(Addressed(model=model), self.service)
         return _json(self._model(model))
 
@@ -206,40 +240,70 @@ class Desk:
 
     # -- operation
 
-    async def health(self) -> Response:
-        return _json(await self.service.health())
+    async def health(self, request: Request) -> Response:
+        return _json({"status": "ok", **await self._load(request)})
 
-    async def ready(self) -> Response:
+    async def ready(self, request: Request) -> Response:
         if self.door.closed:
             raise ending()
-        return _json({"status": "ready", **await self.service.health()})
+        return _json({"status": "ready", **await self._load(request)})
 
-    async def scrape(self) -> Response:
+    async def scrape(self, request: Request) -> Response:
+        if not Visit.of(request).key.metrics:
+            raise Refusal(
+                "this key does not open the metrics, which tell how much all keys use; one made by "
+                "constellation keys add --metrics does", code="insufficient_permissions", status=403,
+            )  # fmt: skip
         body, kind = self.metrics.render((await self.service.health())["kernels"])
         return Response(body, headers={"content-type": kind})
+
+    async def _load(self, request: Request) -> dict[str, Any]:
+        """How busy the service is, for those who may know."""
+        if not Visit.of(request).key.metrics:
+            return {}
+        load = await self.service.health()
+        return {"requests": load["requests"], "kernels": load["kernels"]}
 
     # -- what all have in common
 
     async def _read(self, request: Request, kind: type[R]) -> tuple[R, dict[str, str]]:
         """The request's body, checked, and the header that names what of it was not used."""
-        length = request.headers.get("content-length", "")
-        body = await self.admission.body(request.stream(), int(length) if length.isdecimal() else None)
-        if isinstance(body, Refused):
-            self._refuse(body)
-        wanted, unused = read(body, kind)
+        headers, key = request.headers, Visit.of(request).key
+        check_kind(headers.get("content-type", ""), headers.get("content-encoding", ""))
+        self._passed(self.admission.hears(key, time.monotonic_ns()))
+        length = headers.get("content-length", "")
+        body = self._passed(await self.admission.body(request.stream(), int(length) if length.isdecimal() else None))
+        try:
+            wanted, unused = read(body, kind)
+        except Refusal:
+            self.admission.charge(key, time.monotonic_ns())
+            raise
         return wanted, {"X-Constellation-Ignored": _listed(unused)} if unused else {}
 
-    def _admit(self, visit: Visit, answers: int, most_tokens: int) -> Ticket:
-        ticket = self.admission.admit(visit.key, time.monotonic_ns(), answers, most_tokens)
-        return self._refuse(ticket) if isinstance(ticket, Refused) else ticket
+    @contextlib.contextmanager
+    def _let_in(self, visit: Visit, answers: int = 1, tokens: int = 0, biases: int = 0) -> Iterator[Stay]:
+        """A request is let in, or refused, and leaves with the block."""
+        key = visit.key
+        ticket = self._passed(self.admission.admit(key, time.monotonic_ns(), answers, tokens, biases))
+        stay = Stay(lambda more: self._passed(ticket.more(more, time.monotonic_ns())))
+        stay.leave.callback(lambda: ticket.leave(stay.used(), time.monotonic_ns()))
+        with stay.leave:
+            yield stay
 
-    def _refuse(self, refusal: Refused) -> NoReturn:
-        self.metrics.refused(refusal.code)
-        raise Refusal(refusal.message, None, refusal.code, refusal.status, refusal.headers)
+    def _passed(self, found: P | Refused) -> P:
+        """What is no refusal."""
+        if not isinstance(found, Refused):
+            return found
+        self.metrics.refused(found.code)
+        raise Refusal(found.message, None, found.code, found.status, found.headers)
 
 
 def _json(reply: Any, headers: dict[str, str] | None = None) -> Response:
     return Response(msgspec.json.encode(reply), 200, headers, "application/json")
+
+
+def _each(names: Names, ids: Iterable[int]) -> list[str]:
+    return [names(i) for i in ids]
 
 
 def _left(visit: Visit) -> Response:

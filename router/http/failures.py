@@ -1,7 +1,7 @@
 """What went wrong, as OpenAI's error object: {"error": {"message", "type", "param", "code"}}, midway in a stream too.
 
-Statuses are those of errors.py and of the protocol (401 key, 404 model, 413 body, 429 rate, 503 ending). What is
-nobody's fault but ours is 500 and tells the log, not the client.
+Statuses are those of errors.py and of the protocol (401 key, 404 model, 413 body, 429 rate, 503 ending). What is not
+the client's fault tells the log too, and what we did not foresee tells the client nothing but that the log knows.
 """
 
 from __future__ import annotations
@@ -12,10 +12,11 @@ from collections.abc import Mapping
 
 import msgspec
 from starlette.exceptions import HTTPException
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 
 from constellation.errors import ConstellationError
+from router.http.metrics import CLIENT_LEFT
 from router.http.openai import Refusal
 from router.http.replies import Error, Failure
 
@@ -30,6 +31,8 @@ def refusal_of(error: Exception) -> Refusal:
     if isinstance(error, Refusal):
         return error
     if isinstance(error, ConstellationError):
+        if error.http_status >= 500:
+            _LOG.error("a request failed: %s", error)
         named = _NAMED.match(str(error))
         return Refusal(str(error), named[1] if named else None, status=error.http_status)
     if isinstance(error, HTTPException):
@@ -49,10 +52,13 @@ def response(refusal: Refusal) -> Response:
 
 async def handle(request: Request, error: Exception) -> Response:
     """The handler of everything that is raised."""
+    if isinstance(error, ClientDisconnect):  # while its body was read
+        request.scope["visit"].left = True
+        return Response(status_code=CLIENT_LEFT)
     return response(refusal_of(error))
 
 
-HANDLED: tuple[type[Exception], ...] = (ConstellationError, HTTPException, Exception)
+HANDLED: tuple[type[Exception], ...] = (ConstellationError, HTTPException, ClientDisconnect, Exception)
 
 
 def later(message: str, status: int, code: str, seconds: int, **headers: str) -> Refusal:

@@ -8,6 +8,9 @@ them. What a slow hash would add is a way to stall the service with wrong keys.
 
 The hash of what a client sent is compared with every entry in constant time, the found ones too, so how long an answer
 takes says nothing about the keys. The file is read again when it changes: a removed key is refused from then on.
+
+What all keys together have used is told to keys with `metrics` alone: with it, and its own use, a key would know how
+much the others use.
 """
 
 from __future__ import annotations
@@ -17,6 +20,7 @@ import fcntl
 import hashlib
 import hmac
 import json
+import logging
 import os
 import re
 import secrets
@@ -33,6 +37,8 @@ from constellation.errors import ArtifactError, ConfigError
 
 SCHEMA = 1
 PREFIX = "ck-"  # lets a person, and a scanner for leaked secrets, see what a string is
+_LOG = logging.getLogger("constellation.http")
+_LATEST = 253_402_300_799  # seconds since 1970, the end of the year 9999
 _NAME = re.compile(r"[A-Za-z0-9._@-]{1,64}")
 
 
@@ -59,13 +65,16 @@ class Key:
     sha256: str = dataclasses.field(repr=False)  # of the key, 64 hex digits
     created: int = 0  # seconds since 1970
     limits: Limits = Limits()
+    metrics: bool = False  # whether it opens /metrics
 
     def to_json(self) -> dict[str, Any]:
         limits = {name: value for name, value in dataclasses.asdict(self.limits).items() if value is not None}
-        return {"name": self.name, "sha256": self.sha256, "created": self.created, **limits}
+        metrics = {"metrics": True} if self.metrics else {}
+        return {"name": self.name, "sha256": self.sha256, "created": self.created, **limits, **metrics}
 
 
-ANYONE = Key("anyone", "")  # who asks a service that was given no key file
+ANYONE = Key("anyone", "", metrics=True)  # who asks a service that was given no key file
+NOBODY = Key("nobody", "")  # who needs no key on a path of a service that was given one
 
 
 class Keys:
@@ -78,6 +87,7 @@ class Keys:
         self.path, self.anyone = path, dataclasses.replace(ANYONE, limits=anyone or Limits())
         self._keys: list[Key] = []
         self._seen: tuple[int, ...] | None = None  # state of the file when it was read
+        self._said = ""  # why it could not be, as the log has it
         if path is not None:
             self._refresh(path)
 
@@ -91,7 +101,10 @@ class Keys:
         try:
             self._refresh(self.path)
         except (ArtifactError, ConfigError) as error:  # its path is no business of whoever asks
-            raise ArtifactError("the service cannot read its key file any more; see the server's log") from error
+            if str(error) != self._said:
+                self._said = str(error)
+                _LOG.error("nobody is let in: %s", error)
+            raise ArtifactError("the service cannot read its key file any more; see the server's log") from None
         scheme, _, key = (authorization or "").partition(" ")
         sent = _sha256(key.strip() if scheme.lower() == "bearer" else "")
         found = None
@@ -103,7 +116,7 @@ class Keys:
     def _refresh(self, path: Path) -> None:
         state = _state(path)
         if state != self._seen:
-            self._keys, self._seen = read(path), state
+            self._keys, self._seen, self._said = read(path), state, ""
 
 
 def read(path: Path) -> list[Key]:
@@ -122,12 +135,14 @@ def read(path: Path) -> list[Key]:
             raise ValueError("a name appears twice")
     except OSError as error:
         raise ArtifactError(f"{path} cannot be read: {error.strerror}") from None
+    except RecursionError:
+        raise ArtifactError(f"{path} is damaged (nested too deeply); restore it or make a new one") from None
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise ArtifactError(f"{path} is damaged ({error}); restore it or make a new one") from None
     return keys
 
 
-def add(path: Path, name: str, limits: Limits | None = None, now: float | None = None) -> str:
+def add(path: Path, name: str, limits: Limits | None = None, now: float | None = None, metrics: bool = False) -> str:
     """Mints a key for `name`, writes its hash to the file (made with mode 0600) and returns it: it is kept nowhere."""
     if not _NAME.fullmatch(name):
         raise ConfigError(f"--name {name!r}: 1 to 64 letters, digits and . _ @ -")
@@ -137,7 +152,7 @@ def add(path: Path, name: str, limits: Limits | None = None, now: float | None =
         if any(entry.name == name for entry in keys):
             raise ConfigError(f"--name {name}: {path} has a key of that name; remove it first")
         created = int(time.time() if now is None else now)
-        _write(path, [*keys, Key(name, _sha256(key), created, limits or Limits())])
+        _write(path, [*keys, Key(name, _sha256(key), created, limits or Limits(), metrics)])
     return key
 
 
@@ -153,12 +168,16 @@ def remove(path: Path, name: str) -> None:
 
 def _entry(row: dict[str, Any]) -> Key:
     row = dict(row)
-    name, digest, created = row.pop("name"), row.pop("sha256"), row.pop("created")
+    name, digest, created, metrics = row.pop("name"), row.pop("sha256"), row.pop("created"), row.pop("metrics", False)
     if not (isinstance(name, str) and _NAME.fullmatch(name)):
         raise ValueError(f"name {name!r}")
     if not (isinstance(digest, str) and re.fullmatch("[0-9a-f]{64}", digest)):
         raise ValueError(f"the hash of {name}")
-    return Key(name, digest, int(created), Limits(**row))
+    if not (type(created) is int and 0 <= created <= _LATEST):
+        raise ValueError(f"created of {name}: {str(created)[:40]} is no time in seconds")
+    if type(metrics) is not bool:
+        raise ValueError(f"metrics of {name}: true or false")
+    return Key(name, digest, created, Limits(**row), metrics)
 
 
 def _write(path: Path, keys: list[Key]) -> None:

@@ -6,9 +6,11 @@ hence in any span of t seconds at most burst + rate t is let in, and who waits a
 Both hold exactly: time is in whole nanoseconds and levels are whole, in units of 1 / (60 x 10^9).
 Rates are per minute and a minute's worth is the burst, so that a key which was silent may send its minute at once.
 
-Tokens are not known beforehand: an ask reserves its prompt and the most it may be answered with, and what was not used
-goes back when it ends. So the bound holds for the tokens really used, whatever the answers' lengths, over every span
-that begins with nothing of the key under way.
+Work is counted before it is done: answers when the request has been read, tokens of prompts once they are tokenised.
+Tokens of answers are not known beforehand: an ask reserves its prompt and the most it may be answered with, and what
+was not used goes back when it ends. So the bound holds for the tokens really used, whatever the answers' lengths, over
+every span that begins with nothing of the key under way. A request that is refused for its prompt's tokens, or that
+nobody could understand, has been read and counts as a request; any other that is refused takes nothing.
 
 Refusals are data, not exceptions. Time is an argument. Everything here belongs to one front; F fronts let in F times as
 much together, which is said where fronts are started.
@@ -27,18 +29,26 @@ _PAST = 9  # weight of the past in the mean time an answer takes, beside 1 of th
 
 @dataclass(frozen=True)
 class Front:
-    """Limits of one front, whoever asks."""
+    """How one front is offered, whoever asks."""
 
     answers: int = 256  # under way or waiting at once, >= 1; prompts x n of a request
+    biases: int = 1 << 14  # of tokens, in all answers of one request
     body_bytes: int = 4 * 1024 * 1024  # of a request, >= 1
+    bodies_bytes: int = 64 * 1024 * 1024  # of bodies that are being read at once
+    connections: int = 512  # of one peer at once, >= 1; a proxy is one peer
+    head_s: float = 20.0  # until a request's line and headers are there, from its first byte or the connection's start
+    body_s: float = 60.0  # until its body is there too
+    write_s: float = 30.0  # in which a peer has to read some of what waits for it
+    hosts: tuple[str, ...] | None = None  # names by which it may be asked (the header Host); None: whatever they say
+    access_log: bool = False  # a line for every request
 
 
 @dataclass(frozen=True)
 class Refused:
     """A request that is not let in: the parts of its error object and headers."""
 
-    status: int  # 400 never possible | 413 too large | 429 not now
-    code: str  # "rate_limit_exceeded" | "queue_full" | "request_too_large"
+    status: int  # 400 never possible | 413 too large | 415 of a kind that is not read | 429 not now
+    code: str  # "rate_limit_exceeded" | "queue_full" | "request_too_large" | "unsupported_media_type"
     message: str
     retry_after_s: int | None = None  # whole seconds, >= 1; None: never
 
@@ -98,6 +108,10 @@ class Ticket:
     at_ns: int
     left: bool = False
 
+    def more(self, tokens: int, now_ns: int) -> Refused | None:
+        """Reserve so many tokens more, which were not known before; none are taken when that is refused."""
+        return self.admission._more(self, tokens, now_ns)
+
     def leave(self, used_tokens: int, now_ns: int) -> None:
         """The request ended, having used so many tokens of prompt and answers. A second call changes nothing."""
         if not self.left:
@@ -111,10 +125,11 @@ class Admission:
     def __init__(self, front: Front | None = None):
         self.front = front or Front()
         self.under_way = 0  # answers that were let in and have not left
+        self.reading_bytes = 0  # of bodies that are not whole yet
         self._accounts: dict[str, _Account] = {}
         self._mean_ns = 10**9  # time an answer stays, forgetting the past
 
-    def admit(self, key: Key, now_ns: int, answers: int = 1, tokens: int = 0) -> Ticket | Refused:
+    def admit(self, key: Key, now_ns: int, answers: int = 1, tokens: int = 0, biases: int = 0) -> Ticket | Refused:
         """Let a request in that makes `answers` (prompts x n) and may use `tokens` in all, or say why not.
 
         A refused request takes nothing from anybody.
@@ -126,6 +141,11 @@ class Admission:
                 400, "request_too_large",
                 f"{answers} answers in one request; this service makes {self.front.answers} at once: send fewer",
             )  # fmt: skip
+        if biases > self.front.biases:
+            return Refused(
+                400, "request_too_large",
+                f"{biases} token biases in all answers of one request; {self.front.biases} are allowed: send fewer",
+            )  # fmt: skip
         most = limits.concurrent
         if most is not None and answers > most:
             return _never(key, f"{answers} answers", f"{most} at once", "send fewer prompts or a smaller n")
@@ -134,18 +154,10 @@ class Admission:
                 "rate_limit_exceeded", f"key {key.name!r} has {account.under_way} of {most} answers under way",
                 self._mean_ns / most,
             )  # fmt: skip
-        for bucket, amount, what, advice in (
-            (account.requests, answers, "requests", "send fewer prompts or a smaller n"),
-            (account.tokens, tokens, "tokens", "shorten the prompt or lower max_tokens"),
-        ):
-            wait_ns = bucket.wait_ns(amount, now_ns) if bucket else 0
-            if bucket and wait_ns is None:
-                return _never(key, f"{amount} {what}", f"{bucket.per_minute} a minute", advice)
-            if bucket and wait_ns:
-                rate = f"key {key.name!r} may use {bucket.per_minute} {what} a minute"
-                return self._later("rate_limit_exceeded", f"{rate}, this request needs {amount}", wait_ns)
-        if self.under_way + answers > self.front.answers:
-            full = f"{self.under_way} answers are under way, {self.front.answers} is the most"
+        if refused := self._requests(account, answers, now_ns) or self._tokens(account, tokens, now_ns):
+            return refused
+        if self.under_way + answers > self.front.answers:  # by how much is others' affair
+            full = "this service is as busy as it may be"
             return self._later("queue_full", full, self._mean_ns / self.front.answers)  # one leaves so often
         if account.requests:
             account.requests.move(answers, now_ns)
@@ -154,6 +166,15 @@ class Admission:
         account.under_way += answers
         self.under_way += answers
         return Ticket(self, account, answers, tokens, now_ns)
+
+    def hears(self, key: Key, now_ns: int) -> Refused | None:
+        """Whether a request of `key` is not even read: the key has none left."""
+        return self._requests(self._account(key), 1, now_ns)
+
+    def charge(self, key: Key, now_ns: int) -> None:
+        """A request was read in vain: nobody could understand it."""
+        if bucket := self._account(key).requests:
+            bucket.move(1, now_ns)
 
     def too_long(self, body_bytes: int) -> Refused | None:
         """Whether a body of that size is refused."""
@@ -166,11 +187,48 @@ class Admission:
         if declared_bytes is not None and (refused := self.too_long(declared_bytes)):
             return refused
         read = bytearray()
-        async for chunk in chunks:
-            read += chunk
-            if refused := self.too_long(len(read)):
-                return refused
-        return bytes(read)
+        try:
+            async for chunk in chunks:
+                read += chunk
+                self.reading_bytes += len(chunk)
+                if refused := self.too_long(len(read)):
+                    return refused
+                if self.reading_bytes > self.front.bodies_bytes:
+                    return self._later("queue_full", "too many large requests are being read", 10**9)
+            return bytes(read)
+        finally:
+            self.reading_bytes -= len(read)
+
+    def _requests(self, account: _Account, answers: int, now_ns: int) -> Refused | None:
+        advice = "send fewer prompts or a smaller n"
+        return self._wait(account, account.requests, answers, answers, "requests", advice, now_ns)
+
+    def _tokens(self, account: _Account, more: int, now_ns: int, reserved: int = 0) -> Refused | None:
+        advice = "shorten the prompt or lower max_tokens"
+        return self._wait(account, account.tokens, more, reserved + more, "tokens", advice, now_ns)
+
+    def _wait(
+        self, account: _Account, bucket: Bucket | None, more: int, whole: int, what: str, advice: str, now_ns: int
+    ) -> Refused | None:
+        """Why `more` cannot be taken out of a bucket now, for a request that takes `whole` in all."""
+        if bucket is None:
+            return None
+        assert account.key
+        if whole > bucket.per_minute:
+            return _never(account.key, f"{whole} {what}", f"{bucket.per_minute} a minute", advice)
+        if not (wait_ns := bucket.wait_ns(more, now_ns)):
+            return None
+        rate = f"key {account.key.name!r} may use {bucket.per_minute} {what} a minute"
+        return self._later("rate_limit_exceeded", f"{rate}, this request needs {whole}", wait_ns)
+
+    def _more(self, ticket: Ticket, tokens: int, now_ns: int) -> Refused | None:
+        account = ticket.account
+        refused = self._tokens(account, tokens, now_ns, ticket.reserved_tokens)
+        if refused is None:
+            ticket.reserved_tokens += tokens
+            if account.tokens:
+                account.tokens.move(tokens, now_ns)
+        return refused
 
     def _leave(self, ticket: Ticket, used_tokens: int, now_ns: int) -> None:
         account = ticket.account

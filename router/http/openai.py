@@ -126,7 +126,8 @@ class Generation(Addressed, kw_only=True):
     frequency_penalty: Penalty = 0.0
     repetition_penalty: Annotated[float, Meta(ge=0.01, le=100)] = 1.0
     logit_bias: Annotated[
-        dict[Annotated[str, Meta(pattern="^[0-9]+$")], Annotated[float, Meta(ge=-100, le=100)]], Meta(max_length=300)
+        dict[Annotated[str, Meta(pattern="^[0-9]{1,10}$")], Annotated[float, Meta(ge=-100, le=100)]],
+        Meta(max_length=300),
     ] = {}
     seed: Annotated[int, Meta(ge=-(2**63), le=2**63 - 1)] | None = None  # None: drawn anew for each request
     stop: str | Annotated[list[str], Meta(max_length=16)] = []
@@ -307,6 +308,24 @@ class RouteRequest(Addressed, kw_only=True):
 
     prompt: str | None = None  # or `messages`
     messages: Messages | None = None
+
+
+def check_kind(content_type: str, encoding: str) -> None:
+    """Refusal unless a body is said to be JSON, and plain.
+
+    A browser lets the page of any other site send texts and forms here without asking; JSON it does not.
+    """
+    kind = content_type.partition(";")[0].strip().lower()
+    if kind != "application/json":
+        said = f"not {kind[:64]!r}" if kind else "and says so"
+        raise Refusal(
+            f"the body must be JSON, {said}; send Content-Type: application/json", None, "unsupported_media_type", 415
+        )
+    if encoding.strip().lower() not in ("", "identity"):
+        raise Refusal(
+            f"Content-Encoding {encoding[:64]!r} is not read here; send the body as it is", None,
+            "unsupported_media_type", 415, {"Accept-Encoding": "identity"},
+        )  # fmt: skip
 
 
 R = TypeVar("R", bound=Addressed)

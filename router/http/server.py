@@ -1,4 +1,5 @@
-"""uvicorn that lets everyone finish: SIGTERM or SIGINT closes the door, and the process ends when it is empty.
+"""uvicorn that waits for nobody for ever (wire.py) and lets everyone finish: SIGTERM or SIGINT closes the door, and
+the process ends when it is empty.
 
 first signal    new requests get 503 with Retry-After and /ready says no; answers under way go on to their end
 then            the process ends, at the latest after `drain_s` seconds; a second signal ends it at once
@@ -6,12 +7,15 @@ then            the process ends, at the latest after `drain_s` seconds; a secon
 
 from __future__ import annotations
 
+import functools
 import time
 from types import FrameType
 from typing import Any
 
 import uvicorn
 from starlette.applications import Starlette
+
+from router.http.wire import Wire
 
 LOOPBACK = "127.0.0.1"
 # longer than clients keep an idle connection (httpx 5 s, aiohttp 15 s): when the server closes it first, a request that
@@ -24,10 +28,11 @@ class Server(uvicorn.Server):
 
     def __init__(self, app: Starlette, host: str = LOOPBACK, port: int = 8000, drain_s: float = 60.0, **options: Any):
         # log_config None: whoever starts the server has set up logging, or wants none
+        self.door, self.drain_s = app.state.door, drain_s
         settings = {"log_config": None, "access_log": False, "server_header": False, **options}
+        settings |= {"http": functools.partial(Wire, self.door.front), "ws": "none"}
         waits = {"timeout_keep_alive": KEEP_ALIVE_S, "timeout_graceful_shutdown": 1}
         super().__init__(uvicorn.Config(app, host, port, **waits, **settings))
-        self.door, self.drain_s = app.state.door, drain_s
         self._ends_s: float | None = None
 
     def close(self) -> None:
