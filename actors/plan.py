@@ -88,7 +88,7 @@ def _check_same(run: Path, corpus: Path | None, config: Config | None) -> None:
     if corpus is not None and corpus.resolve() != old_corpus:
         raise ConfigError(f"--corpus {corpus}: {run} reads {old_corpus or 'the embedded corpus'}; leave --corpus out")
     if config is not None:
-        changed = difference(old, resolve_precision(config))
+        changed = difference(old, resolve_precision(config, recorded=old))
         if changed:
             name, (before, now) = next(iter(changed.items()))
             raise ConfigError(f"{name}={now}: {run} was started with {before}; leave it out, or choose another --run")

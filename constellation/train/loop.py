@@ -24,7 +24,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from constellation import optim
+from constellation import optim, processor
 from constellation.artifacts.run import THETA_UP_TO, RunFolder, Trace
 from constellation.config import OCEAN, Config
 from constellation.coordizer.tokenizer import Tokenizer
@@ -73,22 +73,19 @@ def device_of(config: Config) -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def resolve_precision(config: Config) -> Config:
-    """`train.precision=auto` decided by what the hardware multiplies fast, as a config that says so.
+def resolve_precision(config: Config, recorded: Config | None = None) -> Config:
+    """`auto` of train.precision and optim.ns_precision as `recorded` in a run, else decided by processor.py.
 
-    bf16 where kernels get GPUs of their own, on CUDA devices that have it and on CPUs with AMX or
-    AVX512-BF16 instructions; else fp32.
+    Where kernels get GPUs of their own it is those that count: the driver's machine may have none.
     """
-    if config.train.precision != "auto":
-        return config
-    if config.cluster.gpus_per_kernel > 0:  # the driver's machine may have no GPU; those with Ray's kernels do
-        fast = True
-    elif torch.cuda.is_available():
-        fast = torch.cuda.is_bf16_supported()
-    else:
-        probes = (getattr(torch.cpu, name, None) for name in ("_is_amx_tile_supported", "_is_avx512_bf16_supported"))
-        fast = any(probe() for probe in probes if probe)
-    return dataclasses.replace(config, train=dataclasses.replace(config.train, precision="bf16" if fast else "fp32"))
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    found = "bf16" if config.cluster.gpus_per_kernel > 0 else processor.precision(device)
+    train, ours = (found, found) if recorded is None else (recorded.train.precision, recorded.optim.ns_precision)
+    if config.train.precision == "auto":
+        config = dataclasses.replace(config, train=dataclasses.replace(config.train, precision=train))
+    if config.optim.ns_precision == "auto":
+        config = dataclasses.replace(config, optim=dataclasses.replace(config.optim, ns_precision=ours))
+    return config
 
 
 def inherit(source: checkpoint.Checkpoint, model: torch.nn.Module, optimizer: torch.optim.Optimizer | None) -> None:
@@ -105,7 +102,7 @@ def inherit(source: checkpoint.Checkpoint, model: torch.nn.Module, optimizer: to
     if (
         optimizer is None
         or kind(saved) != kind(optimizer.param_groups)
-        or set(saved[0]) != set(optimizer.param_groups[0])
+        or not set(saved[0]) <= set(optimizer.param_groups[0])  # options younger than the state are one's own
     ):
         source.restore(model)
         return
