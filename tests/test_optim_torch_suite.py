@@ -13,7 +13,7 @@ nothing that torch does not. What does not apply:
     test_fused_*                               no flag `fused`: power 1/2 always runs in the fused kernel; its parity is
                                                tests/test_optim.py, and found_inf is below for every class
     test_rosenbrock_sparse, SparseAdam's       sparse gradients are refused by every class: below
-    test_complex, test_complex_2d              elementwise classes only; Kronecker factors and exact blocks are real
+    test_complex, test_complex_2d              complex parameters are refused by every class: below
     test_foreach_matches_forloop               classes that have the flag; the stacks of the others against single
                                                matrices are in their own files
     test_differentiable                        DiagonalNG, QIGDiagonalNG, SimpleFisherOptimizer
@@ -68,7 +68,6 @@ class Case:
     sees: bool = False  # needs the likelihood
     grouped: bool = True  # takes param groups, each with its lr
     plain: bool = True  # the constructor takes what torch's take
-    complex: bool = False
     errors: Sequence[tuple[dict[str, Any], str]] = ()
     id: str = ""
 
@@ -134,19 +133,19 @@ CASES = [
         DIAGONAL, "DiagonalNG",
         [*COMMON, {"momentum": 0.0}, {"power": 0.5, "eps": 1e-8}, {"power": 0.7, "bias_correction": False},
          {"batch_size": 4.0}],
-        flags=("foreach", "differentiable"), complex=True,
+        flags=("foreach", "differentiable"),
         errors=[({"lr": -1.0}, "lr=-1.0"), ({"alpha": 1.1}, "alpha=1.1"), ({"momentum": -1.0}, "momentum=-1.0"),
                 ({"power": 2.0}, "power=2.0"), ({"source": "hessian"}, "source='hessian'"),
                 ({"foreach": True, "differentiable": True}, "differentiable")],
     ),
     Case(
         DIAGONAL, "QIGDiagonalNG", [*COMMON, {"alpha": 0.9}, {"momentum": 0.5}],
-        flags=("foreach", "differentiable"), complex=True,
+        flags=("foreach", "differentiable"),
         errors=[({"alpha": 1.1}, "alpha=1.1"), ({"weight_decay": -1.0}, "weight_decay=-1.0")],
     ),
     Case(
         "constellation.optim.simple", "SimpleFisherOptimizer", [*COMMON, {"eps": 0.1}],
-        flags=("foreach", "differentiable"), complex=True, errors=[({"eps": -1.0}, "eps=-1.0")],
+        flags=("foreach", "differentiable"), errors=[({"eps": -1.0}, "eps=-1.0")],
     ),
     *(
         Case(
@@ -199,7 +198,7 @@ CASES += [
     ),
 ]  # fmt: skip
 TORCHS = [
-    Case("torch.optim", name, [o.kwargs for o in info.optim_inputs_func(device="cpu")], complex=info.supports_complex,
+    Case("torch.optim", name, [o.kwargs for o in info.optim_inputs_func(device="cpu")],
          flags=tuple(f for f in info.supported_impls if f != "fused"), id=f"torch-{name}")
     for info in optim_db if (name := info.optim_cls.__name__) in ("Adam", "RMSprop", "SGD")
 ]  # fmt: skip
@@ -362,26 +361,15 @@ def test_foreach_matches_forloop(case: Case) -> None:
             torch.testing.assert_close(a, b)
 
 
-@cases(lambda case: case.complex and case.name not in ("RMSprop",))
-def test_complex(case: Case) -> None:
-    for config in case.inputs(skip=("differentiable",)):
-        torch.manual_seed(0)
-        numbers = [
-            torch.randn(10, 5, dtype=torch.complex64),
-            torch.randn(10, dtype=torch.complex64),
-            torch.randn(10, 5),
-        ]
-        pairs = [torch.view_as_real(p) if p.is_complex() else p for p in numbers]
-        numbers, pairs = ([p.clone().requires_grad_() for p in ps] for ps in (numbers, pairs))
-        one, two = (case.make(ps, **copy.deepcopy(config)) for ps in (numbers, pairs))
-        for _ in range(3):
-            for z, r in zip(numbers, pairs, strict=True):
-                r.grad = torch.randn_like(r)
-                z.grad = torch.view_as_complex(r.grad.clone()) if z.is_complex() else r.grad.clone()
-            one.step()
-            two.step()
-        for z, r in zip(numbers, pairs, strict=True):
-            torch.testing.assert_close(torch.view_as_real(z) if z.is_complex() else z, r)
+@cases(torchs=False)
+def test_complex_parameters_are_refused_in_one_line(case: Case) -> None:
+    from constellation.errors import ConfigError
+
+    params = [Parameter(torch.randn(4, 3, dtype=torch.complex64)), Parameter(torch.randn(3, dtype=torch.complex64))]
+    for p in params:
+        with pytest.raises(ConfigError, match=r"complex64.*view_as_real") as caught:
+            case.make([p])
+        assert "\n" not in str(caught.value)
 
 
 @cases(lambda case: case.grouped)

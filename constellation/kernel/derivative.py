@@ -1,7 +1,7 @@
 """When a formula's derivative is written by hand, and what stands in where one derivative is not enough.
 
 A formula of many small operations reads and writes memory many times, its derivative by autograd more often still.
-On a CPU attention.py and pointwise.py therefore do both in few passes, and keep the formula as plain operations: as
+On a CPU attention.py and norm.py therefore do both in few passes, and keep the formula as plain operations: as
 their oracle, for other devices, and for every derivative but the first.
 """
 

@@ -34,7 +34,7 @@ from torch import Tensor, nn
 
 from constellation.config import Kernel as KernelConfig
 from constellation.kernel.attention import EPS, EXPLICIT_UP_TO, attention, causal_mask, states
-from constellation.kernel.pointwise import rms_norm, swiglu
+from constellation.kernel.norm import rms_norm
 
 COUPLING_FLOOR = 0.05
 INITIAL_CONCENTRATION = 8.0  # c at the start; cos of two random vectors in R^32 has deviation 0.18
@@ -103,7 +103,7 @@ class RMSNorm(nn.RMSNorm):
 
 
 class SwiGLU(nn.Module):
-    """out(silu(gate) * up), gate and up in one product."""
+    """out(silu(gate) * up) (Shazeer 2020), gate and up in one product."""
 
     def __init__(self, config: KernelConfig):
         super().__init__()
@@ -111,7 +111,8 @@ class SwiGLU(nn.Module):
         self.out = Linear(config.hidden, config.width, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.out(swiglu(self.gate_up(x)))
+        gate, up = self.gate_up(x).chunk(2, dim=-1)
+        return self.out(F.silu(gate) * up)
 
 
 class Block(nn.Module):
