@@ -132,21 +132,25 @@ class _ByHand(torch.autograd.Function):
         g_NTK = torch.empty_like(q)
         torch.mul(g_BTHK.transpose(1, 2), over.view(batch, heads, length, 1), out=g_NTK.view(x_3BHTK.shape[1:]))
         inner.mul_(over)
-        dw, dv = torch.zeros_like(x_3BHTK[:2]).flatten(1, 2), torch.zeros_like(v)
-        dq, dk = dw
-        for start, e in zip(range(0, length, ROWS), parts, strict=True):
+        dw = torch.empty_like(x_3BHTK[:2])
+        dq, dk = dw.flatten(1, 2)
+        dv = torch.empty_like(v)
+        for start, e in reversed(list(zip(range(0, length, ROWS), parts, strict=True))):
             rows, seen = slice(start, start + e.shape[1]), slice(0, e.shape[2])
-            g_rows = g_NTK[:, rows]
+            g_rows, q_rows = g_NTK[:, rows], q[:, rows]
             dz = torch.bmm(g_rows, v[:, seen].mT).sub_(inner[:, rows]).mul_(e)
             dq[:, rows] = torch.bmm(dz, k[:, seen])
-            dk[:, seen] += torch.bmm(dz.mT, q[:, rows])
-            dv[:, seen].add_(torch.bmm(e.mT, g_rows), alpha=LOG2_E)
-        dw = dw.view(x_3BHTK[:2].shape)
+            if seen.stop == length:  # the last rows see all keys
+                torch.bmm(dz.mT, q_rows, out=dk)
+                torch.bmm(e.mT, g_rows, out=dv)
+            else:
+                dk[:, seen] += torch.bmm(dz.mT, q_rows)
+                dv[:, seen] += torch.bmm(e.mT, g_rows)
         du = (dw * cos).addcmul_(dw.roll(size // 2, -1), sin, value=-1)
         along = torch.linalg.vecdot(du, x_3BHTK[:2])
         d_qkv = torch.empty_like(inputs[0])
         d_3BHTK = d_qkv.permute(2, 0, 3, 1, 4)
-        d_3BHTK[2] = dv.view(x_3BHTK.shape[1:])
+        torch.mul(dv.view(x_3BHTK.shape[1:]), LOG2_E, out=d_3BHTK[2])
         torch.mul(du, scale[..., None], out=d_3BHTK[:2])
         if ctx.unit:
             d_3BHTK[:2].addcmul_(x_3BHTK[:2], (along * scale * r.square())[..., None], value=-1)

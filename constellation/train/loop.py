@@ -125,6 +125,7 @@ def fit(job: Job, source: Source | None = None) -> Iterator[Step]:
     """
     t = job.config.train
     torch.set_num_threads(t.ocean_threads if job.role == OCEAN else t.threads)
+    processor.keep_memory()
     device = device_of(job.config)
     folder = RunFolder(job.folder)
     is_kernel = job.role != OCEAN
