@@ -102,6 +102,7 @@ class Optim:
     damping: float = 1e-8  # lambda, same unit as F^power
     weight_decay: float = 0.1  # decoupled, matrices only
     variant: str = "muon"  # of kronecker_ng: muon | soap | kl_shampoo | soap_muon
+    ns_precision: str = "auto"  # of its Newton-Schulz products: fp32 | bf16 | auto: as train.precision
     basin: str = "*basin*,*embed*"  # parameter names of the basin block, comma-separated patterns; mixed_qig, adaptive
     use_exact_ng: bool = False  # the basin block by exact Fisher products; else by the Fisher diagonal
     lr_ng: float = 1e-2  # peak learning rate of the basin block's natural steps
@@ -132,7 +133,7 @@ class Train:
     kernel_lr_scale: float = 1.0  # kernels' peak lr / OCEAN's
     inherit_optimizer: int = 1  # 1: kernels start with OCEAN's optimizer state, 0: with an empty one
     clip: float = 1.0  # largest gradient norm
-    precision: str = "auto"  # fp32 | bf16 | auto: measured once, then written into the run
+    precision: str = "auto"  # fp32 | bf16 | auto: the processor is asked once, then it is written into the run
     threads: int = 1  # CPU threads of one kernel
     ocean_threads: int = 1  # CPU threads of OCEAN, which trains alone; more pay only on idle cores
     loss_chunk: int = 2048  # rows of logits that exist at once
@@ -217,6 +218,7 @@ _CHOICES = {
     "optim.variant": ("muon", "soap", "kl_shampoo", "soap_muon"),
     "optim.rest_optimizer": ("adamw", "diagonal_ng", "kron"),
     "optim.curvature": ("ema_grad2", "hutchinson_hessian", "empirical_fisher", "gauss_newton"),
+    "optim.ns_precision": ("auto", "fp32", "bf16"),
     "optim.phase": tuple(PHASES),
     "train.precision": ("auto", "fp32", "bf16"),
 }

@@ -10,7 +10,13 @@ import pytest
 ROOT = Path(__file__).parent.parent
 # bottom first; names within a row do not know each other
 ROWS = [
-    {"constellation.errors", "constellation.config", "constellation.geometry", "constellation.atomic"},
+    {
+        "constellation.errors",
+        "constellation.config",
+        "constellation.geometry",
+        "constellation.atomic",
+        "constellation.processor",
+    },
     {"constellation.kernel", "constellation.coordizer", "constellation.optim", "constellation.telemetry"},
     {"constellation.data"},
     {"constellation.artifacts", "constellation.presets"},

@@ -13,7 +13,7 @@ nothing that torch does not. What does not apply:
     test_fused_*                               no flag `fused`: power 1/2 always runs in the fused kernel; its parity is
                                                tests/test_optim.py, and found_inf is below for every class
     test_rosenbrock_sparse, SparseAdam's       sparse gradients are refused by every class: below
-    test_complex, test_complex_2d              elementwise classes only; Kronecker factors and exact blocks are real
+    test_complex, test_complex_2d              complex parameters are refused by every class: below
     test_foreach_matches_forloop               classes that have the flag; the stacks of the others against single
                                                matrices are in their own files
     test_differentiable                        DiagonalNG, QIGDiagonalNG, SimpleFisherOptimizer
@@ -68,7 +68,6 @@ class Case:
     sees: bool = False  # needs the likelihood
     grouped: bool = True  # takes param groups, each with its lr
     plain: bool = True  # the constructor takes what torch's take
-    complex: bool = False
     errors: Sequence[tuple[dict[str, Any], str]] = ()
     id: str = ""
 
@@ -124,15 +123,6 @@ def named(params: list[Any], kwargs: dict[str, Any]) -> list[tuple[str, Any]]:
     return [(f"{kind}.{i}", t) for i, (kind, t) in enumerate(zip(kinds, tensor, strict=True))]
 
 
-def by_shape(params: list[Any], kwargs: dict[str, Any]) -> list[dict[str, Any]]:
-    """Matrices to the Kronecker step, the rest to the diagonal one."""
-    tensor = [p[1] if isinstance(p, tuple) else p for p in params]
-    matrices = [p for p, t in zip(params, tensor, strict=True) if t.dim() == 2]
-    others = [p for p, t in zip(params, tensor, strict=True) if t.dim() != 2]
-    made = [{"params": matrices, **kwargs}, {"params": others, "method": "diag", **kwargs}]
-    return [group for group in made if group["params"]]
-
-
 DIAGONAL = "constellation.optim.diagonal"
 COMMON: list[dict[str, Any]] = [
     {}, {"lr": 0.01}, {"lr": torch.tensor(0.001)}, {"weight_decay": 0.1}, {"maximize": True},
@@ -143,24 +133,24 @@ CASES = [
         DIAGONAL, "DiagonalNG",
         [*COMMON, {"momentum": 0.0}, {"power": 0.5, "eps": 1e-8}, {"power": 0.7, "bias_correction": False},
          {"batch_size": 4.0}],
-        flags=("foreach", "differentiable"), complex=True,
+        flags=("foreach", "differentiable"),
         errors=[({"lr": -1.0}, "lr=-1.0"), ({"alpha": 1.1}, "alpha=1.1"), ({"momentum": -1.0}, "momentum=-1.0"),
                 ({"power": 2.0}, "power=2.0"), ({"source": "hessian"}, "source='hessian'"),
                 ({"foreach": True, "differentiable": True}, "differentiable")],
     ),
     Case(
         DIAGONAL, "QIGDiagonalNG", [*COMMON, {"alpha": 0.9}, {"momentum": 0.5}],
-        flags=("foreach", "differentiable"), complex=True,
+        flags=("foreach", "differentiable"),
         errors=[({"alpha": 1.1}, "alpha=1.1"), ({"weight_decay": -1.0}, "weight_decay=-1.0")],
     ),
     Case(
         "constellation.optim.simple", "SimpleFisherOptimizer", [*COMMON, {"eps": 0.1}],
-        flags=("foreach", "differentiable"), complex=True, errors=[({"eps": -1.0}, "eps=-1.0")],
+        flags=("foreach", "differentiable"), errors=[({"eps": -1.0}, "eps=-1.0")],
     ),
     *(
         Case(
             "constellation.optim.kronecker", "KroneckerNG", [*COMMON, {"momentum": 0.8}, *more],
-            fixed={"variant": variant}, groups=by_shape, id=f"KroneckerNG-{variant}",
+            fixed={"variant": variant}, id=f"KroneckerNG-{variant}",
             errors=[({"variant": "kfac"}, "variant='kfac'"), ({"adjust_lr_fn": "any"}, "adjust_lr_fn='any'"),
                     ({"refresh": 0}, "refresh=0"), ({"momentum": 1.5}, "momentum=1.5")],
         )
@@ -208,7 +198,7 @@ CASES += [
     ),
 ]  # fmt: skip
 TORCHS = [
-    Case("torch.optim", name, [o.kwargs for o in info.optim_inputs_func(device="cpu")], complex=info.supports_complex,
+    Case("torch.optim", name, [o.kwargs for o in info.optim_inputs_func(device="cpu")],
          flags=tuple(f for f in info.supported_impls if f != "fused"), id=f"torch-{name}")
     for info in optim_db if (name := info.optim_cls.__name__) in ("Adam", "RMSprop", "SGD")
 ]  # fmt: skip
@@ -371,26 +361,15 @@ def test_foreach_matches_forloop(case: Case) -> None:
             torch.testing.assert_close(a, b)
 
 
-@cases(lambda case: case.complex and case.name not in ("RMSprop",))
-def test_complex(case: Case) -> None:
-    for config in case.inputs(skip=("differentiable",)):
-        torch.manual_seed(0)
-        numbers = [
-            torch.randn(10, 5, dtype=torch.complex64),
-            torch.randn(10, dtype=torch.complex64),
-            torch.randn(10, 5),
-        ]
-        pairs = [torch.view_as_real(p) if p.is_complex() else p for p in numbers]
-        numbers, pairs = ([p.clone().requires_grad_() for p in ps] for ps in (numbers, pairs))
-        one, two = (case.make(ps, **copy.deepcopy(config)) for ps in (numbers, pairs))
-        for _ in range(3):
-            for z, r in zip(numbers, pairs, strict=True):
-                r.grad = torch.randn_like(r)
-                z.grad = torch.view_as_complex(r.grad.clone()) if z.is_complex() else r.grad.clone()
-            one.step()
-            two.step()
-        for z, r in zip(numbers, pairs, strict=True):
-            torch.testing.assert_close(torch.view_as_real(z) if z.is_complex() else z, r)
+@cases(torchs=False)
+def test_complex_parameters_are_refused_in_one_line(case: Case) -> None:
+    from constellation.errors import ConfigError
+
+    params = [Parameter(torch.randn(4, 3, dtype=torch.complex64)), Parameter(torch.randn(3, dtype=torch.complex64))]
+    for p in params:
+        with pytest.raises(ConfigError, match=r"complex64.*view_as_real") as caught:
+            case.make([p])
+        assert "\n" not in str(caught.value)
 
 
 @cases(lambda case: case.grouped)
@@ -681,8 +660,7 @@ def test_add_param_group_between_steps(case: Case) -> None:
         advance_bias = fitted(case, weight, bias, x, optimizer)
         optimizer.step(advance_bias)
         kept = bias.detach().clone()
-        method = {"method": "diag"} if case.name == "KroneckerNG" else {}
-        optimizer.add_param_group({"params": [bias], **method})
+        optimizer.add_param_group({"params": [bias]})
         optimizer.step(advance_bias)
         optimizer.step(advance_bias)
         assert not torch.equal(bias, kept)

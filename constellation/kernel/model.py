@@ -14,9 +14,7 @@ angle between them is theta = arccos <q, k>.
     metric = "fidelity":  logit_ij = c_h(i) cos theta_ij     a von Mises-Fisher kernel in that angle
     metric = "dot":       logit_ij = s(i) <q_i, k_j> / sqrt(K)   the ordinary control
 
-Either way the factor of row i is put into q_i, so that a plain q.k attention serves both: the fused
-`scaled_dot_product_attention` on a GPU and for long contexts, two batched products around a softmax
-for short ones on a CPU, where that trains faster (see `attend`).
+Either way the factor of row i is put into q_i, so that a plain q.k attention serves both (attention.py).
 c_h > 0 is learned per head; the factor of a row with L = i + 1 visible keys is the running coupling
 
     c_h(L) = c_h max(1 + beta ln(L / L_ref), 0.05)                (`inverse_temperature`)
@@ -29,18 +27,18 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from constellation.config import Kernel as KernelConfig
+from constellation.kernel.attention import EPS, EXPLICIT_UP_TO, attention, causal_mask, states
+from constellation.kernel.norm import rms_norm
 
 COUPLING_FLOOR = 0.05
 INITIAL_CONCENTRATION = 8.0  # c at the start; cos of two random vectors in R^32 has deviation 0.18
-EXPLICIT_UP_TO = 512  # positions; above it the T x T logits of the explicit path cost more than the fused kernel
-_EPS = 1e-6
+_EPS = EPS
 
 
 def inverse_temperature(visible: Tensor, beta: Tensor | float, ref: int) -> Tensor:
@@ -53,24 +51,6 @@ def rotary_table(context: int, size: int, base: float) -> tuple[Tensor, Tensor]:
     frequency = base ** (-torch.arange(0, size, 2, dtype=torch.float64) / size)
     angle = torch.arange(context, dtype=torch.float64)[:, None] * frequency
     return angle.cos().float(), angle.sin().float()
-
-
-def rotate(x_BHTK: Tensor, cos_TK: Tensor, sin_TK: Tensor) -> Tensor:
-    """Rotary positions (Su et al. 2021): the pair (x_i, x_{i + K/2}) turns by position x frequency_i."""
-    a, b = x_BHTK.chunk(2, dim=-1)
-    return torch.cat((a * cos_TK - b * sin_TK, b * cos_TK + a * sin_TK), dim=-1)
-
-
-def attend(q_BHTK: Tensor, k_BHTK: Tensor, v_BHTK: Tensor, mask_TT: Tensor | None) -> Tensor:
-    """Causal softmax(q k^T) v. With `mask_TT` (0 / -inf) by explicit products, else by the fused kernel."""
-    if mask_TT is None:
-        return F.scaled_dot_product_attention(q_BHTK, k_BHTK, v_BHTK, is_causal=True, scale=1.0)
-    q, k, v = q_BHTK.flatten(0, 1), k_BHTK.flatten(0, 1), v_BHTK.flatten(0, 1)
-    logits = torch.baddbmm(mask_TT.to(q.dtype).expand(len(q), *mask_TT.shape), q, k.transpose(1, 2))
-    return (torch.softmax(logits, -1) @ v).view(q_BHTK.shape)
-
-
-Attend = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]  # of q, k, v and the mask; decoding has its own
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,22 +80,26 @@ class Attention(nn.Module):
         if config.metric == "fidelity":
             self.log_c = nn.Parameter(torch.full((config.heads,), math.log(INITIAL_CONCENTRATION)))
 
+    def factor(self, rows: Rows) -> Tensor:
+        """What multiplies the logits of a row: (H, T), or (1, T) where all heads have the same."""
+        if self.metric == "fidelity":
+            return self.log_c.exp()[:, None] * rows.coupling_T1.mT
+        return rows.coupling_T1.mT / math.sqrt(self.size)
+
     def project(self, x_BTD: Tensor, rows: Rows) -> tuple[Tensor, Tensor, Tensor]:
         """q (with the row's factor in it), k, v: each (B, H, T, K); logits are then plainly q.k."""
-        batch, length, _ = x_BTD.shape
-        q, k, v = self.qkv(x_BTD).view(batch, length, 3, self.heads, self.size).permute(2, 0, 3, 1, 4)
-        if self.metric == "fidelity":
-            q = q * (
-                torch.rsqrt((q * q).sum(-1, keepdim=True) + _EPS) * (self.log_c.exp()[:, None, None] * rows.coupling_T1)
-            )
-            k = k * torch.rsqrt((k * k).sum(-1, keepdim=True) + _EPS)
-        else:
-            q = q * (rows.coupling_T1 / math.sqrt(self.size))
-        return rotate(q, rows.cos_TK, rows.sin_TK).to(v.dtype), rotate(k, rows.cos_TK, rows.sin_TK).to(v.dtype), v
+        qkv_BT3HK = self.qkv(x_BTD).unflatten(-1, (3, self.heads, self.size))
+        return states(qkv_BT3HK, self.factor(rows), rows.cos_TK, rows.sin_TK, self.metric == "fidelity")
 
-    def forward(self, x_BTD: Tensor, rows: Rows, attend: Attend = attend) -> Tensor:
-        y = attend(*self.project(x_BTD, rows), rows.mask_TT)
-        return self.out(y.transpose(1, 2).flatten(2))
+    def forward(self, x_BTD: Tensor, rows: Rows) -> Tensor:
+        qkv_BT3HK = self.qkv(x_BTD).unflatten(-1, (3, self.heads, self.size))
+        unit = self.metric == "fidelity"
+        return self.out(attention(qkv_BT3HK, self.factor(rows), rows.cos_TK, rows.sin_TK, rows.mask_TT, unit))
+
+
+class RMSNorm(nn.RMSNorm):
+    def forward(self, x: Tensor) -> Tensor:
+        return rms_norm(x, self.weight, self.eps or 0.0)
 
 
 class SwiGLU(nn.Module):
@@ -134,13 +118,13 @@ class SwiGLU(nn.Module):
 class Block(nn.Module):
     def __init__(self, config: KernelConfig):
         super().__init__()
-        self.norm_attention = nn.RMSNorm(config.width, eps=_EPS)
+        self.norm_attention = RMSNorm(config.width, eps=_EPS)
         self.attention = Attention(config)
-        self.norm_mlp = nn.RMSNorm(config.width, eps=_EPS)
+        self.norm_mlp = RMSNorm(config.width, eps=_EPS)
         self.mlp = SwiGLU(config)
 
-    def forward(self, x: Tensor, rows: Rows, attend: Attend = attend) -> Tensor:
-        x = x + self.attention(self.norm_attention(x), rows, attend)
+    def forward(self, x: Tensor, rows: Rows) -> Tensor:
+        x = x + self.attention(self.norm_attention(x), rows)
         return x + self.mlp(self.norm_mlp(x))
 
 
@@ -159,7 +143,7 @@ class KernelLM(nn.Module):
         table = torch.empty(config.vocab_size, config.width)
         self.embedding: nn.Embedding = nn.Embedding.from_pretrained(table, freeze=False)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers))
-        self.norm = nn.RMSNorm(config.width, eps=_EPS)
+        self.norm = RMSNorm(config.width, eps=_EPS)
         if config.look_back:
             self.look_back = nn.Parameter(torch.zeros(config.width))
         if config.coupling == "learned":
@@ -194,7 +178,7 @@ class KernelLM(nn.Module):
         coupling = inverse_temperature(self.visible[:length], self.beta, self.config.coupling_ref)[:, None]
         mask = None
         if self.visible.device.type == "cpu" and length <= EXPLICIT_UP_TO:
-            mask = torch.full((length, length), float("-inf")).triu(1)
+            mask = causal_mask(length)
         return Rows(self.cos[:length], self.sin[:length], coupling, mask)
 
     def embed(self, tokens_BT: Tensor, before_B1: Tensor | None = None) -> Tensor:

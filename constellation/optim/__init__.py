@@ -76,6 +76,7 @@ def _kronecker(config: Optim, model: torch.nn.Module) -> torch.optim.Optimizer:
     return KroneckerNG(
         _kronecker_groups(model, config.weight_decay), lr=config.lr, momentum=config.kronecker_momentum,
         alpha=config.fisher_decay, eps=config.damping, diagonal_momentum=config.momentum, variant=config.variant,
+        ns_precision=config.ns_precision,
     )  # fmt: skip
 
 
@@ -160,7 +161,7 @@ def _mixed(config: Optim) -> dict[str, Any]:
         "diagonal_ng": diagonal,
         "kron": {
             "variant": config.variant, "momentum": config.kronecker_momentum, "alpha": config.fisher_decay,
-            "eps": config.damping,
+            "eps": config.damping, "ns_precision": config.ns_precision,
         },
     }  # fmt: skip
     return {
@@ -188,6 +189,6 @@ def _kronecker_groups(model: torch.nn.Module, weight_decay: float) -> list[dict[
     taken = {id(p) for p in matrices}
     rest = [p for p in model.parameters() if id(p) not in taken]
     return [
-        {"params": matrices, "weight_decay": weight_decay},
+        {"params": matrices, "method": "kron", "weight_decay": weight_decay},
         {"params": rest, "method": "diag", "weight_decay": 0.0},
     ]

@@ -83,11 +83,8 @@ def _fused(params: list[Tensor], state: Any, group: dict[str, Any]) -> None:
     if not group.get("bias_correction", True):
         torch._foreach_add_(steps, 1.0)
         steps = [torch.full((), SETTLED, device=steps[0].device)] * len(steps)
-    thetas, grads, momenta, fishers = (
-        [torch.view_as_real(t) if t.is_complex() else t for t in ts] for ts in (wide, grads, momenta, fishers)
-    )
     adamw(
-        thetas, grads, momenta, fishers, [], steps, fused=True, foreach=False, amsgrad=False, beta1=group["momentum"],
+        wide, grads, momenta, fishers, [], steps, fused=True, foreach=False, amsgrad=False, beta1=group["momentum"],
         beta2=group["alpha"], lr=group["lr"], weight_decay=group["weight_decay"], eps=group["eps"],
         maximize=group.get("maximize", False),
     )  # fmt: skip
@@ -114,9 +111,6 @@ def _plain(p: Tensor, s: dict[str, Any], group: dict[str, Any], curvature: dict[
     grad = p.grad if p.grad is not None else torch.zeros_like(p)
     g = (-grad if group.get("maximize") else grad).to(s["fisher"].dtype)
     theta, fisher, m = p, s["fisher"], s.get("momentum")
-    if g.is_complex():
-        g, theta, fisher = torch.view_as_real(g), torch.view_as_real(p), torch.view_as_real(fisher)
-        m = None if m is None else torch.view_as_real(m)
     step = store("step", s["step"] + 1)
     number = step if keep or group.get("capturable") else float(step)
     if curvature is None:
@@ -126,12 +120,12 @@ def _plain(p: Tensor, s: dict[str, Any], group: dict[str, Any], curvature: dict[
         f = curvature[p].to(fisher.dtype) if p in curvature else None
     if f is not None:
         fisher = a * fisher + (1 - a) * f
-        store("fisher", torch.view_as_complex(fisher) if p.is_complex() else fisher)
+        store("fisher", fisher)
     direction = g
     if b:
         assert m is not None
         direction = b * m + (1 - b) * g
-        store("momentum", torch.view_as_complex(direction) if p.is_complex() else direction)
+        store("momentum", direction)
     if group.get("bias_correction", True):
         if b:
             direction = direction / (1 - b**number)
@@ -152,7 +146,7 @@ def _listed(params: list[Tensor], state: Any, group: dict[str, Any], curvature: 
             s["looks"] += 1
         key = (s["step"].item(), s.get("looks", s["step"]).item(), fresh, p.dtype, p.device)
         alike.setdefault(key, []).append(p)
-    for (step, looks, fresh, dtype, device), some in alike.items():
+    for (step, looks, fresh, _, device), some in alike.items():
         c1 = c2 = 1.0
         if group.get("bias_correction", True):
             c1, c2 = 1 - b**step, (1 - a**looks) ** power or 1.0
@@ -162,8 +156,6 @@ def _listed(params: list[Tensor], state: Any, group: dict[str, Any], curvature: 
         sources = [(p.grad if curvature is None else curvature.get(p, p.grad)) for p in some]
         lists: list[list[Any]] = [some, [p.grad for p in some], [state[p].get("momentum") for p in some]]
         lists += [[state[p]["fisher"] for p in some], sources]
-        if dtype.is_complex:
-            lists = [[t if t is None else torch.view_as_real(t) for t in ts] for ts in lists]
         whole = group.get("compile") or device.type != "cpu"
         for thetas, gs, ms, fs, hs in [lists] if whole else blocks(lists):
             if gs[0].dtype != fs[0].dtype:

@@ -30,7 +30,7 @@ from constellation.errors import ConfigError
 from constellation.optim.basin import BASIN_SETTINGS, BasinOutcome, basin_step, check_basin
 from constellation.optim.diagonal import DiagonalNG
 from constellation.optim.elementwise import adamw_step, diagonal_step
-from constellation.optim.kronecker import KRON, LARGEST_NORM, KroneckerNG, kronecker_step
+from constellation.optim.kronecker import KRON, LARGEST_NORM, KroneckerNG, kronecker_step, settled
 from constellation.optim.natural import NaturalOptimizer, check_range
 from constellation.optim.whiten import WHITENED
 
@@ -108,6 +108,8 @@ class HybridGeometricOptimizer(NaturalOptimizer):
         _check(who, group, mine)
         if method == "exact" and any(g["method"] == "exact" for g in self.param_groups):
             raise ConfigError(f"{who}: two exact groups; put the parameters into one block, or use BasinNaturalGrad")
+        if method == "kron":
+            group["ns_precision"] = settled(group["ns_precision"], mine)
         super().add_param_group(group)
 
     def _advance(self, logits: Any, targets: Tensor | None, curvature: Any) -> None:
@@ -162,6 +164,8 @@ class HybridGeometricOptimizer(NaturalOptimizer):
         super().__setstate__(state)
         self.__dict__.setdefault("_block", BasinOutcome("none"))
         for group in self.param_groups:
+            if group["method"] == "kron":
+                group.setdefault("ns_precision", "bf16")  # of states older than the option
             for name, value in OPTIONS[group["method"]].items():  # options younger than the state
                 group.setdefault(name, value)
 
@@ -238,10 +242,10 @@ def _check(who: str, group: dict[str, Any], params: list[Tensor]) -> None:
     elif group["method"] == "diag":
         DiagonalNG([torch.zeros(1, requires_grad=True)], **options)
     elif group["method"] == "kron":
-        odd = next((p for p in params if p.dim() != 2), None)
+        odd = next((p for p in params if p.dim() < 2), None)
         if odd is not None:
             raise ConfigError(f"{who}: shape {tuple(odd.shape)} is no matrix; give it method=diag or adamw")
-        KroneckerNG([torch.zeros(1, 1, requires_grad=True)], **options)
+        KroneckerNG([{"params": [torch.zeros(1, 1, requires_grad=True)], **options}])
     else:
         b1, b2 = options["betas"]
         check_range(who, beta1=(b1, 1), beta2=(b2, 1), eps=(options["eps"], math.inf))

@@ -76,7 +76,7 @@ class NaturalOptimizer(torch.optim.Optimizer):
     _step_supports_amp_scaling = True  # GradScaler hands over grad_scale and found_inf
     _stepping = False
     # torch's own, but for the wrapper that imports its compiler: a second of every process that trains
-    add_param_group = unwrap(torch.optim.Optimizer.add_param_group)
+    _add = unwrap(torch.optim.Optimizer.add_param_group)
     zero_grad = unwrap(torch.optim.Optimizer.zero_grad)
     state_dict = unwrap(torch.optim.Optimizer.state_dict)
     _load = unwrap(torch.optim.Optimizer.load_state_dict)
@@ -86,6 +86,17 @@ class NaturalOptimizer(torch.optim.Optimizer):
         self._natural_steps = self._skipped_steps = 0
         self._outcome = "none"
         super().__init__(params, defaults)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """torch's; complex parameters are refused."""
+        self._add(param_group)
+        for p in self.param_groups[-1]["params"]:
+            if p.is_complex():
+                self.param_groups.pop()
+                raise ConfigError(
+                    f"{type(self).__name__}: a parameter of shape {tuple(p.shape)} is {p.dtype}, and no step here is"
+                    " defined for complex numbers; keep it as two real ones, torch.view_as_real(p)"
+                )
 
     @staticmethod
     def profile_hook_step(func: Callable[..., Any]) -> Callable[..., Any]:

@@ -56,17 +56,16 @@ class SimpleFisherOptimizer(NaturalOptimizer):
 def _one(p: Tensor, group: dict[str, Any]) -> None:
     assert p.grad is not None
     lr = group["lr"] if not group["maximize"] else -group["lr"]
-    g, theta = (torch.view_as_real(t) if t.is_complex() else t for t in (p.grad, p))
+    g = p.grad
     delta = g / (g.abs() + group["eps"]).clamp(min=torch.finfo(g.dtype).tiny)  # 0 / 0 is no step
-    theta.mul_(1 - group["lr"] * group["weight_decay"]).add_(-lr * delta)
+    p.mul_(1 - group["lr"] * group["weight_decay"]).add_(-lr * delta)
 
 
 def _all(params: list[Tensor], group: dict[str, Any]) -> None:
     lr = float(group["lr"])
     grads = [p.grad for p in params if p.grad is not None]
-    thetas, grads = ([torch.view_as_real(t) if t.is_complex() else t for t in ts] for ts in (params, grads))
     scale = torch._foreach_abs(grads)
     torch._foreach_add_(scale, group["eps"])
     torch._foreach_clamp_min_(scale, min(torch.finfo(g.dtype).tiny for g in grads))
-    torch._foreach_mul_(thetas, 1 - lr * group["weight_decay"])
-    torch._foreach_addcdiv_(thetas, grads, scale, lr if group["maximize"] else -lr)
+    torch._foreach_mul_(params, 1 - lr * group["weight_decay"])
+    torch._foreach_addcdiv_(params, grads, scale, lr if group["maximize"] else -lr)

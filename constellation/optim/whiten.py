@@ -41,6 +41,7 @@ from torch import Tensor
 
 from constellation.optim.bucket import buckets, stacked
 from constellation.optim.eigenbasis import eigenbasis, followed
+from constellation.optim.kinds import matrix_shape
 from constellation.optim.natural import state_like
 from constellation.optim.polar import polar
 
@@ -71,10 +72,11 @@ def _begin(members: list[Tensor], state: Any, group: dict[str, Any]) -> list[Ten
         s = state[p]
         if "step" in s:
             continue
-        s["step"], s["momentum"] = torch.zeros((), dtype=torch.float32), state_like(p)
+        shape = matrix_shape(p.shape)
+        s["step"], s["momentum"] = torch.zeros((), dtype=torch.float32), state_like(p).reshape(shape)
         if group["variant"] != "kl_shampoo":
-            s["fisher"] = state_like(p)
-        for side, dim, wanted in zip(("left", "right"), p.shape, _sides(p, group), strict=True):
+            s["fisher"] = torch.zeros_like(s["momentum"])
+        for side, dim, wanted in zip(("left", "right"), shape, _sides(p, group), strict=True):
             like = s["momentum"]
             if group["variant"] == "kl_shampoo":
                 s[f"{side}_values"] = like.new_zeros(dim)
@@ -84,13 +86,14 @@ def _begin(members: list[Tensor], state: Any, group: dict[str, Any]) -> list[Ten
 
 
 def _sides(p: Tensor, group: dict[str, Any]) -> tuple[bool, bool]:
-    return sides(p.shape, group["max_dim"], group["max_aspect"])
+    return sides(matrix_shape(p.shape), group["max_dim"], group["max_aspect"])
 
 
 def _step(members: list[Tensor], steps: int, state: Any, group: dict[str, Any]) -> None:
     states = [state[p] for p in members]
     momentum_NRC = stacked(states, "momentum")
-    grads = [p.grad.to(momentum_NRC.dtype) for p in members if p.grad is not None]
+    shape = momentum_NRC.shape[1:]
+    grads = [p.grad.to(momentum_NRC.dtype).reshape(shape) for p in members if p.grad is not None]
     g_NRC = torch.stack(grads).neg_() if group.get("maximize") else torch.stack(grads)
     left, right = ("left" in states[0]), ("right" in states[0])
     bases = [stacked(states, f"{side}_basis") if has else None for side, has in (("left", left), ("right", right))]
@@ -117,7 +120,7 @@ def _step(members: list[Tensor], steps: int, state: Any, group: dict[str, Any]) 
     lr = float(group["lr"])
     if group["weight_decay"]:
         torch._foreach_mul_(members, 1 - lr * group["weight_decay"])
-    torch._foreach_add_(members, list(delta_NRC.unbind()), alpha=-lr)
+    torch._foreach_add_(members, [delta.reshape(members[0].shape) for delta in delta_NRC.unbind()], alpha=-lr)
     if t % group["refresh"] == 0 and (left or right):
         _refresh(states, bases, momentum_NRC, group)
 
@@ -132,7 +135,8 @@ def _soap(
     fisher_NRC.mul_(b2).addcmul_(u_NRC, u_NRC, value=1 - b2)
     scale_NRC = fisher_NRC.sqrt().add_(group["eps"] or torch.finfo(fisher_NRC.dtype).tiny)
     if muon:
-        part = polar(u_NRC / scale_NRC, tuple(group["ns_coefficients"]), group["ns_steps"]).to(u_NRC.dtype)
+        newton_schulz = tuple(group["ns_coefficients"]), group["ns_steps"], group["ns_precision"]
+        part = polar(u_NRC / scale_NRC, *newton_schulz).to(u_NRC.dtype)
         return part * (0.2 * math.sqrt(max(u_NRC.shape[-2:])))
     return (momentum_NRC / scale_NRC).mul_(math.sqrt(1 - b2**t) / (1 - b1**t))
 

@@ -24,7 +24,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from constellation import optim
+from constellation import optim, processor
 from constellation.artifacts import segments
 from constellation.artifacts.run import THETA_UP_TO, RunFolder, Trace
 from constellation.config import OCEAN, Config
@@ -75,21 +75,17 @@ def device_of(config: Config) -> torch.device:
 
 
 def resolve_precision(config: Config) -> Config:
-    """`train.precision=auto` decided by what the hardware multiplies fast, as a config that says so.
+    """`auto` of train.precision and optim.ns_precision decided by processor.py, as a config that says so.
 
-    bf16 where kernels get GPUs of their own, on CUDA devices that have it and on CPUs with AMX or
-    AVX512-BF16 instructions; else fp32.
+    Where kernels get GPUs of their own it is those that count: the driver's machine may have none.
     """
-    if config.train.precision != "auto":
-        return config
-    if config.cluster.gpus_per_kernel > 0:  # the driver's machine may have no GPU; those with Ray's kernels do
-        fast = True
-    elif torch.cuda.is_available():
-        fast = torch.cuda.is_bf16_supported()
-    else:
-        probes = (getattr(torch.cpu, name, None) for name in ("_is_amx_tile_supported", "_is_avx512_bf16_supported"))
-        fast = any(probe() for probe in probes if probe)
-    return dataclasses.replace(config, train=dataclasses.replace(config.train, precision="bf16" if fast else "fp32"))
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    found = "bf16" if config.cluster.gpus_per_kernel > 0 else processor.precision(device)
+    if config.train.precision == "auto":
+        config = dataclasses.replace(config, train=dataclasses.replace(config.train, precision=found))
+    if config.optim.ns_precision == "auto":
+        config = dataclasses.replace(config, optim=dataclasses.replace(config.optim, ns_precision=found))
+    return config
 
 
 def inherit(source: checkpoint.Checkpoint, model: torch.nn.Module, optimizer: torch.optim.Optimizer | None) -> None:
@@ -106,7 +102,7 @@ def inherit(source: checkpoint.Checkpoint, model: torch.nn.Module, optimizer: to
     if (
         optimizer is None
         or kind(saved) != kind(optimizer.param_groups)
-        or set(saved[0]) != set(optimizer.param_groups[0])
+        or not set(saved[0]) <= set(optimizer.param_groups[0])  # options younger than the state are one's own
     ):
         source.restore(model)
         return
@@ -129,6 +125,7 @@ def fit(job: Job, source: Source | None = None, say: checkpoint.Say = checkpoint
     """
     t = job.config.train
     torch.set_num_threads(t.ocean_threads if job.role == OCEAN else t.threads)
+    processor.keep_memory()
     device = device_of(job.config)
     folder = RunFolder(job.folder)
     is_kernel = job.role != OCEAN
