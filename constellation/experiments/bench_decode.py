@@ -378,7 +378,8 @@ def report(result: dict[str, Any]) -> list[str]:
     """The table, a line each."""
     lines = [
         f"{result['machine']}, {result['instructions']}, one thread, torch {result['torch']}, "
-        f"transformers {result['transformers']}, CTranslate2 {result['ctranslate2']}; prompt {PROMPT}, {NEW} new tokens, medians of {result['repeats']}",
+        f"transformers {result['transformers']}, CTranslate2 {result['ctranslate2']}; "
+        f"prompt {PROMPT}, {NEW} new tokens, medians of {result['repeats']}",
         f"{'model':<6}{'batch':>6}  {'ours':<12}{'tokens/s':>9}  {'peer':<22}{'tokens/s':>9}{'ratio':>7}  target",
     ]
     for row in result["ratios"]:
