@@ -69,7 +69,8 @@ class Listening:
     """In a front: the ears of all turns of one kernel that are under way."""
 
     def __init__(self, actor: Callable[[], Awaitable[Any]]):
-        self.name, self.ears = uuid.uuid4().hex, dict[str, Ear]()
+        self.name = uuid.uuid4().hex
+        self.ears: dict[str, Ear] = {}  # by the turn's request
         self.known: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._task = asyncio.ensure_future(self._hear(actor))
 

@@ -175,9 +175,7 @@ def test_an_ear_hears_all_tokens_but_the_last_ones_a_few_at_a_time() -> None:
     def ear(first: int, tokens: tuple[int, ...], scores: tuple[Any, ...]) -> None:
         told.append((first, tokens, len(scores)))
 
-    row = answerer.begin(packet, 10**9, ear)
-    row.work.done.result(timeout=PATIENCE_S)
-    after = row.result()
+    after = answerer.begin(packet, 10**9, ear).result(timeout=PATIENCE_S)
     assert all(0 < len(tokens) <= SOON_TOKENS and scores == len(tokens) for _, tokens, scores in told)
     heard = [t for _, tokens, _ in told for t in tokens]
     assert [first for first, _, _ in told] == [sum(len(t) for _, t, _ in told[:i]) for i in range(len(told))]
