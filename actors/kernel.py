@@ -15,7 +15,7 @@ import os
 import sys
 import threading
 import traceback
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 import ray
 
 from actors.exclusive import exclusive
+from actors.hearing import News, Told
 from actors.messages import BUSY, Report
 from constellation.config import Decode
 from constellation.errors import ConfigError, ConstellationError
@@ -169,6 +170,7 @@ class KernelMailbox:
         if 0 < gpus < 1 and torch.cuda.is_available():
             torch.cuda.set_per_process_memory_fraction(gpus)  # a fraction of a GPU is bookkeeping to Ray
         self._engine = Engine(role)
+        self._told = Told()
 
     @ray.method(concurrency_group="control")
     async def train(self, job: Job) -> None:
@@ -199,9 +201,16 @@ class KernelMailbox:
         """A turn on each of `packets`."""
         return await asyncio.to_thread((await self._loaded()).turn, packets, budget_bytes)
 
-    async def answer(self, packet: bytes, budget_bytes: int) -> bytes:
-        """A turn on one packet, which joins whatever is going on."""
-        return await asyncio.wrap_future((await self._loaded()).submit(packet, budget_bytes))
+    async def answer(self, packet: bytes, budget_bytes: int, listener: str = "", request: str = "") -> bytes:
+        """A turn on one packet, which joins whatever is going on; a listener is told of it as `request`."""
+        ear = self._told.ear(listener, request)
+        return await asyncio.wrap_future((await self._loaded()).submit(packet, budget_bytes, ear))
+
+    @ray.method(concurrency_group="control")
+    async def listen(self, listener: str) -> AsyncIterator[list[News]]:
+        """What the turns of `listener` write while they are under way (hearing.py)."""
+        async for message in self._told.messages(listener):
+            yield message
 
     async def bits(self, packet: bytes, count: int) -> float:
         return await asyncio.wrap_future((await self._loaded()).submit_bits(packet, count))

@@ -21,6 +21,7 @@ from ray.exceptions import GetTimeoutError, RayError, RayTaskError
 
 from actors import record as records
 from actors.cluster import connected, find, where
+from actors.hearing import Listening
 from actors.hire import servers
 from actors.keeper import SUPERVISOR, namespace_of
 from actors.placement import reserve, share
@@ -32,6 +33,8 @@ from constellation.errors import ConstellationError, RunError
 
 if TYPE_CHECKING:
     from constellation.kernel.sample import Scored
+    from router.packet import Packet
+    from router.turn import Ear
 
 LOOK_S = 0.2  # between two looks at whether the constellation was taken down
 TURN_S = 120.0  # one turn of one kernel on one batch
@@ -39,6 +42,7 @@ RECOVER_S = 120.0  # until a lost actor is replaced
 RETRY_EVERY_S = 0.5
 SAY_EVERY_S = 5.0
 STATS_S = 2.0
+KNOWN_S = 1.0  # until a kernel knows a listener; text that is not told of comes with its turn's end
 
 
 @contextlib.contextmanager
@@ -205,14 +209,24 @@ class AsyncRayKernels:
     def __init__(self, find: Callable[[str], Any]):
         self._find = find
         self._actors: dict[str, Any] = {}
+        self._heard: dict[str, Listening] = {}
 
     @property
     def names(self) -> tuple[str, ...]:
         return (OCEAN, *ROLES)
 
-    async def turn(self, kernel: str, packet: bytes, budget_bytes: int) -> bytes:
-        found: bytes = await self._ask(kernel, "answer", packet, budget_bytes)
-        return found
+    async def turn(self, kernel: str, packet: Packet, budget_bytes: int, ear: Ear | None = None) -> Packet:
+        from router.packet import Packet
+
+        if ear is None:
+            return Packet.decode(await self._ask(kernel, "answer", packet.encode(), budget_bytes))
+        listening = await self._listening(kernel)
+        listening.ears[packet.request] = ear
+        try:
+            call = packet.encode(), budget_bytes, listening.name, packet.request
+            return Packet.decode(await self._ask(kernel, "answer", *call))
+        finally:
+            del listening.ears[packet.request]
 
     async def bits(self, kernel: str, packet: bytes, count: int) -> float:
         return float(await self._ask(kernel, "bits", packet, count))
@@ -238,6 +252,13 @@ class AsyncRayKernels:
         except (RayError, ValueError, TimeoutError):
             self._actors.pop(name, None)
             return {"state": "unreachable"}
+
+    async def _listening(self, name: str) -> Listening:
+        loop, found = asyncio.get_running_loop(), self._heard.get(name)
+        if found is None or found.ended or found.known.get_loop() is not loop:
+            found = self._heard[name] = Listening(lambda: self._actor(name))
+        await asyncio.wait([found.known], timeout=KNOWN_S)  # an actor that hangs is lost with its turn, not before
+        return found
 
     async def _actor(self, name: str) -> Any:
         if name not in self._actors:

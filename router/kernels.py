@@ -16,7 +16,9 @@ from numpy.typing import NDArray
 
 from constellation.kernel.sample import Scored
 from router.local import LocalKernels
-from router.turn import Answerer
+from router.packet import Packet
+from router.post import Post
+from router.turn import Answerer, Ear
 
 
 class AsyncKernels(Protocol):
@@ -27,8 +29,11 @@ class AsyncKernels(Protocol):
         """Who can be asked, OCEAN among them."""
         ...
 
-    async def turn(self, kernel: str, packet: bytes, budget_bytes: int) -> bytes:
-        """The packet after one turn (turn.py); it shares the kernel's batch with whoever else is there."""
+    async def turn(self, kernel: str, packet: Packet, budget_bytes: int, ear: Ear | None = None) -> Packet:
+        """The packet after one turn (turn.py); it shares the kernel's batch with whoever else is there.
+
+        `ear` is told of tokens while the turn is under way, in the event loop, and never after the turn's end.
+        """
         ...
 
     async def bits(self, kernel: str, packet: bytes, count: int) -> float:
@@ -59,6 +64,7 @@ class LocalAsyncKernels:
     def __init__(self, kernels: LocalKernels):
         self._kernels = kernels
         self._lock = threading.Lock()
+        self._post: Post | None = None
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -69,8 +75,26 @@ class LocalAsyncKernels:
         for name in self.names:
             await self._answerer(name)
 
-    async def turn(self, kernel: str, packet: bytes, budget_bytes: int) -> bytes:
-        return await asyncio.wrap_future((await self._answerer(kernel)).submit(packet, budget_bytes))
+    async def turn(self, kernel: str, packet: Packet, budget_bytes: int, ear: Ear | None = None) -> Packet:
+        answerer, loop = await self._answerer(kernel), asyncio.get_running_loop()
+        if self._post is None or self._post.loop is not loop:
+            self._post = Post(loop)
+        post, ended = self._post, loop.create_future()
+
+        def end() -> None:
+            if not ended.done():
+                ended.set_result(None)
+
+        def tell(*news: Any) -> None:
+            post(lambda: None if ended.done() or ear is None else ear(*news))
+
+        turn = answerer.begin(packet, budget_bytes, tell if ear else None)
+        turn.add_done_callback(lambda done: post(end))
+        try:
+            await ended
+        finally:
+            turn.cancel()  # when it has ended: nothing
+        return turn.result()
 
     async def bits(self, kernel: str, packet: bytes, count: int) -> float:
         return await asyncio.wrap_future((await self._answerer(kernel)).submit_bits(packet, count))

@@ -6,6 +6,9 @@
 their results, and yields a `Piece` for every stretch of new text; it returns the `Answer`. Two drivers carry
 it: session.py for a batch in one thread, service.py for many requests at once. So both give the same tokens.
 
+A driver that learns of a turn's tokens while it is under way lets `hear` them and sends what `tell` makes of them; the
+turn's own piece is then the rest. Looks are where turns end, whoever listens.
+
 All state of a request travels in its packet, a turn has none: kernels may die or move between turns.
 
 **Kernels that answer together** would have to be asked for every token. Instead the heaviest of them drafts a
@@ -26,7 +29,7 @@ import numpy as np
 
 from constellation.config import OCEAN, Config
 from constellation.coordizer.tokenizer import Tokenizer
-from constellation.errors import ConfigError
+from constellation.errors import ConfigError, RunError
 from constellation.kernel.sample import Sampling, Scored
 from router.certificate import Ledger
 from router.mixture import MIXED, Weights, combine, weights
@@ -101,8 +104,9 @@ class Turn:
     """Wanted: the packet after one turn of `kernel` (turn.py)."""
 
     kernel: str
-    packet: bytes
+    packet: Packet
     budget_bytes: int
+    draft: bool = False  # its tokens may not be the answer's
 
 
 @dataclass(frozen=True)
@@ -154,6 +158,9 @@ class Life:
         self.num_bytes = 0  # of prompt and answer
         self.fresh_bytes = 0  # since the last look
         self.token_ids: list[int] = []
+        self.heard: list[int] = []  # tokens of the turn under way
+        self.heard_scores: list[Scored] = []
+        self.told = 0  # how many of them pieces hold already
         self.kernels: list[str] = []
         self.looks: list[Look] = []
         self.ledger = Ledger(policy, ask.mode, ask.top_k) if self.view and isinstance(policy, Router) else None
@@ -176,8 +183,7 @@ class Life:
         while not self.packet.finish:
             begin = time.perf_counter()
             if len(self.panel) == 1:
-                data, *bits = yield [Turn(self.packet.kernel, self.packet.encode(), self._budget()), *unmeasured]
-                packet = Packet.decode(data)
+                packet, *bits = yield [Turn(self.packet.kernel, self.packet, self._budget()), *unmeasured]
                 self._measured(bits)
                 unmeasured = self._unmeasured(packet)
             else:
@@ -195,8 +201,8 @@ class Life:
         pen = Pen(self.packet, self.opening, self.token_ids, self.tokenizer, self.config.kernel.context)
         window, draft, budget = pen.window, tuple[int, ...](), min(self._budget(), self.draft_bytes)
         if self.ask.draft and pen.room and budget:
-            (data,) = yield [Turn(self.packet.kernel, pen.drafting(), budget)]
-            draft = _new(self.packet, Packet.decode(data))[: pen.room]
+            (drafted,) = yield [Turn(self.packet.kernel, pen.drafting(), budget, draft=True)]
+            draft = _new(self.packet, drafted)[: pen.room]
         rows = yield [Reading(name, (*window, *draft), len(draft) + 1) for name, _ in self.panel]
         drawn = pen.draw(combine(self.ask.mode, np.stack(rows), [w for _, w in self.panel]), draft)
         left = self._budget()
@@ -241,17 +247,43 @@ class Life:
             self.hand_offs.append(HandOff(self.num_bytes, before, look.kernel))
         self.packet = replace(self.packet, kernel=look.kernel, **self.view.carried())
 
+    def hear(self, position: int, tokens: tuple[int, ...], scores: tuple[Scored, ...] = ()) -> None:
+        """Tokens of the turn under way, the first of which is number `position` of the answer.
+
+        A turn that is taken again, by a kernel that replaces a lost one, is heard again, which changes nothing.
+        """
+        known = self.packet.position + len(self.heard) - position
+        if known >= 0:  # else some before them were lost on the way: the turn's end has all
+            self.heard += tokens[known:]
+            self.heard_scores += scores[known:]
+
+    def tell(self) -> Piece | None:
+        """What was heard and is in no piece yet."""
+        new, scores = tuple(self.heard[self.told :]), tuple(self.heard_scores[self.told :])
+        if not new:
+            return None
+        self.told += len(new)
+        return Piece(self._show(new), new, self.packet.kernel, None if self.ask.sampling.logprobs is None else scores)
+
     def _absorb(self, packet: Packet) -> Piece:
         """Take a turn's outcome; the text that may be shown now."""
-        new = _new(self.packet, packet)
+        new, told = _new(self.packet, packet), self.told
+        if new[: len(self.heard)] != tuple(self.heard):
+            raise RunError(f"kernel {packet.kernel!r} took a turn again and wrote other tokens; ask again")
         self.kernels += [name for name, _ in self.panel if name not in self.kernels]
-        self.packet = packet
+        self.packet, self.heard, self.heard_scores, self.told = packet, [], [], 0
         self.token_ids += new
-        written = self.tokenizer.decode(new[:-1] if packet.ended_by_token else new)
-        self._read(written)
-        text = self.shown.feed(written, last=bool(packet.finish))
+        self._read(self.tokenizer.decode(new[:-1] if packet.ended_by_token else new))
+        rest, scores = new[told:], packet.logprobs and packet.logprobs[told:]
+        text = self._show(rest[:-1]) + self._show(rest[-1:], packet) if packet.finish else self._show(rest)
+        return Piece(text, rest, packet.kernel, scores)
+
+    def _show(self, new: tuple[int, ...], ended: Packet | None = None) -> str:
+        """What may be shown after `new`; with `ended`, whose last token they are, all the rest up to a stop text."""
+        written = self.tokenizer.decode(() if ended and ended.ended_by_token else new)
+        text = self.shown.feed(written, last=ended is not None)
         self.written += text
-        return Piece(text, new, packet.kernel, packet.logprobs)
+        return text
 
     def _unmeasured(self, packet: Packet) -> list[Call]:
         """What has to be read to complete the last hand-off, if this was the turn after it."""

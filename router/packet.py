@@ -40,6 +40,16 @@ _ANY_TEXT: Any = {"unicode_errors": "surrogatepass"}  # a prompt from a terminal
 _NAMES = ("request", "kernel", "position", "pending", "finish", "text_bytes", "counts", "tail", "z", "posterior")
 
 
+@dataclasses.dataclass(frozen=True, eq=False)
+class Unpacked:
+    """Counts that are packed when they travel: a packet that stays in its process goes without."""
+
+    counts_B: NDArray[np.int64]
+
+    def __bytes__(self) -> bytes:
+        return pack_counts(self.counts_B)
+
+
 @dataclasses.dataclass(frozen=True)
 class Packet:
     """The state of one request between two turns."""
@@ -52,7 +62,7 @@ class Packet:
     pending: bytes = b""  # end of the answer's bytes in which a stop text may have begun
     finish: str = ""  # "stop" | "eos" | "length" once the answer is whole
     text_bytes: int = 0  # n, bytes of prompt and answer the router has seen
-    counts: bytes = b""  # h of these bytes, Rice-coded (`pack_counts`); empty when they do not fit
+    counts: bytes | Unpacked = b""  # h of these bytes, Rice-coded (`pack_counts`); empty when they do not fit
     tail: bytes = b""  # last two of these bytes, with which the next trigram begins
     z: bytes = b""  # basin coordinates, float32
     posterior: bytes = b""  # of the kernels, float32
@@ -68,7 +78,7 @@ class Packet:
                 f"allowed, the longest counted twice, these take {sum(stops) + max(stops)}"
             )
         for name in _NAMES:
-            if type(getattr(self, name)) is not _TYPES.get(name, bytes):
+            if type(getattr(self, name)) is not _TYPES.get(name, bytes) and type(getattr(self, name)) is not Unpacked:
                 raise TypeError(f"{name}={getattr(self, name)!r}")
 
     @property
@@ -78,9 +88,10 @@ class Packet:
 
     def stream(self, router: Router) -> Stream:
         """The router's view of the text, ready to read on."""
-        if not self.counts and self.text_bytes > len(self.tail):
+        packed = bytes(self.counts)
+        if not packed and self.text_bytes > len(self.tail):
             raise ConfigError(f"packet {self.request!r} holds no counts of its {self.text_bytes} bytes: read them anew")
-        counts = unpack_counts(self.counts, self.text_bytes, router.config.bins)
+        counts = unpack_counts(packed, self.text_bytes, router.config.bins)
         return Stream.resumed(router, counts, self.tail)
 
     def check(self, kernels: Sequence[str] = ()) -> None:
@@ -102,7 +113,8 @@ class Packet:
 
     def _body(self) -> bytes:
         sampling = {name: value for name, value in self.sampling.changed().items() if name != "logit_bias"}
-        body: bytes = msgpack.packb({**{n: getattr(self, n) for n in _NAMES}, "sampling": sampling}, **_ANY_TEXT)
+        told = {**{n: getattr(self, n) for n in _NAMES}, "counts": bytes(self.counts), "sampling": sampling}
+        body: bytes = msgpack.packb(told, **_ANY_TEXT)
         return body
 
     def encode(self) -> bytes:

@@ -37,10 +37,10 @@ class Pen:
         """Tokens until the window slides."""
         return self.context - len(self.window)
 
-    def drafting(self) -> bytes:
+    def drafting(self) -> Packet:
         """The packet to draft behind: its window is ours, so what was kept of reading it serves again."""
         sampling = replace(self.packet.sampling, logprobs=None)
-        return replace(self.packet, tokens=self._kept(), sampling=sampling, logprobs=None).encode()
+        return replace(self.packet, tokens=self._kept(), sampling=sampling, logprobs=None)
 
     def draw(self, log_p_TV: NDArray[np.float64], draft: Sequence[int]) -> list[int]:
         """The token at each of T = len(draft) + 1 places, were those before it the draft's.

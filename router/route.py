@@ -136,10 +136,10 @@ class Router:
     def judge(self, n: NDArray[np.float64], frame_PF: NDArray[np.float64], log_PK: NDArray[np.float64]) -> Looks:
         """Looks from the three sums n, [C, X] and L. Row i depends on row i alone, bit for bit."""
         frame_PF = frame_PF / np.sqrt(n + self.config.smoothing)[:, None]
-        cos = np.clip(frame_PF[:, 0], -1, 1)
+        cos = frame_PF[:, 0].clip(-1, 1)
         sin = np.sqrt(1 - cos * cos)
         z_Pn = frame_PF[:, 1:] * np.where(sin > 1e-8, np.arccos(cos) / np.maximum(sin, 1e-8), 1.0)[:, None]
-        distance_PK = 2 * np.arccos(np.clip(_rows(frame_PF, self._points_FK), -1, 1))
+        distance_PK = 2 * np.arccos(_rows(frame_PF, self._points_FK).clip(-1, 1))
         weight = self.calibration.weight(n)[:, None]
         score_PK = (1 - weight) * self.calibration.gamma(n)[:, None] * log_PK + self.log_prior
         if weight.any():
@@ -147,7 +147,7 @@ class Router:
         score_PK -= score_PK.max(axis=1, keepdims=True)
         posterior_PK = np.exp(score_PK)
         posterior_PK /= posterior_PK.sum(axis=1, keepdims=True)
-        limit = np.interp(np.log(n + 2), np.log(self.limit_bytes), self.limit_rad)
+        limit = np.interp(np.log(n + 2), self._log_limit_bytes, self.limit_rad)
         return Looks(
             n=n,
             z=z_Pn,
@@ -168,8 +168,8 @@ class Router:
         best, abstain = seen.posterior.argmax(axis=1).tolist(), seen.abstain.tolist()
         weight = self.calibration.weight(seen.n).tolist()
         z, distance = seen.z.astype(np.float32), seen.distances_rad.astype(np.float32)
-        why = [seen.too_short, seen.far, seen.unsure]
-        reasons = np.select(why, ["too short", "far", "low posterior"], "").tolist()
+        why = zip(seen.too_short.tolist(), seen.far.tolist(), seen.unsure.tolist(), strict=True)
+        reasons = ["too short" if s else "far" if f else "low posterior" if u else "" for s, f, u in why]
         return [
             Choice(
                 kernel=kernel_name(self.names, index := ABSTAINED if abstain[i] else k),
@@ -239,6 +239,10 @@ class Router:
         """Centres as points of the sphere, exp_m(c_k), in the frame's coordinates, (F, K)."""
         length = np.sqrt((self.centres**2).sum(axis=1, keepdims=True))
         return np.concatenate([np.cos(length), np.sinc(length / np.pi) * self.centres], axis=1).T.copy()
+
+    @functools.cached_property
+    def _log_limit_bytes(self) -> NDArray[np.float64]:
+        return np.log(self.limit_bytes)
 
     @functools.cached_property
     def _addresses(self) -> list[tuple[float, ...]]:

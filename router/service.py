@@ -10,6 +10,7 @@ two clients may call theirs the same.
 
 from __future__ import annotations
 
+import asyncio
 import uuid
 from collections.abc import AsyncGenerator, Iterator, Sequence
 from contextlib import contextmanager
@@ -21,6 +22,7 @@ import numpy as np
 from constellation.config import Config
 from constellation.coordizer.tokenizer import Tokenizer
 from constellation.errors import ConfigError
+from constellation.kernel.sample import Scored as KernelScored
 from router.certificate import Ledger
 from router.encoding import encoded
 from router.kernels import AsyncKernels
@@ -43,6 +45,7 @@ from router.policy import Policy
 from router.reading import Reader, Scored, panels
 from router.route import Router
 from router.together import together
+from router.turn import Ear
 from router.view import View
 
 __all__ = ["ROUTE", "Answer", "Ask", "Decision", "Piece", "Service", "numbered"]
@@ -87,19 +90,35 @@ class Service:
         check(ask, self.policy, self.kernels.names)
         with self._working() as work:
             life = Life(ask.request or work, replace(ask, request=work), self.policy, self.tokenizer, self.config)
-            steps = life.live()
+            steps, came = life.live(), asyncio.Event()
+            fetching: asyncio.Task[list[Any]] | None = None
+
+            def hear(position: int, tokens: tuple[int, ...], scores: tuple[KernelScored, ...]) -> None:
+                life.hear(position, tokens, scores)
+                came.set()
+
             try:
                 step = next(steps)
                 while True:
                     if isinstance(step, Piece):
                         yield step
                         step = next(steps)
-                    else:
-                        step = steps.send(await self._fetch(step))
+                        continue
+                    fetching = asyncio.ensure_future(self._fetch(step, hear))
+                    fetching.add_done_callback(lambda _: came.set())
+                    while not fetching.done():
+                        await came.wait()
+                        came.clear()
+                        if not fetching.done() and (piece := life.tell()):  # what a slow reader left makes one piece
+                            yield piece
+                    step = steps.send(fetching.result())
             except StopIteration as end:
                 yield end.value
             finally:
                 steps.close()
+                if fetching and not fetching.done():
+                    fetching.cancel()
+                    await asyncio.gather(fetching, return_exceptions=True)
 
     async def score(
         self, tokens: Sequence[int], mode: str = ROUTE, top: int = 0, top_k: int = 3
@@ -184,17 +203,17 @@ class Service:
         finally:
             self._under_way.discard(work)
 
-    async def _fetch(self, calls: Sequence[Call]) -> list[Any]:
+    async def _fetch(self, calls: Sequence[Call], hear: Ear) -> list[Any]:
         """The results of all calls."""
         positions = sum(call.tail for call in calls if isinstance(call, Reading))
         if not positions:
-            return await together([self._call(call) for call in calls])
+            return await together([self._call(call, hear) for call in calls])
         async with self._reader.room(positions):
-            return await together([self._call(call) for call in calls])
+            return await together([self._call(call, hear) for call in calls])
 
-    async def _call(self, call: Call) -> Any:
+    async def _call(self, call: Call, hear: Ear) -> Any:
         if isinstance(call, Turn):
-            return await self.kernels.turn(call.kernel, call.packet, call.budget_bytes)
+            return await self.kernels.turn(call.kernel, call.packet, call.budget_bytes, None if call.draft else hear)
         if isinstance(call, Bits):
             return await self.kernels.bits(call.kernel, call.packet, call.count)
         return (await self.kernels.log_probs(call.kernel, [call.window], call.tail))[0]

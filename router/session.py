@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from constellation.config import Config
 from constellation.coordizer.tokenizer import Tokenizer
 from router.life import ROUTE, Answer, Ask, Bits, Call, HandOff, Life, Piece, Turn, check
+from router.packet import Packet
 from router.policy import Policy
 
 __all__ = ["ROUTE", "Answer", "Chunk", "HandOff", "Kernels", "Request", "generate"]
@@ -102,7 +103,9 @@ def _fetch(wanted: Mapping[int, Sequence[Call]], kernels: Kernels) -> dict[int, 
     for i, calls in wanted.items():
         for at, call in enumerate(calls):
             if isinstance(call, Turn):
-                turns.setdefault(call.budget_bytes, {}).setdefault(call.kernel, []).append((i, at, call.packet))
+                turns.setdefault(call.budget_bytes, {}).setdefault(call.kernel, []).append(
+                    (i, at, call.packet.encode())
+                )
             elif isinstance(call, Bits):
                 found[i][at] = kernels.bits(call.kernel, call.packet, call.count)
             else:
@@ -111,5 +114,5 @@ def _fetch(wanted: Mapping[int, Sequence[Call]], kernels: Kernels) -> dict[int, 
         done = kernels.turns({name: [packet for *_, packet in group] for name, group in work.items()}, budget)
         for name, group in work.items():
             for (i, at, _), data in zip(group, done[name], strict=True):
-                found[i][at] = data
+                found[i][at] = Packet.decode(data)
     return found

@@ -5,11 +5,15 @@ A turn has no memory that changes its outcome. The kernel decodes the token wind
 answered by any process that holds the same weights, and a request that goes to another kernel and comes back
 continues as if it had never left. What the kernel still holds of a window from an earlier turn it does not read anew,
 which gives the same numbers sooner (kernel/batch.py).
+
+Who wants a turn's tokens while it is under way gives it an ear, which is told of `SOON_TOKENS` of them at a time, or of
+fewer so that none waits longer than `SOON_S` when the next one comes as late as the last.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from typing import Any, TypeVar
@@ -29,6 +33,9 @@ from router.packet import Packet
 
 T = TypeVar("T")
 NATS = 0.6931471805599453  # of a bit
+SOON_TOKENS, SOON_S = 8, 0.04  # a reader is told of a token before so many more have come, and so soon
+
+Ear = Callable[[int, tuple[int, ...], tuple[Scored, ...]], None]  # (number of the first token, tokens, their scores)
 
 
 class Answerer:
@@ -50,16 +57,22 @@ class Answerer:
 
     def turn(self, packets: Sequence[bytes], budget_bytes: int) -> list[bytes]:
         """The packets after one turn; one that is finished comes back as it is."""
-        rows = [_Row(Packet.decode(data), self.context, self.tokenizer, budget_bytes) for data in packets]
+        rows = [Row(Packet.decode(data), self.context, self.tokenizer, budget_bytes) for data in packets]
         works = [row.work for row in rows if not row.packet.finish]
         return self.engine.submit(works, lambda: [row.result().encode() for row in rows]).result()
 
-    def submit(self, packet: bytes, budget_bytes: int) -> Future[bytes]:
+    def begin(self, packet: Packet, budget_bytes: int, ear: Ear | None = None) -> Future[Packet]:
         """The packet after one turn, taken together with whatever else is under way. From any thread.
 
-        The future fails with what is wrong with this packet alone; cancelling it frees the slot.
+        The future fails with what is wrong with this packet alone; cancelling it frees the slot. The engine's thread
+        tells `ear`.
         """
-        row = _Row(Packet.decode(packet), self.context, self.tokenizer, budget_bytes)
+        row = Row(packet, self.context, self.tokenizer, budget_bytes, ear)
+        return self.engine.submit([] if packet.finish else [row.work], row.result)
+
+    def submit(self, packet: bytes, budget_bytes: int, ear: Ear | None = None) -> Future[bytes]:
+        """The same for a packet that travels."""
+        row = Row(Packet.decode(packet), self.context, self.tokenizer, budget_bytes, ear)
         return self.engine.submit([] if row.packet.finish else [row.work], lambda: row.result().encode())
 
     def score(self, windows: Sequence[Sequence[int]], top: int, tail: int | None = None) -> list[list[Scored]]:
@@ -171,11 +184,13 @@ def kept(tokens: Sequence[int], position: int, before: Packet, context: int) -> 
     return tuple(tokens[max(0, len(tokens) - needed) // step * step :])
 
 
-class _Row:
+class Row:
     """One packet during a turn."""
 
-    def __init__(self, packet: Packet, context: int, tokenizer: Tokenizer, budget_bytes: int):
+    def __init__(self, packet: Packet, context: int, tokenizer: Tokenizer, budget_bytes: int, ear: Ear | None = None):
         self.packet, self.context, self.tokenizer, self.budget_bytes = packet, context, tokenizer, budget_bytes
+        self.ear, self.told = ear, packet.position  # tokens of the answer that the ear knows
+        self.came_s = self.waits_s = time.monotonic()  # when the last token came, and the first that waits to be told
         self.work = Writing(
             tokens=list(packet.tokens),
             sampling=packet.sampling,
@@ -190,7 +205,22 @@ class _Row:
         # an end of text that is ignored has no bytes, and a turn has an end
         self.spent += max(1, len(self.tokenizer.token_bytes[token]))
         self.finish = self.ending.after(token, self.work.taken)
-        return bool(self.finish) or self.spent >= self.budget_bytes
+        if self.finish or self.spent >= self.budget_bytes:
+            return True
+        if self.ear:
+            self._tell(self.ear)
+        return False
+
+    def _tell(self, ear: Ear) -> None:
+        """Tell of what waits, unless it can wait for the next token."""
+        work, now_s = self.work, time.monotonic()
+        new = work.taken - self.told
+        if new == 1:
+            self.waits_s = now_s
+        if new >= SOON_TOKENS or now_s - self.waits_s + now_s - self.came_s >= SOON_S:
+            ear(self.told, tuple(work.tokens[-new:]), tuple(work.scored[-new:]))
+            self.told = work.taken
+        self.came_s = now_s
 
     def result(self) -> Packet:
         if self.packet.finish:

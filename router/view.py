@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from router.packet import pack_counts
+from router.packet import Unpacked
 from router.policy import ABSTAINED, Choice, Policy, Trajectory, decide, kernel_name
 from router.route import Router
 from router.stream import Stream
@@ -65,7 +65,7 @@ class View:
         assert self.choice is not None
         return {
             "text_bytes": self.stream.bytes_seen,
-            "counts": pack_counts(self.stream.counts) if isinstance(self.stream, Stream) else b"",
+            "counts": Unpacked(self.stream.counts.copy()) if isinstance(self.stream, Stream) else b"",
             "tail": self.stream.tail,
             "z": self.choice.z.astype("<f4").tobytes(),
             "posterior": self.choice.posterior.astype("<f4").tobytes(),

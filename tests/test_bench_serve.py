@@ -22,6 +22,7 @@ from constellation.errors import ConfigError
 from constellation.experiments import bench_serve
 from constellation.experiments.bench_serve import jain, judge
 from constellation.experiments.load import Asked, Load, drive
+from constellation.experiments.parts import shares
 from constellation.experiments.served import resident_mb
 
 
@@ -76,6 +77,7 @@ def test_it_starts_a_service_of_its_own_and_ends_it(micro_run: Path, capfd: pyte
     assert run(["bench", "serve", "--run", str(micro_run), "--streams", "2", "--seconds", "1", "--tokens", "6"]) == 0
     shown = capfd.readouterr().out
     assert "constellation serve --run alone --local" in shown and "in flight after" in shown
+    assert float(shown.split("a CPU-second of it")[1].split()[0]) > 0
     assert "MISSED" not in shown.replace("memory", "").split("service counted")[1]
 
 
@@ -135,7 +137,8 @@ def asked(stream: int, due: float, first: float, gaps: list[tuple[float, int]], 
 
 
 SEEN = {"memory_mb": [(float(i), 100.0) for i in range(8)], "tokens_before": 5.0, "tokens_after": 29.0,
-        "in_flight_after": 0.0, "client_cpu_s": 0.1, "warm_up_s": 1.0}  # fmt: skip
+        "in_flight_after": 0.0, "client_cpu_s": 0.1, "server_cpu_s": 0.5, "parts": {"looks": 0.75, "rest": 0.25},
+        "warm_up_s": 1.0}  # fmt: skip
 
 
 def test_numbers_follow_their_definitions() -> None:
@@ -146,6 +149,8 @@ def test_numbers_follow_their_definitions() -> None:
     assert found["inter_token_ms"]["p50"] == pytest.approx(600 / 11, abs=1e-3)  # 11 of 22 tokens took 0.6 / 11 s
     assert found["inter_token_ms"]["p90"] == 100.0 and found["inter_token_ms"]["most"] == 500.0
     assert found["longest_gap_ms"] == 1000.0
+    assert found["tokens_per_cpu_second"] == 48.0
+    assert found["parts_us_per_token"] == {"looks": 15625.0, "rest": 5208.3}
     assert found["verdicts"] == {"no_error": True, "fair": None, "no_leak": True, "agrees": True, "idle": True}
 
 
@@ -170,6 +175,19 @@ def test_a_stream_that_starves_is_unfair_and_no_answer_at_all_is_no_success() ->
     assert judge([even] * 8 + [starved] * 8, SEEN, load)["verdicts"]["fair"] is False
     assert judge([even, starved], SEEN, load)["verdicts"]["fair"] is None  # too few to tell
     assert judge([], SEEN, load)["verdicts"]["no_error"] is False
+
+
+def test_a_sample_belongs_to_its_innermost_part_and_who_waits_to_none() -> None:
+    folded = """
+main (cli.py:1);_run (asyncio/events.py:84);_look (router/life.py:9);judge (router/route.py:136);where (numpy/x.py:3) 6
+main (cli.py:1);_run (asyncio/events.py:84);send (uvicorn/h11_impl.py:5);write (asyncio/selector_events.py:9) 3
+main (cli.py:1);_run_once (asyncio/base_events.py:1);select (selectors.py:468) 90
+run (threading.py:5);_work (constellation/kernel/engine.py:99);forward (constellation/kernel/native.py:131) 2
+run (threading.py:5);_work (constellation/kernel/engine.py:98) 50
+main (cli.py:1) 1
+""".strip()
+    assert shares(folded) == {"looks": 0.5, "sockets": 0.25, "kernels in C": pytest.approx(2 / 12), "rest": 1 / 12}
+    assert shares("") == {}
 
 
 def test_jains_index_of_known_shares() -> None:

@@ -355,14 +355,14 @@ def test_what_several_works_held_is_freed_with_them():
 
 def test_a_failure_of_the_device_reaches_those_who_wait_and_the_engine_goes_on():
     engine = Engine(Batch(MODEL, slots=2))
-    read, broken = engine.batch.slots.read, iter([True])
+    forward, broken = engine.batch.slots.forward, iter([True])
 
     def fails_once(*rows):
         if next(broken, False):
             raise RuntimeError("out of memory")
-        return read(*rows)
+        return forward(*rows)
 
-    engine.batch.slots.read = fails_once
+    engine.batch.slots.forward = fails_once
     with pytest.raises(RuntimeError, match="out of memory"):
         sent(engine, writing(window(5), 3)).result()
     assert sent(engine, writing(window(5), 3)).result().taken == 3

@@ -18,6 +18,7 @@ from constellation.kernel.sample import Sampling, Settings, sample
 from router.life import Ask, Life, Piece, Turn
 from router.local import LocalKernels
 from router.mixture import BARYCENTER, MIXED, MIXTURE, combine, weights
+from router.packet import Packet
 from router.policy import Choice
 from router.session import Answer, generate
 
@@ -146,7 +147,7 @@ class Counted(LocalKernels):
 
     def do(self, call):
         if isinstance(call, Turn):
-            return self.turns({call.kernel: [call.packet]}, call.budget_bytes)[call.kernel][0]
+            return Packet.decode(self.turns({call.kernel: [call.packet.encode()]}, call.budget_bytes)[call.kernel][0])
         return self.log_probs(call.kernel, [call.window], call.tail)[0]
 
     def log_probs(self, kernel, windows, tail):

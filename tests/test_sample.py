@@ -92,7 +92,7 @@ def draw(logits_BV, samplings, positions, seen=None, counts=None):
     together = Settings(samplings, ends=(EOS,))
     if WAY == "torch":
         return sample(logits_BV, together, positions, marks, table).tolist()
-    return native.draw(penalised(logits_BV, together, np.array(positions), marks, table), together, positions)
+    return native.draw(penalised(logits_BV, together, np.array(positions), marks, table), together.records, positions)
 
 
 samplings = st.builds(

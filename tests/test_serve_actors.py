@@ -21,6 +21,7 @@ from constellation.kernel.sample import Sampling
 from router.kernels import LocalAsyncKernels
 from router.life import Answer, Ask, Piece
 from router.local import LocalKernels
+from router.packet import Packet
 from router.service import Service
 from tests.waiting import wait_for
 
@@ -139,6 +140,38 @@ def test_who_leaves_frees_the_slots_of_a_kernel_in_another_process(run: Path, up
             assert now["prompt_tokens"] - before["prompt_tokens"] < 3 * len(answers)  # nothing was read to its end
 
     asyncio.run(leave())
+
+
+def test_a_turn_in_another_process_is_told_while_it_is_under_way(run: Path, up: str) -> None:
+    """One that would not end before the test does."""
+    service = on_ray(run, up)
+    how = Sampling(seed=1, max_new_tokens=1_000_000, ignore_eos=True, logprobs=0)
+    packet = Packet("endless", "heart", (service.tokenizer.eos,), how)
+    heard: list[tuple[int, tuple[int, ...], int]] = []
+
+    async def listen() -> bytes:
+        enough = asyncio.Event()
+
+        def ear(first: int, tokens: tuple[int, ...], scores: tuple[Any, ...]) -> None:
+            heard.append((first, tokens, len(scores)))
+            if first > 200:
+                enough.set()
+
+        turn = asyncio.create_task(service.kernels.turn("heart", packet, 10**9, ear))
+        async with asyncio.timeout(120):
+            await enough.wait()
+        turn.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await turn
+        return service.tokenizer.decode([t for _, tokens, _ in heard for t in tokens])
+
+    told = asyncio.run(listen())
+    assert [first for first, _, _ in heard] == [sum(len(t) for _, t, _ in heard[:i]) for i in range(len(heard))]
+    assert all(len(tokens) == scores for _, tokens, scores in heard)
+    local = LocalKernels.from_run(run)
+    short = dataclasses.replace(packet, sampling=dataclasses.replace(how, max_new_tokens=200))
+    (data,) = local.turns({"heart": [short.encode()]}, 10**9)["heart"]
+    assert told.startswith(service.tokenizer.decode(Packet.decode(data).tokens[-200:]))
 
 
 # -- fronts ------------------------------------------------------------------------------------------------------------

@@ -431,7 +431,7 @@ def test_room_is_given_in_order_and_never_twice() -> None:
 
 def test_an_error_of_a_kernel_ends_the_stream_with_its_reason() -> None:
     class Broken(LocalAsyncKernels):
-        async def turn(self, kernel: str, packet: bytes, budget_bytes: int) -> bytes:
+        async def turn(self, *call: object) -> Packet:
             raise RunError("heart's logits are not finite")
 
     async def ask() -> None:

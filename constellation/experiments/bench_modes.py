@@ -40,7 +40,9 @@ from router.kernels import AsyncKernels, LocalAsyncKernels
 from router.life import ROUTE, Answer, Ask
 from router.local import LocalKernels
 from router.mixture import BARYCENTER, MIXTURE
+from router.packet import Packet
 from router.service import Service
+from router.turn import Ear
 
 WORTH = 0.01  # bits per byte that a doubling of the time must save
 TEMPERATURE, TOP_P = 0.8, 0.95
@@ -70,9 +72,9 @@ class Counted:
         self.names = inner.names
         self.bits, self.score, self.stats = inner.bits, inner.score, inner.stats
 
-    async def turn(self, kernel: str, packet: bytes, budget_bytes: int) -> bytes:
+    async def turn(self, kernel: str, packet: Packet, budget_bytes: int, ear: Ear | None = None) -> Packet:
         self.turns += 1
-        return await self.inner.turn(kernel, packet, budget_bytes)
+        return await self.inner.turn(kernel, packet, budget_bytes, ear)
 
     async def log_probs(self, kernel: str, windows: Sequence[Sequence[int]], tail: int) -> Any:
         self.readings += 1

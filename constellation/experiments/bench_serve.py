@@ -7,6 +7,8 @@
     memory           resident memory of the service, every second; growth from the second quarter to the last, medians
     agrees           tokens that the service counted = tokens that arrived, unless clients left on purpose
     idle             after the last answer nothing is in flight
+    tokens a CPU-second   tokens / processor time of the service's process (of the front alone, when kernels are actors)
+    parts            where that time goes (parts.py), microseconds a token; of a service started here
 
 The service is at --url, or started here for the run (`--run`) on a free port of the loopback, in one process. Every
 model answers once before the clock starts. The load (load.py) is made in this process, on the same machine: its
@@ -37,11 +39,13 @@ from constellation.config import Data
 from constellation.data.corpus import read_corpus
 from constellation.errors import ConfigError
 from constellation.experiments.load import Asked, Load, drive
+from constellation.experiments.parts import sampled
 from constellation.experiments.served import resident_mb, running, served
 
 FAIR, FAIR_ANSWERS = 0.98, 8.0  # least index of a closed load, judged from so many answers a stream on
 GROWTH = 0.02, 8.0  # memory may grow by that part, or by so many MB
 PROMPT_BYTES = (16, 400)
+_CPU = "process_cpu_seconds_total"
 WARM_UP_S = 60.0  # patience with kernels that are loaded at the first question
 
 
@@ -56,6 +60,7 @@ def run(
     result = {
         "question": __doc__.splitlines()[0] if __doc__ else "",
         "machine": platform.processor() or platform.machine(),
+        "instructions": _instructions(),
         "cores": os.cpu_count(),
         "threads": os.environ.get("OMP_NUM_THREADS", "not set"),
         "python": platform.python_version(),
@@ -111,6 +116,11 @@ def judge(done: Sequence[Asked], seen: dict[str, Any], load: Load) -> dict[str, 
         "memory_growth": growth,
         "warm_up_seconds": seen["warm_up_s"],
         "client_cpu_seconds": round(seen["client_cpu_s"], 2),
+        "server_cpu_seconds": round(seen["server_cpu_s"], 2),
+        "tokens_per_cpu_second": round(tokens / seen["server_cpu_s"], 1) if seen["server_cpu_s"] else None,
+        "parts_us_per_token": {
+            name: round(1e6 * share * seen["server_cpu_s"] / max(1, tokens), 1) for name, share in seen["parts"].items()
+        },
         "verdicts": verdicts,
         "raw": {
             **seen,
@@ -131,7 +141,8 @@ def report(result: dict[str, Any]) -> list[str]:
     load, verdicts = result["load"], result["verdicts"]
     kind = "closed" if load["rate"] is None else f"open, {load['rate']:g} requests/s"
     lines = [
-        f"{result['machine']}, {result['cores']} cores, Python {result['python']}; {result['service']}",
+        f"{result['machine']} ({result['instructions']}), {result['cores']} cores, Python {result['python']}; "
+        f"{result['service']}",
         f"{load['streams']} streams, {load['tokens']} tokens an answer, {kind}; {result['seconds']:.0f} s",
         f"{'':<20}{'p50':>10}{'p90':>10}{'p99':>10}{'most':>10}",
     ]
@@ -143,6 +154,7 @@ def report(result: dict[str, Any]) -> list[str]:
     facts = (
         ("warm-up", f"{result['warm_up_seconds']:.1f} s", None),
         ("tokens a second", f"{result['tokens_per_second']:.1f}", None),
+        ("a CPU-second of it", "-" if (cpu := result["tokens_per_cpu_second"]) is None else f"{cpu:.1f} tokens", None),
         ("answers", f"{result['right']} right of {result['requests']}", "no_error"),
         ("longest gap", "-" if result["longest_gap_ms"] is None else f"{result['longest_gap_ms']:.0f} ms", None),
         ("Jain's index", f"{result['jain']:.4f}", "fair"),
@@ -152,6 +164,8 @@ def report(result: dict[str, Any]) -> list[str]:
     )
     words = {True: "  good", False: "  MISSED", None: ""}
     lines += [f"{what:<20}{said:>24}{words[verdicts.get(name) if name else None]}" for what, said, name in facts]
+    if parts := result["parts_us_per_token"]:
+        lines.append("us a token: " + ", ".join(f"{name} {us:.0f}" for name, us in parts.items()))
     return lines + [f"{count} x {error}" for error, count in result["errors"].items()]
 
 
@@ -174,9 +188,10 @@ async def _measure(
                 await asyncio.sleep(1.0)
 
         watching = asyncio.create_task(watch())
-        done = await drive(url, load, prompts, key)
+        with sampled(pid) as parts:
+            done = await drive(url, load, prompts, key)
+            cpu, last = time.process_time() - cpu, await _metrics(client)
         watching.cancel()
-        cpu = time.process_time() - cpu
         for _ in range(20):  # a client sees the end a little before the service has noted it
             after = await _metrics(client)
             if not after.get("constellation_in_flight"):
@@ -188,8 +203,17 @@ async def _measure(
         "tokens_after": after.get("constellation_tokens_total", 0.0),
         "in_flight_after": after.get("constellation_in_flight", -1.0),
         "client_cpu_s": cpu,
+        "server_cpu_s": last.get(_CPU, 0.0) - before.get(_CPU, 0.0),
+        "parts": parts,
         "warm_up_s": round(warm_s, 3),
     }
+
+
+def _instructions() -> str:
+    """What torch found this machine's processor to have; the service's own, when it runs here."""
+    import torch
+
+    return torch.backends.cpu.get_cpu_capability()
 
 
 async def _warm_up(client: httpx.AsyncClient) -> float:

@@ -24,6 +24,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from constellation.errors import ConfigError, RunError
@@ -32,9 +33,10 @@ from constellation.kernel.graph import Graph, Wide
 from constellation.kernel.model import KernelLM, parameter_count
 from constellation.kernel.native import NativeSlots, Panels, Panels8, draw, suits
 from constellation.kernel.packed import Packed
-from constellation.kernel.sample import Sampling, Scored, Settings, penalised, sample, scored
+from constellation.kernel.sample import RECORD, Sampling, Scored, Settings, penalised, sample, scored
 from constellation.kernel.slots import BLOCK, Run, Slots
 
+WORTH_A_COPY = 4  # tokens: fewer are read anew in less time than their keys and values are copied
 PIECE_WORK = 400_000_000  # multiply-adds of a pass that reads: about ten milliseconds of one core
 
 
@@ -110,6 +112,12 @@ class Batch:
         self._held = np.zeros((slots, self.context), np.int32)  # tokens whose keys and values a slot holds
         self._length = np.zeros(slots, np.int64)  # how many
         self._used = np.zeros(slots, np.int64)  # when last
+        # the next row of the request that writes in each slot: token, token before, position, slot
+        self._next_4S = np.zeros((4, slots), np.int64)
+        self._next_4S[3] = np.arange(slots)
+        self._at: NDArray[np.int64] | None = None  # slots of those who write; None: to be found anew
+        self._records = np.zeros(slots, RECORD)  # how each who writes draws
+        self._left = False  # somebody's future was cancelled
         self._settings: tuple[list[Writing], Settings] | None = None
         self._seen_SV: Tensor | None = None
         self._counts_SV: Tensor | None = None
@@ -125,6 +133,11 @@ class Batch:
             _fail(work, error)
         else:
             self._waiting.append(work)
+            work.done.add_done_callback(self._note)
+
+    def _note(self, done: Future[Any]) -> None:
+        if done.cancelled():
+            self._left = True
 
     def _check(self, work: Work) -> None:
         if not work.tokens:
@@ -171,8 +184,10 @@ class Batch:
         }
 
     def _admit(self) -> None:
-        for work in [w for w in (*self._waiting, *self._owner) if w is not None and w.done.cancelled()]:
-            self._leave(work)
+        if self._left:
+            self._left = False
+            for work in [w for w in (*self._waiting, *self._owner) if w is not None and w.done.cancelled()]:
+                self._leave(work)
         while self._waiting and None in self._owner:
             work = self._waiting.popleft()
             if isinstance(work, Writing):
@@ -190,15 +205,14 @@ class Batch:
         shared = np.minimum(np.where(same.all(1), most, same.argmin(1)) if most else 0, self._length)
         free = np.array([owner is None for owner in self._owner])
         best = int(shared.argmax())
-        if not shared[best]:
-            best = -1
-        elif (free & (shared == shared[best]) & (self._length == shared)).any():
-            return int((free & (shared == shared[best]) & (self._length == shared)).argmax()), int(shared[best])
+        whole = free & (shared == shared[best]) & (self._length == shared)  # of them the window begins with all
+        if shared[best] and whole.any():
+            return int(whole.argmax()), int(shared[best])
         age = np.where(self._length > 0, self._used, -1)
         slot = int(np.where(free, age, np.iinfo(np.int64).max).argmin())
-        if best < 0:
-            return slot, 0
         if slot != best:
+            if shared[best] < WORTH_A_COPY:
+                return slot, 0
             self.slots.copy(best, slot, int(shared[best]))
             self._held[slot, : shared[best]] = self._held[best, : shared[best]]
         return slot, int(shared[best])
@@ -208,15 +222,24 @@ class Batch:
         if isinstance(work, Writing):
             self._mark(work)
             if work.fed == work.window - 1:
-                self._writing.append(work)
-                self._writing.sort(key=lambda w: w.slot)
+                self._write_from_here(work)
                 return
         self._reading.append(work)
+
+    def _write_from_here(self, work: Writing) -> None:
+        """The window is read but for its last token."""
+        self._writing.append(work)
+        self._writing.sort(key=lambda w: w.slot)
+        self._at = None
+        before = work.tokens[-2] if work.fed else self.packed.vocabulary
+        self._next_4S[:3, work.slot] = work.tokens[-1], before, work.fed
+        self._records[work.slot] = work.sampling.record
 
     def _leave(self, work: Work) -> None:
         for group in (self._waiting, self._reading, self._writing):
             if work in group:
                 group.remove(work)  # type: ignore[arg-type]
+                self._at = None
         if work.slot >= 0 and self._owner[work.slot] is work:
             self._owner[work.slot] = None
             self._used[work.slot] = self.steps
@@ -230,21 +253,24 @@ class Batch:
 
     def step(self) -> None:
         """One forward pass, and what follows from it."""
-        with torch.inference_mode(), torch.autocast(self.packed.device.type, enabled=False):
+        kind = self.packed.device.type
+        if torch.is_inference_mode_enabled() and not torch.is_autocast_enabled(kind):  # in an engine's thread
+            self._step()
+            return
+        with torch.inference_mode(), torch.autocast(kind, enabled=False):
             self._step()
 
     def _step(self) -> None:
         self._admit()
         writing = list(self._writing)
-        reading = self._pieces()
-        rows = [*((w, w.fed, 1) for w in writing), *reading]
-        if not rows:
+        reading = self._pieces() if self._reading else []
+        if not writing and not reading:
             return
         self.steps += 1
         logits_NV, at = None, len(writing)
         if writing and self._wide is not None:
-            logits_NV, rows, at = self._step_wide(writing, self._wide), reading, 0
-        x_ND = self._forward(rows, at) if rows else torch.empty(0)
+            logits_NV, at = self._step_wide(writing, self._wide), 0
+        x_ND = self._forward(writing[:at], reading) if at or reading else torch.empty(0)
         for work, position, count in reading:
             self._read(work, position, x_ND[at : at + count])
             at += count
@@ -253,15 +279,20 @@ class Batch:
 
     def _step_wide(self, writing: Sequence[Writing], wide: Wide) -> Tensor:
         """The same by a pass over all slots, which a GPU replays as one graph."""
-        at, slots = [w.fed for w in writing], [w.slot for w in writing]
-        tokens = [w.tokens[w.start + w.fed] for w in writing]
-        before = [w.tokens[w.start + w.fed - 1] if w.fed else self.packed.vocabulary for w in writing]
-        logits_NV = wide(tokens, before, at, slots)
-        self._held[slots, at] = tokens
+        tokens, before, at, slots = self._next_rows(writing).tolist()
+        return wide(tokens, before, at, slots)
+
+    def _next_rows(self, writing: Sequence[Writing]) -> NDArray[np.int64]:
+        """The rows (4, N) of those who write, which are noted as held."""
+        if self._at is None:
+            self._at = np.array([w.slot for w in writing], np.int64)
+        at = self._at
+        rows_4N = self._next_4S[:, at]
+        self._held[at, rows_4N[2]] = rows_4N[0]
+        self._length[at] = rows_4N[2] + 1
         for work in writing:
             work.fed += 1
-            self._length[work.slot] = work.fed
-        return logits_NV
+        return rows_4N
 
     def _pieces(self) -> list[tuple[Work, int, int]]:
         """(request, position, rows) of the windows that are read in this step."""
@@ -280,28 +311,41 @@ class Batch:
         """Tokens of the window that are read before the first step; a request that writes steps with the last one."""
         return work.window - isinstance(work, Writing)
 
-    def _forward(self, rows: Sequence[tuple[Work, int, int]], writing: int) -> Tensor:
-        tokens: list[int] = []
-        before: list[int] = []
-        positions: list[int] = []
-        slots: list[int] = []
+    def _forward(self, writing: Sequence[Writing], reading: Sequence[tuple[Work, int, int]]) -> Tensor:
+        """The last layer's output of a row of each who writes and of the pieces that are read."""
+        rows = self._next_rows(writing) if writing else np.empty((4, 0), np.int64)
+        if reading:
+            rows = np.concatenate((rows, *(self._piece_rows(*piece) for piece in reading)), axis=1)
+        runs = [] if isinstance(self.slots, NativeSlots) else self._runs(rows[:, : len(writing)], reading)
+        return self.slots.forward(torch.from_numpy(rows), runs)
+
+    def _piece_rows(self, work: Work, position: int, count: int) -> NDArray[np.int64]:
+        """The rows (4, count) of a piece of a window, which are noted as held."""
+        at = work.start + position
+        rows = np.empty((4, count), np.int64)
+        rows[0] = work.tokens[at : at + count]
+        rows[1, 0] = work.tokens[at - 1] if position else self.packed.vocabulary
+        rows[1, 1:] = rows[0, :-1]
+        rows[2] = np.arange(position, position + count)
+        rows[3] = work.slot
+        self._held[work.slot, position : position + count] = rows[0]
+        self._length[work.slot] = work.fed = position + count
+        return rows
+
+    def _runs(self, rows_4N: NDArray[np.int64], reading: Sequence[tuple[Work, int, int]]) -> list[Run]:
+        """How torch's operations see them: neighbours that write make one run, a piece is one."""
         runs: list[Run] = []
-        for i, (work, position, count) in enumerate(rows):
-            at, columns = work.start + position, self._columns(position + count)
-            first = len(tokens)
-            tokens += work.tokens[at : at + count]
-            before += [work.tokens[at - 1] if position else self.packed.vocabulary]
-            before += work.tokens[at : at + count - 1]
-            positions += range(position, position + count)
-            slots += [work.slot] * count
-            last = runs[-1] if runs and i < writing else None
-            if last and last.slot + last.count == work.slot:
+        for i, (position, slot) in enumerate(rows_4N[2:].T.tolist()):
+            last, columns = runs[-1] if runs else None, self._columns(position + 1)
+            if last and last.slot + last.count == slot:
                 runs[-1] = Run(last.first, last.count + 1, last.slot, True, max(last.columns, columns))
             else:
-                runs.append(Run(first, count, work.slot, i < writing, columns))
-            self._length[work.slot] = work.fed = position + count
-        self._held[slots, positions] = tokens
-        return self.slots.read(tokens, before, positions, slots, runs)
+                runs.append(Run(i, 1, slot, True, columns))
+        first = rows_4N.shape[1]
+        for work, position, count in reading:
+            runs.append(Run(first, count, work.slot, False, self._columns(position + count)))
+            first += count
+        return runs
 
     def _columns(self, length: int) -> int:
         return -(-length // BLOCK) * BLOCK
@@ -319,14 +363,17 @@ class Batch:
         if work.fed == self._until(work):
             self._reading.remove(work)
             if isinstance(work, Writing):
-                self._writing.append(work)
-                self._writing.sort(key=lambda w: w.slot)
+                self._write_from_here(work)
             else:
                 self._finish(work)
 
     def _write(self, writing: list[Writing], logits_NV: Tensor) -> None:
         tokens = self._sample(writing, logits_NV)
-        self._add_marks([w.slot for w in writing], tokens)
+        at = [w.slot for w in writing]
+        self._add_marks(at, tokens)
+        self._next_4S[1, at] = self._next_4S[0, at]
+        self._next_4S[0, at] = tokens
+        self._next_4S[2, at] += 1
         log_p_NV = None
         if any(w.sampling.logprobs is not None for w in writing):
             log_p_NV = torch.log_softmax(logits_NV, -1)
@@ -358,20 +405,24 @@ class Batch:
         work.start, work.fed = slid(len(work.tokens), self.context, work.room), 0
         self._length[work.slot] = 0
         self._writing.remove(work)
+        self._at = None
         self._begin(work)
 
     # -- sampling ------------------------------------------------------------------------------------------------------
 
     def _sample(self, writing: list[Writing], logits_NV: Tensor) -> list[int]:
         """The next token of each, -1 where the logits are not finite."""
+        slots, taken = [w.slot for w in writing], [w.taken for w in writing]
+        native = isinstance(self.slots, NativeSlots)
+        if native and not any(w.sampling.penalised for w in writing):
+            return draw(logits_NV, self._records[slots], taken)
         if self._settings is None or self._settings[0] != writing:
             self._settings = (writing, Settings([w.sampling for w in writing], self.packed.device, self.ends))
-        settings, slots = self._settings[1], [w.slot for w in writing]
+        settings = self._settings[1]
         seen_NV = self._seen_SV[slots] if settings.penalised and self._seen_SV is not None else None
         counts_NV = self._counts_SV[slots] if settings.counted and self._counts_SV is not None else None
-        taken = [w.taken for w in writing]
-        if isinstance(self.slots, NativeSlots):
-            return draw(penalised(logits_NV, settings, np.array(taken), seen_NV, counts_NV), settings, taken)
+        if native:
+            return draw(penalised(logits_NV, settings, np.array(taken), seen_NV, counts_NV), settings.records, taken)
         finite_N = logits_NV.amax(-1).isfinite()  # -inf must not come; the largest is no such
         tokens_N = sample(logits_NV.where(finite_N[:, None], 0.0), settings, taken, seen_NV, counts_NV)
         chosen: list[int] = tokens_N.where(finite_N, -1).tolist()

@@ -17,6 +17,8 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from typing import Any, TypeVar
 
+import torch
+
 from constellation.errors import RunError
 from constellation.kernel.batch import Batch, Work
 
@@ -136,10 +138,11 @@ class _Crew:
             self._ready.put(engine)
 
     def _work(self) -> None:
-        while (engine := self._ready.get()) is not None:
-            if engine.step():
-                self._ready.put(engine)
-            del engine  # an idle one is nobody's but its owner's
+        with torch.inference_mode():
+            while (engine := self._ready.get()) is not None:
+                if engine.step():
+                    self._ready.put(engine)
+                del engine  # an idle one is nobody's but its owner's
 
     def _end(self) -> None:
         self._ended = True

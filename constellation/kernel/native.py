@@ -18,7 +18,6 @@ from torch import Tensor
 from constellation.kernel.compiled import library
 from constellation.kernel.model import KernelLM
 from constellation.kernel.packed import Packed, Product
-from constellation.kernel.sample import Settings
 from constellation.kernel.slots import Run, Slots
 
 WIDE = 16  # of vector.h
@@ -157,14 +156,14 @@ class NativeSlots(Slots):
         return _at(self._scratch)
 
 
-def draw(logits_NV: Tensor, settings: Settings, taken: Sequence[int]) -> list[int]:
-    """`sample` by draw.c, of logits after penalties; -1 where they are not finite."""
+def draw(logits_NV: Tensor, records_N: NDArray[Any], taken: Sequence[int]) -> list[int]:
+    """`sample` by draw.c, of logits after penalties and RECORDs; -1 where they are not finite."""
     count, vocabulary = logits_NV.shape
     size = ctypes.c_int64
     tokens, drawn = np.empty(count, np.int64), np.array(taken, np.int64)
     scratch = np.empty(library().draw_scratch(size(vocabulary)), np.uint8)
     library().draw(
-        _at(logits_NV), size(logits_NV.stride(0)), size(count), size(vocabulary), *map(_of, (settings.records, drawn,
+        _at(logits_NV), size(logits_NV.stride(0)), size(count), size(vocabulary), *map(_of, (records_N, drawn,
         tokens, scratch)),
     )  # fmt: skip
     chosen: list[int] = tokens.tolist()

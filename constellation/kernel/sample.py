@@ -125,6 +125,16 @@ class Sampling:
     def filtered(self) -> bool:
         return self.top_k > 0 or self.top_p < 1 or self.min_p > 0
 
+    @property
+    def record(self) -> tuple[int, int, int, float, float, float]:
+        """What a draw needs to know, a RECORD."""
+        return self.seed, self.index, self.top_k, self.top_p, self.min_p, self.temperature
+
+    @property
+    def penalised(self) -> bool:
+        """Whether the logits are changed before the draw."""
+        return bool(self.repetition_penalty != 1 or self.counted or self.logit_bias or self.min_tokens)
+
 
 def _check_number(name: str, value: Any, in_range: Callable[[float], bool], wanted: str) -> None:
     number = isinstance(value, (int, float)) and not isinstance(value, bool)
@@ -187,9 +197,7 @@ class Settings:
         self.greedy = all(s.greedy for s in samplings)
         self.seeds = np.array([s.seed for s in samplings], dtype=np.uint64)
         self.indices = np.array([s.index for s in samplings], dtype=np.uint64)
-        self.records = np.array(
-            [(s.seed, s.index, s.top_k, s.top_p, s.min_p, s.temperature) for s in samplings], dtype=RECORD
-        )
+        self.records = np.array([s.record for s in samplings], dtype=RECORD)
         self.plain = where([not s.greedy and not s.filtered for s in samplings])
         self.filtered = where([not s.greedy and s.filtered for s in samplings])
 

@@ -14,8 +14,8 @@
     constellation_refused_total                 requests that were not let in, by code
     constellation_kernel_*                      what each kernel's engine says when asked: slots, queue, occupancy
 
-A piece holds the tokens of one turn, which arrive together: a client sees the time between pieces, a reader of text the
-time per token. Buckets begin at 50 microseconds, as kernels of a million parameters need that little.
+A piece holds tokens that are told together: a client sees the time between pieces, a reader of text the time per token.
+Buckets begin at 50 microseconds, as kernels of a million parameters need that little.
 
 A `Metrics` has a registry of its own: two fronts in one process do not see each other. A front has one thread, and so
 has this.
