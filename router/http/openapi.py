@@ -63,6 +63,7 @@ _FAILURES = {
     "401": "No key, or one that is not known.",
     "404": "No such model.",
     "413": "The body is too large.",
+    "415": "The body is not JSON, does not say so, or is packed.",
     "429": "Too much at once, or in a minute; the header Retry-After says when to come again.",
     "500": "The work failed.",
     "503": "The service is ending, or a kernel is away.",
