@@ -235,8 +235,11 @@ def test_an_open_ray_has_to_be_asked_for_on_the_command_line(monkeypatch: pytest
         from actors.head import start_head
 
         start_head(2)
-    command = [sys.executable, "-m", "constellation", "train", "--help"]
-    assert "--ray-auth" in subprocess.run(command, capture_output=True, text=True).stdout
+    new = run.parent / "new"
+    command = [sys.executable, "-m", "constellation", "train", "--run", str(new), "--preset", "tiny"]
+    found = subprocess.run(command, capture_output=True, text=True)
+    assert found.returncode == 2 and "--ray-auth disabled" in found.stderr and found.stderr.count("\n") == 1
+    assert not new.exists(), "told before any work is done"
 
 
 JOINED = """
