@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import FrameType
 
-from actors.cluster import connected, inside, machine, where
+from actors.cluster import connected, inside, machine, refuse_open, where
 from actors.exclusive import exclusive
 from actors.hire import trainers
 from actors.memory import check_memory, free_bytes
@@ -67,6 +67,8 @@ def train(
         (run / VIEW).unlink(missing_ok=True)  # of an earlier sitting
         with _withdrawn(run, fresh):  # too small a cluster is told before any work is done
             if address is None and not inside():
+                if auth is None:
+                    refuse_open()
                 check(bundles, [machine(num_cpus)], "this machine")
                 check_memory(config, len(roles), free_bytes())
             else:

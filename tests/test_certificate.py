@@ -110,10 +110,15 @@ def test_a_router_that_differs_in_one_number_is_another_one() -> None:
 
 
 @pytest.mark.parametrize("code", [2 * 10**12, 2 * 10**12 + 1, 34, 255, -1, -2])
-def test_the_code_of_counts_is_one_that_pack_writes(code: int) -> None:
-    """508 characters of a certificate made an array of 10 GB, as long as its code said."""
+@pytest.mark.parametrize("n", [0, 62])
+def test_the_code_of_counts_is_one_that_pack_writes(code: int, n: int) -> None:
+    """508 characters of a certificate made an array of 10 GB: its length was the code's, for counts of nothing."""
     with pytest.raises(ValueError, match="code"):
-        rice.unpack(code, bytes(64), 62, 512)
+        rice.unpack(code, b"" if n == 0 else bytes(64), n, 512)
+    parts = msgpack.unpackb(base64.urlsafe_b64decode(walked([b""])[0]))
+    parts[4][0][1:3] = [code, b""]
+    with pytest.raises(ArtifactError, match="counts at byte 0"):
+        replay(base64.urlsafe_b64encode(msgpack.packb(parts)).decode(), ROUTER)
 
 
 TOKENIZER = Tokenizer.train([text.decode() for text in TEXTS], 300)
@@ -175,6 +180,7 @@ def moved(values: list[Any], i: int = 2) -> list[Any]:
         ({"kernels": ["action"]}, "kernels="),
         ({"kernels": ["ocean", "heart", "memory"]}, "kernels="),
         ({"mode": "mixture"}, "mode="),
+        ({"kernel": "nobody"}, "kernel="),
         ({"looks": []}, "looks"),
         ({"looks": 7}, "looks"),
         ({"hand_offs": [{"at_bytes": 1, "source": "heart", "target": "action"}]}, "hand-offs"),

@@ -235,14 +235,32 @@ def test_an_open_ray_has_to_be_asked_for_on_the_command_line(monkeypatch: pytest
         from actors.head import start_head
 
         start_head(2)
-    command = [sys.executable, "-m", "constellation", "train", "--help"]
-    assert "--ray-auth" in subprocess.run(command, capture_output=True, text=True).stdout
+    new = run.parent / "new"
+    command = [sys.executable, "-m", "constellation", "train", "--run", str(new), "--preset", "tiny"]
+    found = subprocess.run(command, capture_output=True, text=True)
+    assert found.returncode == 2 and "--ray-auth disabled" in found.stderr and found.stderr.count("\n") == 1
+    assert not new.exists(), "told before any work is done"
 
 
-def test_how_one_cluster_was_joined_is_not_inherited(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whatever a process started after it had looked at a Ray without a token would have had an open Ray."""
-    monkeypatch.delenv("RAY_AUTH_MODE", raising=False)
-    with socket.create_server(("127.0.0.1", 0)) as nobody, pytest.raises(ConfigError):
-        monkeypatch.setattr(cluster, "ANSWER_S", 0.2)
+JOINED = """
+import os, socket
+from actors import cluster
+from constellation.errors import ConfigError
+
+cluster.ANSWER_S = 0.2
+with socket.create_server(("127.0.0.1", 0)) as nobody:
+    try:
         cluster.answer(f"127.0.0.1:{nobody.getsockname()[1]}")
-    assert "RAY_AUTH_MODE" not in os.environ
+    except ConfigError as error:
+        print(error)
+print(os.environ.get("RAY_AUTH_MODE"), flush=True)
+os._exit(0)  # Ray's client goes on trying
+"""
+
+
+def test_how_one_cluster_was_looked_at_is_not_inherited() -> None:
+    """Whatever a process started after it had looked at a Ray without a token would have had an open Ray."""
+    outside = {name: value for name, value in os.environ.items() if not name.startswith("RAY_AUTH")}
+    found = subprocess.run([sys.executable, "-c", JOINED], env=outside, capture_output=True, text=True)
+    told, mode = found.stdout.splitlines()
+    assert "is not a Ray, or hangs" in told and mode == "None"

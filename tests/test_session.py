@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import json
 
 import numpy as np
 import pytest
@@ -24,6 +25,7 @@ from router.policy import Choice, looks
 from router.session import Answer, Chunk, HandOff, Request, generate
 from router.text import ShownText
 from router.turn import Answerer
+from router.verify import Told, verify
 from router.view import WholeText
 
 NAMES = ("heart", "memory", "action")
@@ -418,12 +420,14 @@ def test_the_fitted_router_answers_and_its_stream_is_the_whole_text():
     texts = [
         (a + b).encode() * 20 for a in TEXTS[:6] for b in ("def f(x): return x\n", "GENESIS 1:1 In the beginning ")
     ]
-    router = fit(
-        texts, RouterConfig(bins=512, dims=8, every=EVERY, max_prefix=256), seed=0, names=NAMES, validation=texts
-    )
+    settings = RouterConfig(bins=512, dims=8, every=EVERY, max_prefix=256, hysteresis=CONFIG.router.hysteresis)
+    router = fit(texts, settings, seed=0, names=NAMES, validation=texts)
     requests = [ask("the quick brown fox jumps", seed=1), ask("def f(x): return", seed=2)]
     done = answers(requests, router)
     assert [untimed(a) for a in answers(requests, _Unstreamed(router))] == [untimed(a, certificate="") for a in done]
+    for request, answer in zip(requests, done, strict=True):
+        story = json.loads(json.dumps(answer.to_json()))
+        verify(Told(story, answer.text, list(answer.token_ids), request.prompt.encode()), router, TOKENIZER)
     assert done[0].looks[0].distance_rad > 0
     assert len(done[0].looks) >= len(looks(len(done[0].text), EVERY))
 
