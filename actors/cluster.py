@@ -25,7 +25,7 @@ NAMESPACE = "constellation"
 OBJECT_STORE_BYTES = 100 * 2**20  # packets are small, weights travel as files
 ANSWER_S = 5.0  # a Ray that exists answers within
 STARTS_WITHIN = "RAY_raylet_start_wait_time_s"  # Ray's own patience with its start; 30 s is short on a busy machine
-START_S = 180.0
+START_S = 600.0
 
 
 def machine(num_cpus: int | None = None) -> dict[str, float]:
