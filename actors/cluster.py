@@ -19,13 +19,13 @@ from pathlib import Path
 from typing import Any
 
 from actors import private
-from constellation.errors import ConfigError
+from constellation.errors import ConfigError, RunError
 
 NAMESPACE = "constellation"
 OBJECT_STORE_BYTES = 100 * 2**20  # packets are small, weights travel as files
 ANSWER_S = 5.0  # a Ray that exists answers within
 STARTS_WITHIN = "RAY_raylet_start_wait_time_s"  # Ray's own patience with its start; 30 s is short on a busy machine
-START_S = 180.0
+START_S = 600.0
 
 
 def machine(num_cpus: int | None = None) -> dict[str, float]:
@@ -96,10 +96,14 @@ def _embedded(num_cpus: int | None, namespace: str, auth: str | None) -> Iterato
     size, (folder, mark) = machine(num_cpus), private.make()
     try:
         with _loopback():
-            ray.init(
-                "local", num_cpus=int(size["CPU"]), num_gpus=int(size["GPU"]), include_dashboard=False,
-                object_store_memory=OBJECT_STORE_BYTES, _temp_dir=str(folder / "ray"), **_common(namespace),
-            )  # fmt: skip
+            try:
+                ray.init(
+                    "local", num_cpus=int(size["CPU"]), num_gpus=int(size["GPU"]), include_dashboard=False,
+                    object_store_memory=OBJECT_STORE_BYTES, _temp_dir=str(folder / "ray"), **_common(namespace),
+                )  # fmt: skip
+            except Exception as error:  # Ray raises it bare when the machine is too busy
+                told = str(error).strip().partition("\n")[0]
+                raise RunError(f"Ray did not start on this machine: {told} Its logs: {folder}") from None
         yield
     except Exception:
         ray.shutdown()

@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 
 LOOK_S = 0.2  # between two looks at whether the constellation was taken down
 TURN_S = 120.0  # one turn of one kernel on one batch
-RECOVER_S = 120.0  # until a lost actor is replaced
+RECOVER_S = 300.0  # until a lost actor is replaced: as long as the supervisor lets one start
 RETRY_EVERY_S = 0.5
 SAY_EVERY_S = 5.0
 STATS_S = 2.0

@@ -26,7 +26,7 @@ from actors.hire import options_of
 from actors.listen import Place
 from constellation.errors import ConstellationError, RunError
 
-START_S, LOOK_S, SILENCE_S = 60.0, 1.0, 15.0
+START_S, LOOK_S, SILENCE_S = 300.0, 1.0, 15.0
 
 
 class FrontMailbox:

@@ -17,7 +17,7 @@ import httpx
 
 from constellation.errors import ConfigError, RunError
 
-READY_S = 120.0  # a service that is not ready then never will be
+READY_S = 600.0  # a service that is not ready then never will be
 END_S = 30.0  # and one that has not drained then does not
 
 
