@@ -109,8 +109,7 @@ def _free_port() -> int:
 
 def _started(pid: int) -> float | None:
     """When process `pid` began, seconds since 1970; None when there is none."""
-    import ray  # noqa: F401 - brings its psutil onto the path
-    import psutil  # type: ignore[import-untyped]  # isort: skip
+    import psutil
 
     try:
         process = psutil.Process(pid)

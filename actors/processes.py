@@ -1,13 +1,11 @@
-"""Processes of this machine, by the psutil that comes with Ray: Linux and macOS alike."""
+"""Processes of this machine: Linux and macOS alike."""
 
 from __future__ import annotations
 
 import contextlib
 import os
 
-import ray  # noqa: F401 - brings its psutil onto the path
-
-import psutil  # type: ignore[import-untyped]  # isort: skip
+import psutil
 
 
 def of_session(leader: int) -> dict[int, str]:

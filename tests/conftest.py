@@ -59,7 +59,8 @@ def micro() -> Config:
     return override(tiny(), {
         "kernel.vocab_size": 288, "train.tokens": 807_000, "train.ocean_share": 0.0867, "train.batch": 32,
         "train.kernel_batch": 16, "train.checkpoint_every": 11, "train.eval_bytes": 2048, "train.sample_bytes": 0,
-        "train.precision": "fp32", "train.ocean_threads": 1, "router.dims": 16, "router.max_prefix": 512,
+        "train.precision": "fp32", "optim.ns_precision": "fp32", "train.ocean_threads": 1,
+        "router.dims": 16, "router.max_prefix": 512,
         **{f"{role}.train.tokens": 73_000 for role in ROLES[3:]},
     })  # fmt: skip
 
