@@ -94,6 +94,7 @@ def _embedded(num_cpus: int | None, namespace: str, auth: str | None) -> Iterato
         refuse_open()
     _authenticate(auth or "token")
     size, (folder, mark) = machine(num_cpus), private.make()
+    logs_wanted = False
     try:
         with _loopback():
             try:
@@ -106,16 +107,12 @@ def _embedded(num_cpus: int | None, namespace: str, auth: str | None) -> Iterato
                 raise RunError(f"Ray did not start on this machine: {told} Its logs: {folder}") from None
         yield
     except Exception:
-        ray.shutdown()
+        logs_wanted = True
         raise
-    except BaseException:
-        ray.shutdown()
-        private.remove(folder)
-        raise
-    else:
-        ray.shutdown()
-        private.remove(folder)
     finally:
+        ray.shutdown()
+        if not logs_wanted:
+            private.remove(folder)
         os.close(mark)
 
 

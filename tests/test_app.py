@@ -9,13 +9,11 @@ import re
 import httpx
 import numpy as np
 import pytest
-import torch
 
 from constellation.config import OCEAN, Config, Kernel
 from constellation.config import Router as RouterConfig
 from constellation.coordizer.tokenizer import Tokenizer
 from constellation.errors import RunError
-from constellation.kernel.model import KernelLM
 from constellation.kernel.sample import Sampling
 from router.app import Settings, make_app
 from router.fit import fit
@@ -28,6 +26,7 @@ from router.kernels import LocalAsyncKernels
 from router.local import LocalKernels
 from router.service import Service
 from router.session import Request, generate
+from tests.kernels import random_kernel
 
 NAMES = ("heart", "memory", "action")
 TEXTS = [f"the quick brown fox {i} jumps over the lazy dog, naïve café {i}: x = {i} + 1\n" for i in range(40)]
@@ -39,16 +38,7 @@ BYTES = [text.encode() for group in GROUPS for text in group]
 POLICY = fit(BYTES, CONFIG.router, seed=0, names=NAMES, validation=BYTES)
 
 
-def model(seed: int) -> KernelLM:
-    """Random, far from uniform."""
-    made = KernelLM(KERNEL, seed=seed)
-    with torch.no_grad():
-        for weight in made.parameters():
-            weight.mul_(1.6 if weight.dim() == 2 else 1.0)
-    return made
-
-
-MODELS = {name: model(i) for i, name in enumerate((OCEAN, *NAMES), 1)}
+MODELS = {name: random_kernel(KERNEL, i) for i, name in enumerate((OCEAN, *NAMES), 1)}
 MODES = ("route", "mixture", "barycenter", "heart", OCEAN)
 
 

@@ -3,19 +3,15 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import json
 import os
 import signal
-import threading
-import time
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-import uvicorn
 
 from constellation.cli import run
 from constellation.errors import ConfigError
@@ -24,22 +20,7 @@ from constellation.experiments.bench_serve import jain, judge
 from constellation.experiments.load import Asked, Load, drive
 from constellation.experiments.parts import shares
 from constellation.experiments.served import resident_mb
-
-
-@contextlib.contextmanager
-def listening(app: Any) -> Iterator[str]:
-    """The URL of an application that answers from another thread."""
-    server = uvicorn.Server(uvicorn.Config(app, port=0, log_config=None))
-    thread = threading.Thread(target=server.run)
-    thread.start()
-    while not server.started:
-        assert thread.is_alive()
-        time.sleep(0.01)
-    try:
-        yield f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
-    finally:
-        server.should_exit = True
-        thread.join()
+from tests.listening import listening
 
 
 @pytest.fixture(scope="module")

@@ -15,7 +15,6 @@ from constellation.config import Router as RouterConfig
 from constellation.coordizer.tokenizer import Tokenizer
 from constellation.errors import ConfigError, RunError
 from constellation.kernel.batch import Reading
-from constellation.kernel.model import KernelLM
 from constellation.kernel.sample import Sampling
 from router import reading
 from router.fit import fit
@@ -25,6 +24,7 @@ from router.packet import COUNTS_BYTES, Packet
 from router.room import Room
 from router.service import Answer, Ask, Piece, Service, numbered
 from router.session import generate
+from tests.kernels import random_kernel
 
 NAMES = ("heart", "memory", "action")
 TEXTS = [f"the quick brown fox {i} jumps over the lazy dog, naïve café {i}: x = {i} + 1\n" for i in range(40)]
@@ -38,15 +38,7 @@ POLICY = fit(
 )  # fmt: skip
 
 
-def model(seed: int) -> KernelLM:
-    made = KernelLM(KERNEL, seed=seed)
-    with torch.no_grad():
-        for weight in made.parameters():
-            weight.mul_(1.6 if weight.dim() == 2 else 1.0)
-    return made
-
-
-MODELS = {name: model(i) for i, name in enumerate((OCEAN, *NAMES), 1)}
+MODELS = {name: random_kernel(KERNEL, i) for i, name in enumerate((OCEAN, *NAMES), 1)}
 
 
 def service() -> Service:

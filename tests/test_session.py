@@ -27,6 +27,7 @@ from router.text import ShownText
 from router.turn import Answerer
 from router.verify import Told, verify
 from router.view import WholeText
+from tests.kernels import random_kernel
 
 NAMES = ("heart", "memory", "action")
 TEXTS = [f"the quick brown fox {i} jumps over the lazy dog, naïve café {i}: x = {i} + 1\n" for i in range(40)]
@@ -37,12 +38,7 @@ CONFIG = Config(kernel=KERNEL, router=RouterConfig(every=EVERY, hysteresis=0.2))
 
 
 def model(seed, **changes):
-    """Random, far from uniform, so that every kernel writes its own nonsense, valid UTF-8 or not."""
-    made = KernelLM(dataclasses.replace(KERNEL, **changes), seed=seed)
-    with torch.no_grad():
-        for weight in made.parameters():
-            weight.mul_(1.6 if weight.dim() == 2 else 1.0)
-    return made
+    return random_kernel(dataclasses.replace(KERNEL, **changes), seed)
 
 
 MODELS = {OCEAN: model(1), "heart": model(2), "memory": model(3), "action": model(4)}

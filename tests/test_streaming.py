@@ -7,14 +7,11 @@ import contextlib
 import dataclasses
 import json
 import threading
-import time
 from collections.abc import Iterator
 from typing import Any
 
 import httpx
 import pytest
-import torch
-import uvicorn
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -22,7 +19,6 @@ from constellation.config import OCEAN, Config, Kernel
 from constellation.config import Router as RouterConfig
 from constellation.coordizer.tokenizer import Tokenizer
 from constellation.errors import RunError
-from constellation.kernel.model import KernelLM
 from constellation.kernel.sample import Sampling
 from router.app import make_app
 from router.fit import fit
@@ -35,6 +31,8 @@ from router.post import Post
 from router.service import Answer, Service
 from router.session import generate
 from router.turn import SOON_TOKENS, Answerer, Ear
+from tests.kernels import random_kernel
+from tests.listening import listening
 
 NAMES = ("heart", "memory", "action")
 TEXTS = [f"the quick brown fox {i} jumps over the lazy dog, naïve café {i}: x = {i} + 1\n" for i in range(40)]
@@ -49,15 +47,7 @@ POLICY = fit(
 PATIENCE_S = 60.0
 
 
-def model(seed: int) -> KernelLM:
-    made = KernelLM(KERNEL, seed=seed)
-    with torch.no_grad():
-        for weight in made.parameters():
-            weight.mul_(1.6 if weight.dim() == 2 else 1.0)
-    return made
-
-
-MODELS = {name: model(i) for i, name in enumerate((OCEAN, *NAMES), 1)}
+MODELS = {name: random_kernel(KERNEL, i) for i, name in enumerate((OCEAN, *NAMES), 1)}
 
 
 def local() -> LocalKernels:
@@ -226,18 +216,8 @@ class Held(LocalAsyncKernels):
 
 @contextlib.contextmanager
 def serving(kernels: LocalAsyncKernels) -> Iterator[str]:
-    app = make_app(Service(CONFIG, POLICY, TOKENIZER, kernels))
-    server = uvicorn.Server(uvicorn.Config(app, port=0, log_config=None))
-    thread = threading.Thread(target=server.run)
-    thread.start()
-    while not server.started:
-        assert thread.is_alive()
-        time.sleep(0.01)
-    try:
-        yield f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
-    finally:
-        server.should_exit = True
-        thread.join()
+    with listening(make_app(Service(CONFIG, POLICY, TOKENIZER, kernels))) as url:
+        yield url
 
 
 BODY = {"max_tokens": 60, "seed": 5, "ignore_eos": True, "logprobs": 1, "return_token_ids": True,

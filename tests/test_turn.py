@@ -15,6 +15,7 @@ from constellation.kernel.model import KernelLM
 from constellation.kernel.sample import Sampling
 from router.packet import Packet
 from router.turn import Answerer
+from tests.kernels import random_kernel
 
 TEXTS = [f"the quick brown fox {i} jumps over the lazy dog, naïve café {i}: x = {i} + 1\n" for i in range(40)]
 TOKENIZER = Tokenizer.train(TEXTS, 320)
@@ -22,15 +23,7 @@ KERNEL = Kernel(vocab_size=336, width=24, layers=2, heads=3, hidden=40, context=
 SILENT = [i for i in range(1, 336) if i < 16 or i >= TOKENIZER.vocab_size]
 
 
-def model():
-    made = KernelLM(KERNEL, seed=2)
-    with torch.no_grad():
-        for weight in made.parameters():
-            weight.mul_(1.6 if weight.dim() == 2 else 1.0)
-    return made
-
-
-MODEL = model()
+MODEL = random_kernel(KERNEL, 2)
 BIAS = torch.zeros(336).index_fill_(0, torch.tensor(SILENT), float("-inf"))
 
 
