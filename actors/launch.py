@@ -17,18 +17,18 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import FrameType
 
-from actors.cluster import connected, inside, machine, refuse_open, where
-from actors.exclusive import exclusive
-from actors.hire import trainers
+from actors.connect import connected, inside, machine, refuse_open, where
 from actors.memory import check_memory, free_bytes
 from actors.placement import check, check_cluster, reserve, share
-from actors.plan import fit_router, kernel_job, ocean_job, prepare
-from actors.request import REQUEST, open_request, request
-from actors.status import VIEW, done, finished, roots, summary, write_view
+from actors.specs import trainers
 from actors.supervisor import Supervisor
-from constellation.atomic import read_json
 from constellation.config import ROLES, Config
 from constellation.errors import ConfigError, DataError, PlacementError
+from constellation.pipeline.prepare import fit_router, kernel_job, ocean_job, prepare
+from constellation.pipeline.request import REQUEST, open_request, request
+from constellation.pipeline.status import VIEW, done, finished, roots, summary, write_view
+from constellation.storage.atomic import read_json
+from constellation.storage.exclusive import exclusive
 from constellation.telemetry.step import Step
 
 __all__ = ["summary", "train"]

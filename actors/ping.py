@@ -7,7 +7,7 @@ import time
 
 import ray
 
-from actors.cluster import connected
+from actors.connect import connected
 
 ANSWER_S = 300.0
 

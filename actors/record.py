@@ -18,12 +18,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from actors.cluster import answer, connected
-from actors.exclusive import exclusive
-from actors.head import Head
+from actors.connect import answer, connected
 from actors.private import alone
-from constellation.atomic import write_json
+from actors.ray_head import Head
 from constellation.errors import ArtifactError, ConfigError, RunError
+from constellation.storage.atomic import write_json
+from constellation.storage.exclusive import exclusive
 
 SCHEMA = 2
 LEAVE_S = 20.0  # for those who ask it to hear that it is taken down, and to leave

@@ -1,4 +1,4 @@
-"""Kernels that are actors: `RayKernels` behind the seam of router/session.py, `AsyncRayKernels` behind a service's.
+"""Kernels that are actors: `RayKernels` behind router/answer/session.py, `AsyncRayKernels` behind a service.
 
 A turn is a pure function of its packets, so a turn whose actor dies is asked again of its replacement,
 and the answer is the one that was lost.
@@ -20,21 +20,21 @@ from numpy.typing import NDArray
 from ray.exceptions import GetTimeoutError, RayError, RayTaskError
 
 from actors import record as records
-from actors.cluster import connected, find, where
-from actors.hearing import Listening
-from actors.hire import servers
-from actors.keeper import SUPERVISOR, namespace_of
+from actors.connect import connected, find, where
 from actors.placement import reserve, share
 from actors.record import Record
-from actors.request import open_plan
+from actors.specs import servers
 from actors.supervisor import Supervisor
+from actors.supervisor_actor import SUPERVISOR, namespace_of
+from actors.turn_stream import Listening
 from constellation.config import OCEAN, ROLES
 from constellation.errors import ConstellationError, RunError
+from constellation.pipeline.request import open_plan
 
 if TYPE_CHECKING:
-    from constellation.kernel.sample import Scored
-    from router.packet import Packet
-    from router.turn import Ear
+    from constellation.decoding.sample import Scored
+    from router.answer.packet import Packet
+    from router.answer.turn import Ear
 
 LOOK_S = 0.2  # between two looks at whether the constellation was taken down
 TURN_S = 120.0  # one turn of one kernel on one batch
@@ -216,7 +216,7 @@ class AsyncRayKernels:
         return (OCEAN, *ROLES)
 
     async def turn(self, kernel: str, packet: Packet, budget_bytes: int, ear: Ear | None = None) -> Packet:
-        from router.packet import Packet
+        from router.answer.packet import Packet
 
         if ear is None:
             return Packet.decode(await self._ask(kernel, "answer", packet.encode(), budget_bytes))

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import ray
 
-from actors.keeper import namespace_of
+from actors.supervisor_actor import namespace_of
 from constellation.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -45,10 +45,10 @@ def app(args: Mapping[str, str]) -> Any:
     given = arguments(args)
     from ray import serve
 
-    from actors import detached
+    from actors import lifecycle
 
     run, keys = Path(given["run"]), Path(given["api_key_file"]) if given["api_key_file"] else None
-    name = detached.up(run, name=given["name"] or None).name
+    name = lifecycle.up(run, name=given["name"] or None).name
 
     def front() -> FastAPI:
         return front_of(run, name, keys)
@@ -62,8 +62,8 @@ def app(args: Mapping[str, str]) -> Any:
 
 def front_of(run: Path, name: str, keys: Path | None, front: Front | None = None) -> FastAPI:
     """The application over the kernels of the constellation called `name`, for a process that is part of its Ray."""
-    from actors.application import application
     from actors.remote import AsyncRayKernels
+    from constellation.pipeline.serving import application
 
     kernels = AsyncRayKernels(lambda role: ray.get_actor(role, namespace=namespace_of(name)))
     return application(run, kernels, keys, front)

@@ -23,11 +23,12 @@ from typing import Any
 import ray
 from ray.exceptions import ActorDiedError, GetTimeoutError, RayError, RayTaskError, RuntimeEnvSetupError
 
-from actors.hire import Hire
-from actors.messages import BUSY, KernelStatus, Report
+from actors.messages import BUSY, Report
 from actors.placement import Placement, nodes, total
+from actors.specs import Hire
 from constellation.config import Config
 from constellation.errors import ConstellationError, PlacementError, RunError
+from constellation.pipeline.status import KernelStatus
 from constellation.telemetry.step import Step
 
 BEAT_S = 1.0  # how long an actor collects news before it answers

@@ -16,6 +16,11 @@ LARGEST_KEPT_BYTES = 1 << 25  # larger pieces come from the kernel and go back t
 BF16_ISAS = ("BF16", "FP16", "AMX", "AVX10", "DEFAULT")  # in ONEDNN_MAX_CPU_ISA; FP16 and later contain BF16
 
 
+def cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 @functools.cache
 def fast_bf16(device: str) -> bool:
     """Whether a device of this type ("cpu", "cuda") has instructions for products of bf16.

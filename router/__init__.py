@@ -1,1 +1,1 @@
-"""Who answers: fit, route, hand-off. No Ray."""
+"""Who answers (decide/), how (answer/), and over HTTP (http/, app.py). No Ray."""

@@ -1,6 +1,6 @@
 """The service over HTTP: its paths, and what fails. FastAPI here and nowhere else.
 
-    POST /v1/completions, /v1/chat/completions      text: openai.py -> asking.py -> telling.py
+    POST /v1/completions, /v1/chat/completions      text: requests.py -> translate.py -> render.py
     POST /v1/decisions                              a probability for each allowed answer
     GET  /v1/models, /v1/models/{id}                who can be asked
     POST /tokenize, /detokenize, GET /tokenizer_info
@@ -9,8 +9,8 @@
     GET  /metrics                                   for scrapers, with a key of its own where there are keys
     GET  /                                          the page
 
-A request passes the door (door.py), the desk answers it (desk.py); what fails is an OpenAI error object with the status
-of errors.py.
+A request passes the middleware (middleware.py), an endpoint answers it (endpoints.py); what fails is an OpenAI error
+object with the status of errors.py.
 """
 
 from __future__ import annotations
@@ -26,15 +26,16 @@ from starlette.responses import Response
 from starlette.types import ASGIApp
 
 from constellation import __version__
-from router.http import page, replies
-from router.http.asking import MODES
-from router.http.desk import Desk
-from router.http.door import Door
+from router.answer.service import Service
+from router.http import page, responses
+from router.http.endpoints import Desk
 from router.http.failures import HANDLED, handle
 from router.http.keys import Keys
 from router.http.limits import Admission, Front
 from router.http.metrics import Metrics
-from router.http.openai import (
+from router.http.middleware import Door
+from router.http.openapi import components, operation
+from router.http.requests import (
     ChatRequest,
     CompletionRequest,
     DecisionRequest,
@@ -42,8 +43,7 @@ from router.http.openai import (
     RouteRequest,
     TokenizeRequest,
 )
-from router.http.openapi import components, operation
-from router.service import Service
+from router.http.translate import MODES
 
 
 @dataclass(frozen=True)
@@ -86,7 +86,7 @@ def _allowing(app: ASGIApp, origins: Sequence[str]) -> ASGIApp:
 
 
 def _paths(desk: Desk) -> list[tuple[str, str, Callable[..., Any], dict[str, Any]]]:
-    r = replies
+    r = responses
     return [
         ("POST", "/v1/completions", desk.completions,
          operation("Continue texts", CompletionRequest, r.Completion, r.Completion)),

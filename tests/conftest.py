@@ -38,7 +38,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture(scope="session")
 def ray_session() -> Iterator[None]:
     """An embedded Ray with 4 logical CPUs, started once (5 s) and shared; call what you start in it `unique`."""
-    from actors.cluster import connected
+    from actors.connect import connected
 
     with connected(num_cpus=4):
         yield
@@ -79,8 +79,8 @@ def micro_corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def micro_run(tmp_path_factory: pytest.TempPathFactory, micro_corpus: Path, micro: Config) -> Path:
     """A whole run of `micro`, trained by the plain loop in this process: no Ray, left alone. Read it, copy it."""
-    from actors.plan import fit_router, kernel_job, ocean_job, prepare, request
     from constellation.config import ROLES
+    from constellation.pipeline.prepare import fit_router, kernel_job, ocean_job, prepare, request
     from constellation.train.loop import fit
 
     run = tmp_path_factory.mktemp("runs") / "alone"

@@ -20,19 +20,19 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from actors import cluster, detached
+from actors import connect, lifecycle
 from actors import record as records
-from actors.exclusive import exclusive, is_held
-from actors.head import Head
-from actors.hire import options_of, servers
 from actors.launch import summary, train
 from actors.memory import check_memory, free_bytes, needed_bytes
 from actors.placement import Placement, check, halves, pack
 from actors.processes import of_session
-from actors.status import folder_status, root_name
+from actors.ray_head import Head
+from actors.specs import options_of, servers
 from constellation.config import OCEAN, ROLES, Config, override
 from constellation.errors import ArtifactError, ConfigError, DataError, PlacementError, RunError
+from constellation.pipeline.status import folder_status, root_name
 from constellation.presets import m100
+from constellation.storage.exclusive import exclusive, is_held
 from tests.waiting import wait_for
 
 THREE = ROLES[:3]
@@ -73,7 +73,7 @@ def test_what_does_not_fit_is_told_with_both_numbers() -> None:
         check([{"CPU": 0.25, "GPU": 1.0}] * 8, [{"CPU": 2.0, "GPU": 1.0}, {"CPU": 4.0, "GPU": 1.0}], "the cluster")
     text = str(told.value)
     assert "needs 8 x (CPU 0.25, GPU 1), in all CPU 2, GPU 8" in text
-    assert "the cluster has CPU 6, GPU 2 on 2 nodes" in text and "cluster.gpus_per_kernel" in text
+    assert "the cluster has CPU 6, GPU 2 on 2 nodes" in text and "connect.gpus_per_kernel" in text
 
 
 def test_an_actor_without_a_gpu_sees_none_and_one_with_a_gpu_is_left_to_ray() -> None:
@@ -96,7 +96,7 @@ def test_serving_needs_no_more_room_than_training(micro: Config) -> None:
 HOLDER = """
 import signal, sys
 from pathlib import Path
-from actors.exclusive import exclusive
+from constellation.storage.exclusive import exclusive
 
 with exclusive(Path(sys.argv[1])):
     print("held", flush=True)
@@ -119,19 +119,19 @@ def test_a_folder_has_one_writer_until_that_one_ends_or_is_killed(tmp_path: Path
 @pytest.mark.parametrize("address", ["nowhere", "host:port", "ray://host:10001", "10.0.0.1"])
 def test_an_address_that_is_none_is_refused(address: str) -> None:
     with pytest.raises(ConfigError, match="host:port or auto"):
-        cluster.find(address)
+        connect.find(address)
 
 
 def test_a_closed_port_and_a_port_of_somebody_else_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cluster, "ANSWER_S", 1.0)
-    monkeypatch.setattr(cluster, "_authenticate", lambda mode, token: None)  # this process may have a Ray already
+    monkeypatch.setattr(connect, "ANSWER_S", 1.0)
+    monkeypatch.setattr(connect, "_authenticate", lambda mode, token: None)  # this process may have a Ray already
     with socket.socket() as closed:
         closed.bind(("127.0.0.1", 0))
         with pytest.raises(ConfigError, match="no Ray at"):
-            cluster.answer(f"127.0.0.1:{closed.getsockname()[1]}")
+            connect.answer(f"127.0.0.1:{closed.getsockname()[1]}")
         closed.listen()
         with pytest.raises(ConfigError, match="is not a Ray, or hangs"):
-            cluster.answer(f"127.0.0.1:{closed.getsockname()[1]}")
+            connect.answer(f"127.0.0.1:{closed.getsockname()[1]}")
 
 
 # -- status from the folder ----------------------------------------------------------------------------------------
@@ -191,7 +191,7 @@ def test_a_machine_too_small_is_told_at_once_and_nothing_is_written(
     monkeypatch.setattr("actors.launch.inside", lambda: False)  # as in a fresh process, without the session's Ray
     (tmp_path / "empty").mkdir()  # a corpus that could not be read: it is not read before
     with pytest.raises(PlacementError, match=r"needs 8 x \(CPU 0\.25, GPU 4\).*GPU 32; this machine has CPU \d+, GPU"):
-        list(train(tmp_path / "run", tmp_path / "empty", override(micro, {"cluster.gpus_per_kernel": 4})))
+        list(train(tmp_path / "run", tmp_path / "empty", override(micro, {"connect.gpus_per_kernel": 4})))
     assert not (tmp_path / "run").exists()
 
 
@@ -217,11 +217,11 @@ def test_only_a_trained_run_is_served_and_only_the_cluster_part_may_change(micro
     run = tmp_path / "run"
     shutil.copytree(micro_run, run)
     with pytest.raises(ConfigError, match=r"optim\.lr"):
-        detached.up(run, changes={"optim.lr": 1})
+        lifecycle.up(run, changes={"optim.lr": 1})
     shutil.rmtree(run / ROLES[4] / "checkpoints")
     with pytest.raises(ConfigError, match=f"{ROLES[4]} not trained yet"):
-        detached.up(run)
-    assert not detached.down(run, say=silent) and records.read(run) is None
+        lifecycle.up(run)
+    assert not lifecycle.down(run, say=silent) and records.read(run) is None
 
 
 # -- with Ray ------------------------------------------------------------------------------------------------------
@@ -235,7 +235,7 @@ def test_a_cluster_too_small_and_a_busy_one_are_told(
     from ray.util.placement_group import placement_group, remove_placement_group
 
     with pytest.raises(PlacementError, match=r"needs 8 x .*the cluster has CPU 4, GPU 0; lower"):
-        list(train(tmp_path / "run", micro_corpus, override(micro, {"cluster.cpus_per_kernel": 1})))
+        list(train(tmp_path / "run", micro_corpus, override(micro, {"connect.cpus_per_kernel": 1})))
     with pytest.raises(ConfigError, match="connected to the Ray at"):
         list(train(tmp_path / "run", micro_corpus, micro, address="127.0.0.1:1"))
     assert not (tmp_path / "run").exists()
@@ -244,7 +244,7 @@ def test_a_cluster_too_small_and_a_busy_one_are_told(
     ray.get(hog.ready())
     said: list[str] = []
     try:
-        impatient = override(micro, {"cluster.placement_timeout_s": 1})
+        impatient = override(micro, {"connect.placement_timeout_s": 1})
         with pytest.raises(PlacementError, match=r"no room within 1 s.*has CPU 4, GPU 0, free CPU 0\.5"):
             list(train(tmp_path / "busy", micro_corpus, impatient, say=said.append))
     finally:
@@ -295,8 +295,8 @@ def test_a_diverging_run_fails_with_its_reason_and_is_not_tried_again(
 def test_an_actor_does_one_thing_and_may_be_told_twice(ray_session: None, micro_run: Path, tmp_path: Path) -> None:
     import ray
 
-    from actors.kernel import KernelActor
-    from actors.plan import ocean_job, open_plan
+    from actors.kernel_actor import KernelActor
+    from constellation.pipeline.prepare import ocean_job, open_plan
 
     job = dataclasses.replace(ocean_job(open_plan(micro_run)), folder=tmp_path / "twice")
     actor = KernelActor.options(num_cpus=0.25).remote(OCEAN)
@@ -321,7 +321,7 @@ def test_an_actor_does_one_thing_and_may_be_told_twice(ray_session: None, micro_
 def test_the_driver_tells_of_a_damaged_checkpoint_and_the_older_one_ends_in_the_same_bits(
     ray_session: None, micro_run: Path, tmp_path: Path
 ) -> None:
-    from actors.plan import kernel_job, open_plan
+    from constellation.pipeline.prepare import kernel_job, open_plan
     from constellation.train.loop import fit
 
     run = tmp_path / "run"
@@ -345,11 +345,11 @@ def test_the_driver_tells_of_a_damaged_checkpoint_and_the_older_one_ends_in_the_
 
 
 def answers(kernels: Any, run: Path, between: Callable[[], None] = lambda: None) -> list[Any]:
-    from actors.plan import open_plan
     from constellation.coordizer.tokenizer import Tokenizer
-    from constellation.kernel.sample import Sampling
-    from router.route import Router
-    from router.session import Answer, Request, generate
+    from constellation.decoding.sample import Sampling
+    from constellation.pipeline.prepare import open_plan
+    from router.answer.session import Answer, Request, generate
+    from router.decide.fisher_rao import Router
 
     plan = open_plan(run)
     how = Sampling(temperature=0.9, top_p=0.95, seed=7, max_new_tokens=120)
@@ -368,7 +368,7 @@ def test_local_and_ray_answers_are_equal_even_if_an_actor_is_killed_on_the_way(
     ray_session: None, micro_run: Path, micro: Config
 ) -> None:
     from actors.remote import open_kernels
-    from router.local import LocalKernels
+    from router.answer.local import LocalKernels
 
     local = answers(LocalKernels.from_run(micro_run), micro_run)
     assert len(local) == 3 and all(answer.completion_tokens for answer in local)
@@ -406,23 +406,23 @@ def test_a_constellation_stays_up_heals_and_goes_down(
     import ray
     from ray.util.placement_group import placement_group_table
 
-    from actors.keeper import namespace_of
     from actors.remote import RayKernels, open_kernels
-    from actors.status import newest_step
+    from actors.supervisor_actor import namespace_of
     from constellation.commands.answering import Answering
-    from router.local import LocalKernels
-    from router.route import Router
+    from constellation.pipeline.status import newest_step
+    from router.answer.local import LocalKernels
+    from router.decide.fisher_rao import Router
 
     run = tmp_path / "run"
     shutil.copytree(micro_run, run)
     local = answers(LocalKernels.from_run(run), run)
     texts = [b"def f(x): return x", b"An assignment statement evaluates"]
-    status = detached.up(run, name=unique, say=silent)
+    status = lifecycle.up(run, name=unique, say=silent)
     assert status.state == "up" and status.name == unique
     assert [k.role for k in status.kernels] == ["supervisor", "router", *ROLES, OCEAN]
     assert all(k.state == "serving" and k.health == "ok" and k.node for k in status.kernels)
     said: list[str] = []
-    assert detached.up(run, say=said.append).name == unique and "is up already" in said[0]
+    assert lifecycle.up(run, say=said.append).name == unique and "is up already" in said[0]
     with Answering(run, local=False, address=None) as asked:
         assert isinstance(asked.kernels, RayKernels) and not asked.unfinished, "who is up is asked"
         assert asked.kernels.steps() == {role: newest_step(run / role) for role in (OCEAN, *ROLES)}
@@ -436,11 +436,11 @@ def test_a_constellation_stays_up_heals_and_goes_down(
     next(endless)
     asker = threading.Thread(target=lambda: ended.append(failure(endless)))
     asker.start()
-    assert detached.down(run, say=silent)
+    assert lifecycle.down(run, say=silent)
     asker.join()
     assert len(ended) == 1 and isinstance(ended[0], RunError) and "was taken down meanwhile" in str(ended[0])
-    assert not detached.down(run, say=silent)
-    assert detached.status(run).state == "finished"
+    assert not lifecycle.down(run, say=silent)
+    assert lifecycle.status(run).state == "finished"
     assert not any(a["namespace"] == namespace_of(unique) for a in ray.util.list_named_actors(all_namespaces=True))
     groups = [g["state"] for g in placement_group_table().values() if g["name"] == namespace_of(unique)]
     assert set(groups) == {"REMOVED"}
@@ -490,7 +490,7 @@ def heal(run: Path, before: dict[str, int], killed: tuple[str, ...]) -> None:
     after: dict[str, int | None] = {}
 
     def healed() -> bool:
-        now = detached.status(run)
+        now = lifecycle.status(run)
         after.update({k.role: k.pid for k in now.kernels})
         return now.state == "up" and all(after[role] not in (None, before[role]) for role in killed)
 
@@ -501,24 +501,24 @@ def heal(run: Path, before: dict[str, int], killed: tuple[str, ...]) -> None:
 UP_AND_DOWN = """
 import sys
 from pathlib import Path
-from actors import detached, record as records
+from actors import lifecycle, record as records
 
 run = Path(sys.argv[1])
-status = detached.up(run)
+status = lifecycle.up(run)
 head = records.read(run).head
 print("leader", head.pid, flush=True)
 assert status.state == "up" and head.alive() and status.address.startswith("127.0.0.1:"), status
 assert head.token.stat().st_mode & 0o77 == 0 and Path(head.folder).stat().st_mode & 0o77 == 0
-assert detached.status(run).state == "up"
-assert detached.down(run) and not detached.down(run)
-assert not head.alive() and not Path(head.folder).exists() and detached.status(run).state == "finished"
+assert lifecycle.status(run).state == "up"
+assert lifecycle.down(run) and not lifecycle.down(run)
+assert not head.alive() and not Path(head.folder).exists() and lifecycle.status(run).state == "finished"
 """
 
 
 def test_a_record_of_a_ray_that_is_gone_is_seen_through(
     micro_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(cluster, "_authenticate", lambda mode, token: None)  # this process may have a Ray already
+    monkeypatch.setattr(connect, "_authenticate", lambda mode, token: None)  # this process may have a Ray already
     run = tmp_path / "run"
     shutil.copytree(micro_run, run)
     pid = subprocess.run([sys.executable, "-c", "import os; print(os.getpid())"], capture_output=True, text=True).stdout
@@ -531,8 +531,8 @@ def test_a_record_of_a_ray_that_is_gone_is_seen_through(
         (None, "no Ray at 127.0.0.1:1"),
     ):
         records.write(run, records.Record("run", "127.0.0.1:1", head and Head(**head)))
-        status = detached.status(run)
+        status = lifecycle.status(run)
         assert status.state == "finished" and why in status.detail
     said: list[str] = []
-    assert detached.down(run, say=said.append) and "forgotten" in said[0]
-    assert not detached.down(run, say=silent)
+    assert lifecycle.down(run, say=said.append) and "forgotten" in said[0]
+    assert not lifecycle.down(run, say=silent)

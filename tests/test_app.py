@@ -13,19 +13,19 @@ import pytest
 from constellation.config import OCEAN, Config, Kernel
 from constellation.config import Router as RouterConfig
 from constellation.coordizer.tokenizer import Tokenizer
+from constellation.decoding.sample import Sampling
 from constellation.errors import RunError
-from constellation.kernel.sample import Sampling
+from router.answer.kernels import LocalAsyncKernels
+from router.answer.local import LocalKernels
+from router.answer.service import Service
+from router.answer.session import Request, generate
 from router.app import Settings, make_app
-from router.fit import fit
+from router.decide.fit import fit
 from router.http import keys
 from router.http.chat import render
 from router.http.keys import Keys, Limits
 from router.http.limits import Front
-from router.http.openai import Message
-from router.kernels import LocalAsyncKernels
-from router.local import LocalKernels
-from router.service import Service
-from router.session import Request, generate
+from router.http.requests import Message
 from tests.kernels import random_kernel
 
 NAMES = ("heart", "memory", "action")

@@ -25,16 +25,16 @@ import openai
 import pydantic
 import pytest
 
-from actors.plan import open_plan
 from constellation.config import ROLES
 from constellation.coordizer.tokenizer import Tokenizer
+from constellation.pipeline.prepare import open_plan
+from router.answer.kernels import LocalAsyncKernels
+from router.answer.local import LocalKernels
+from router.answer.service import Ask, Service
 from router.app import make_app
+from router.decide.fisher_rao import Router
 from router.http.server import Server
-from router.http.stream_events import DONE
-from router.kernels import LocalAsyncKernels
-from router.local import LocalKernels
-from router.route import Router
-from router.service import Ask, Service
+from router.http.sse import DONE
 from tests.waiting import wait_for, wait_until
 
 PROMPT = "The import statement"
@@ -381,7 +381,7 @@ def test_lm_eval_gives_the_score_that_the_service_gives_in_process(running, tmp_
 
 def test_asks_of_the_service_and_of_its_front_are_the_same(running):
     """What HTTP adds is nothing but HTTP."""
-    from constellation.kernel.sample import Sampling
+    from constellation.decoding.sample import Sampling
 
     async def alone():
         steps = [s async for s in running.service.stream(Ask(PROMPT, Sampling(seed=4, max_new_tokens=50)))]

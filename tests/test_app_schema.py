@@ -12,14 +12,14 @@ from schemathesis.specs.openapi.checks import response_schema_conformance
 from constellation.config import OCEAN, Config, Kernel
 from constellation.coordizer.tokenizer import Tokenizer
 from constellation.kernel.model import KernelLM
+from router.answer.kernels import LocalAsyncKernels
+from router.answer.local import LocalKernels
+from router.answer.service import Service
 from router.app import Settings, make_app
-from router.fit import fit
+from router.decide.fit import fit
 from router.http.limits import Front
-from router.http.openai import ChatRequest, CompletionRequest
 from router.http.openapi import components
-from router.kernels import LocalAsyncKernels
-from router.local import LocalKernels
-from router.service import Service
+from router.http.requests import ChatRequest, CompletionRequest
 
 NAMES = ("heart", "memory")
 TEXTS = [f"the quick brown fox {i} jumps over the lazy dog {i}: x = {i} + 1\n" * 4 for i in range(20)]

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 from constellation.artifacts.run import CHANNELS, RunFolder, Trace, read_trace
-from constellation.atomic import read_json, write_bytes, write_folder, write_json
 from constellation.errors import ArtifactError, RunError
 from constellation.presets import tiny
+from constellation.storage.atomic import read_json, write_bytes, write_folder, write_json
 from constellation.telemetry.step import Step
 
 

@@ -11,10 +11,10 @@ from typing import Any
 
 import pytest
 
-from actors.status import newest_step
-from constellation.atomic import SEAL
 from constellation.cli import run as cli
 from constellation.config import OCEAN, ROLES
+from constellation.pipeline.status import newest_step
+from constellation.storage.atomic import SEAL
 
 HALF = ROLES[1]
 

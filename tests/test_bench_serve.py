@@ -26,13 +26,13 @@ from tests.listening import listening
 @pytest.fixture(scope="module")
 def url(micro_run: Path) -> Iterator[str]:
     """A real service of the small run, in this process."""
-    from actors.plan import open_plan
     from constellation.coordizer.tokenizer import Tokenizer
+    from constellation.pipeline.prepare import open_plan
+    from router.answer.kernels import LocalAsyncKernels
+    from router.answer.local import LocalKernels
+    from router.answer.service import Service
     from router.app import make_app
-    from router.kernels import LocalAsyncKernels
-    from router.local import LocalKernels
-    from router.route import Router
-    from router.service import Service
+    from router.decide.fisher_rao import Router
 
     plan = open_plan(micro_run)
     kernels = LocalAsyncKernels(LocalKernels.from_run(micro_run))
@@ -160,11 +160,11 @@ def test_a_stream_that_starves_is_unfair_and_no_answer_at_all_is_no_success() ->
 
 def test_a_sample_belongs_to_its_innermost_part_and_who_waits_to_none() -> None:
     folded = """
-main (cli.py:1);_run (asyncio/events.py:84);_look (router/life.py:9);judge (router/route.py:136);where (numpy/x.py:3) 6
+main (cli.py:1);_look (router/answer/query.py:9);judge (router/decide/fisher_rao.py:136);where (numpy/x.py:3) 6
 main (cli.py:1);_run (asyncio/events.py:84);send (uvicorn/h11_impl.py:5);write (asyncio/selector_events.py:9) 3
 main (cli.py:1);_run_once (asyncio/base_events.py:1);select (selectors.py:468) 90
-run (threading.py:5);_work (constellation/kernel/engine.py:99);forward (constellation/kernel/native.py:131) 2
-run (threading.py:5);_work (constellation/kernel/engine.py:98) 50
+run (threading.py:5);_work (constellation/decoding/engine.py:99);forward (constellation/decoding/native.py:131) 2
+run (threading.py:5);_work (constellation/decoding/engine.py:98) 50
 main (cli.py:1) 1
 """.strip()
     assert shares(folded) == {"looks": 0.5, "sockets": 0.25, "kernels in C": pytest.approx(2 / 12), "rest": 1 / 12}

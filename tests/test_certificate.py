@@ -16,12 +16,12 @@ from hypothesis import strategies as st
 from constellation.config import Router as RouterConfig
 from constellation.coordizer.tokenizer import Tokenizer
 from constellation.errors import ArtifactError
-from router import rice
-from router.certificate import Ledger, digest_of, replay
-from router.fit import fit
-from router.route import Router
-from router.verify import told_in, verify
-from router.view import View
+from router.answer import count_codec
+from router.answer.certificate import Ledger, digest_of, replay
+from router.answer.verify import told_in, verify
+from router.answer.view import View
+from router.decide.fisher_rao import Router
+from router.decide.fit import fit
 
 NAMES = ("heart", "memory", "action")
 KINDS = ("the quick brown fox", "def f(x): return", "GENESIS 1:1 In the beginning")
@@ -114,7 +114,7 @@ def test_a_router_that_differs_in_one_number_is_another_one() -> None:
 def test_the_code_of_counts_is_one_that_pack_writes(code: int, n: int) -> None:
     """508 characters of a certificate made an array of 10 GB: its length was the code's, for counts of nothing."""
     with pytest.raises(ValueError, match="code"):
-        rice.unpack(code, b"" if n == 0 else bytes(64), n, 512)
+        count_codec.unpack(code, b"" if n == 0 else bytes(64), n, 512)
     parts = msgpack.unpackb(base64.urlsafe_b64decode(walked([b""])[0]))
     parts[4][0][1:3] = [code, b""]
     with pytest.raises(ArtifactError, match="counts at byte 0"):
@@ -127,7 +127,7 @@ PROMPT, ANSWER = KINDS[0] * 3, " def f(x): return x" * 12 + " and é."
 
 def answered(mode: str = "route", top_k: int = 2, prompt: str = PROMPT, text: str = ANSWER) -> dict[str, Any]:
     """What `generate --json` says of `text`, looked at every 32 bytes."""
-    from router.mixture import MIXED, weights
+    from router.answer.mixture import MIXED, weights
 
     data, start = (prompt + text).encode(), len(prompt.encode())
     view, ledger, looks, wrote = View(ROUTER), Ledger(ROUTER, mode, top_k), [], []

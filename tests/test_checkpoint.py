@@ -11,12 +11,12 @@ import pytest
 import torch
 
 from constellation import optim
-from constellation.atomic import SEAL
 from constellation.config import Config
 from constellation.errors import ArtifactError
 from constellation.kernel.loss import linear_cross_entropy
 from constellation.kernel.model import KernelLM
 from constellation.presets import tiny
+from constellation.storage.atomic import SEAL
 from constellation.train import checkpoint
 
 CONFIG: Config = tiny()

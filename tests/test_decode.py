@@ -8,11 +8,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from constellation.config import Kernel
+from constellation.decoding.batch import Batch, Writing
+from constellation.decoding.decode import decode_naive, generate
+from constellation.decoding.sample import Sampling
 from constellation.errors import ConfigError, RunError
-from constellation.kernel.batch import Batch, Writing
-from constellation.kernel.decode import decode_naive, generate
 from constellation.kernel.model import EXPLICIT_UP_TO, KernelLM
-from constellation.kernel.sample import Sampling
 
 MINI = Kernel(vocab_size=300, width=24, layers=2, heads=3, hidden=40, context=48, coupling_ref=8)
 KINDS = [("fidelity", "fixed"), ("fidelity", "learned"), ("dot", "off")]

@@ -15,13 +15,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from constellation.config import Kernel
+from constellation.decoding.batch import Batch, Reading, Writing
+from constellation.decoding.compiled import available
+from constellation.decoding.decode import decode_naive
+from constellation.decoding.engine import Engine
+from constellation.decoding.sample import Sampling
 from constellation.errors import ConfigError
-from constellation.kernel.batch import Batch, Reading, Writing
-from constellation.kernel.compiled import available
-from constellation.kernel.decode import decode_naive
-from constellation.kernel.engine import Engine
 from constellation.kernel.model import KernelLM
-from constellation.kernel.sample import Sampling
 
 MINI = Kernel(vocab_size=300, width=32, layers=2, heads=2, hidden=40, context=48, coupling_ref=8)
 NATIVE = (True, False) if available() else (False,)  # no C compiler

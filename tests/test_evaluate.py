@@ -5,9 +5,9 @@ import math
 import numpy as np
 import pytest
 
-from router.evaluate import Scores, answers, look_in_force, mix, report, top_k_log_weights
-from router.partition import assign, segments
-from router.policy import ABSTAINED, Trajectory
+from router.decide.evaluate import Scores, answers, look_in_force, mix, report, top_k_log_weights
+from router.decide.partition import assign, segments
+from router.decide.policy import ABSTAINED, Trajectory
 
 EVERY = 8
 

@@ -8,12 +8,12 @@ import torch
 from constellation.cli import run as cli
 from constellation.config import Kernel
 from constellation.coordizer.tokenizer import Tokenizer
+from constellation.decoding.decode import generate
+from constellation.decoding.sample import Sampling
 from constellation.errors import ConfigError
 from constellation.experiments.bench_decode import load_transformers
-from constellation.kernel.decode import generate
 from constellation.kernel.export import export_llama, llama_weights
 from constellation.kernel.model import KernelLM
-from constellation.kernel.sample import Sampling
 
 transformers = load_transformers()
 

@@ -8,11 +8,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from constellation.config import Kernel
+from constellation.decoding.int8 import EXACT, LEVELS, Product, quantise
+from constellation.decoding.packed import Packed
+from constellation.decoding.slots import Run, Slots
 from constellation.errors import ConfigError
-from constellation.kernel.int8 import EXACT, LEVELS, Product, quantise
 from constellation.kernel.model import KernelLM
-from constellation.kernel.packed import Packed
-from constellation.kernel.slots import Run, Slots
 
 CONFIG = Kernel(vocab_size=400, width=64, layers=3, heads=4, hidden=96, context=64)
 

@@ -10,9 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from prometheus_client.parser import text_string_to_metric_families
 
+from router.answer.query import Answer, HandOff
+from router.answer.view import Look
 from router.http.metrics import CLIENT_LEFT, SECONDS, Metrics
-from router.life import Answer, HandOff
-from router.view import Look
 
 
 class Clock:

@@ -12,15 +12,15 @@ from hypothesis import strategies as st
 from constellation.config import OCEAN, Config, Kernel
 from constellation.config import Router as RouterConfig
 from constellation.coordizer.tokenizer import Tokenizer
+from constellation.decoding.sample import Sampling, Settings, sample
 from constellation.errors import ConfigError
 from constellation.kernel.model import KernelLM
-from constellation.kernel.sample import Sampling, Settings, sample
-from router.life import Ask, Life, Piece, Turn
-from router.local import LocalKernels
-from router.mixture import BARYCENTER, MIXED, MIXTURE, combine, weights
-from router.packet import Packet
-from router.policy import Choice
-from router.session import Answer, generate
+from router.answer.local import LocalKernels
+from router.answer.mixture import BARYCENTER, MIXED, MIXTURE, combine, weights
+from router.answer.packet import Packet
+from router.answer.query import Ask, Life, Piece, Turn
+from router.answer.session import Answer, generate
+from router.decide.policy import Choice
 
 NAMES = ("heart", "memory", "action")
 TEXTS = [f"the quick brown fox {i} jumps over the lazy dog, naïve café {i}: x = {i} + 1\n" for i in range(40)]

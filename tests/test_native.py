@@ -14,10 +14,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from constellation.config import Kernel
-from constellation.kernel.compiled import FLAGS, SOURCES, available
+from constellation.decoding.compiled import FLAGS, SOURCES, available
+from constellation.decoding.native import NativeSlots, Panels, Panels8, suits
+from constellation.decoding.packed import Packed
 from constellation.kernel.model import KernelLM
-from constellation.kernel.native import NativeSlots, Panels, Panels8, suits
-from constellation.kernel.packed import Packed
 
 if not available():
     pytest.skip("no C compiler", allow_module_level=True)
@@ -93,9 +93,9 @@ FALLBACK = """
 import os, tempfile
 tempfile.tempdir = os.environ.get("TMPDIR")
 from constellation.config import Kernel
-from constellation.kernel.batch import Batch
+from constellation.decoding.batch import Batch
 from constellation.kernel.model import KernelLM
-from constellation.kernel.compiled import Unavailable, library
+from constellation.decoding.compiled import Unavailable, library
 print(Batch(KernelLM(Kernel(vocab_size=300, width=32, layers=1, heads=2, hidden=40, context=16))).stats()["native"])
 try:
     library()

@@ -14,7 +14,7 @@ from openai.types.chat import completion_create_params as chat_params
 
 from router.http.chat import JINJA, render
 from router.http.finite import MOST, MOST_CHARACTERS, MOST_PARTS, texts_of
-from router.http.openai import (
+from router.http.requests import (
     LABELS,
     ChatRequest,
     CompletionRequest,

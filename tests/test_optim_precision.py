@@ -11,12 +11,12 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from actors.plan import request
 from constellation import processor
 from constellation.config import Config, override
 from constellation.errors import ConfigError
 from constellation.optim.hybrid import HybridGeometricOptimizer
 from constellation.optim.kronecker import KroneckerNG
+from constellation.pipeline.prepare import request
 from constellation.presets import tiny
 from constellation.train import checkpoint
 from constellation.train.loop import Job, fit, resolve_precision

@@ -9,12 +9,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from constellation.config import Router as RouterConfig
+from constellation.decoding.sample import Sampling
 from constellation.errors import ArtifactError, ConfigError
-from constellation.kernel.sample import Sampling
-from router.counts import trigrams
-from router.fit import fit
-from router.packet import BODY_BYTES, COUNTS_BYTES, Packet, pack_counts, unpack_counts
-from router.view import View
+from router.answer.packet import BODY_BYTES, COUNTS_BYTES, Packet, pack_counts, unpack_counts
+from router.answer.view import View
+from router.decide.counts import trigrams
+from router.decide.fit import fit
 
 LOG_P = st.floats(max_value=0, width=32, allow_nan=False)
 packets = st.builds(

@@ -11,8 +11,8 @@ import pytest
 
 from constellation.config import ROLES
 from constellation.geometry import e8
+from router.decide.fisher_rao import Router
 from router.http import page
-from router.route import Router
 
 
 @pytest.fixture(scope="module")

@@ -16,8 +16,8 @@ import numpy as np
 import pytest
 
 from constellation.config import ROLES
+from router.decide.fisher_rao import Router
 from router.http import keys, page
-from router.route import Router
 from tests.waiting import wait_for
 
 CHROMIUM, DRIVER = Path("/usr/bin/chromium"), Path("/usr/bin/chromedriver")
@@ -104,13 +104,13 @@ def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
 @contextlib.contextmanager
 def serving(run: Path, **settings: Any) -> Iterator[str]:
     """The URL of the whole service of a run, answering from another thread."""
-    from actors.plan import open_plan
     from constellation.coordizer.tokenizer import Tokenizer
+    from constellation.pipeline.prepare import open_plan
+    from router.answer.kernels import LocalAsyncKernels
+    from router.answer.local import LocalKernels
+    from router.answer.service import Service
     from router.app import Settings, make_app
     from router.http.server import Server
-    from router.kernels import LocalAsyncKernels
-    from router.local import LocalKernels
-    from router.service import Service
 
     plan = open_plan(run)
     kernels = LocalAsyncKernels(LocalKernels.from_run(run))

@@ -11,12 +11,12 @@ from pathlib import Path
 
 import pytest
 
-from actors import cluster, detached, private
+from actors import connect, lifecycle, private
 from actors import record as records
-from actors.exclusive import exclusive, is_held
-from actors.head import Head
+from actors.ray_head import Head
 from actors.record import Record
 from constellation.errors import ArtifactError, ConfigError, RunError
+from constellation.storage.exclusive import exclusive, is_held
 
 
 @pytest.fixture(autouse=True)
@@ -49,9 +49,9 @@ def test_a_run_folder_cannot_name_a_folder_to_delete(run: Path, tmp_path: Path) 
     head = {**vars(ended(dear)), "folder": str(dear)}
     record = {"schema": 1, "name": "run", "address": "127.0.0.1:1", "head": head}
     (run / "up.json").write_text(json.dumps(record))
-    assert not detached.down(run, say=silent)
+    assert not lifecycle.down(run, say=silent)
     records.write(run, Record("run", "127.0.0.1:1", ended(dear)))  # nor can a record: it is not marked as ours
-    assert detached.down(run, say=silent)
+    assert lifecycle.down(run, say=silent)
     assert (dear / "thesis.txt").read_text() == "all of it"
 
 
@@ -69,7 +69,7 @@ def test_a_lock_that_is_no_plain_file_is_refused_and_what_it_names_is_left(run: 
         (run / name).symlink_to(dear)
     with pytest.raises(ConfigError, match="plain file"), exclusive(run, name=name):
         pass
-    assert not detached.down(run, say=silent), "its lock is elsewhere"
+    assert not lifecycle.down(run, say=silent), "its lock is elsewhere"
     assert not dear.exists() if kind == "dangling" else dear.read_text() == "all of it"
     if name == ".lock":
         with pytest.raises(ConfigError, match="plain file"):
@@ -129,7 +129,7 @@ def test_a_damaged_record_is_one_line(run: Path, state: Path, text: str) -> None
     records.write(run, Record("name", "127.0.0.1:7", None))
     (file,) = state.glob("*.json")
     file.write_text(text)
-    for ask in (records.read, detached.down):
+    for ask in (records.read, lifecycle.down):
         with pytest.raises(ArtifactError, match="is damaged") as told:
             ask(run)
         assert "\n" not in str(told.value)
@@ -140,7 +140,7 @@ def test_what_another_machine_holds_is_told_and_left(run: Path) -> None:
     records.write(run, record)
     assert "up on elsewhere" in record.unreachable()
     with pytest.raises(ConfigError, match="up on elsewhere"):
-        detached.down(run, say=silent)
+        lifecycle.down(run, say=silent)
     assert records.read(run) == record
 
 
@@ -227,12 +227,12 @@ def test_an_embedded_ray_writes_where_nobody_else_may(ray_session: None) -> None
 
 
 def test_an_open_ray_has_to_be_asked_for_on_the_command_line(monkeypatch: pytest.MonkeyPatch, run: Path) -> None:
-    monkeypatch.setattr(cluster, "inside", lambda: False)
+    monkeypatch.setattr(connect, "inside", lambda: False)
     monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
-    with pytest.raises(ConfigError, match="RAY_AUTH_MODE=disabled"), cluster.connected():
+    with pytest.raises(ConfigError, match="RAY_AUTH_MODE=disabled"), connect.connected():
         pass
     with pytest.raises(ConfigError, match="RAY_AUTH_MODE=disabled"):
-        from actors.head import start_head
+        from actors.ray_head import start_head
 
         start_head(2)
     new = run.parent / "new"
@@ -244,13 +244,13 @@ def test_an_open_ray_has_to_be_asked_for_on_the_command_line(monkeypatch: pytest
 
 JOINED = """
 import os, socket
-from actors import cluster
+from actors import connect
 from constellation.errors import ConfigError
 
-cluster.ANSWER_S = 0.2
+connect.ANSWER_S = 0.2
 with socket.create_server(("127.0.0.1", 0)) as nobody:
     try:
-        cluster.answer(f"127.0.0.1:{nobody.getsockname()[1]}")
+        connect.answer(f"127.0.0.1:{nobody.getsockname()[1]}")
     except ConfigError as error:
         print(error)
 print(os.environ.get("RAY_AUTH_MODE"), flush=True)

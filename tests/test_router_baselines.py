@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 from constellation import config
 from constellation.config import OCEAN, ROLES
 from constellation.errors import ArtifactError, ConfigError
-from router.baselines import RandomRouter, TfidfRouter
-from router.partition import loads, partition
-from router.policy import Policy, Trajectory, decide, looks
+from router.decide.baselines import RandomRouter, TfidfRouter
+from router.decide.partition import loads, partition
+from router.decide.policy import Policy, Trajectory, decide, looks
 
 sklearn = pytest.importorskip("sklearn", reason="the tf-idf router needs scikit-learn")
 SETTINGS = config.Router(every=32)

@@ -5,7 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import sparse
 
-from router.counts import count, ranks, trigram, trigrams, windows
+from router.decide.counts import count, ranks, trigram, trigrams, windows
 
 BINS = 4096
 texts = st.lists(st.binary(max_size=300), max_size=6)

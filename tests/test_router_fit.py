@@ -16,12 +16,12 @@ from constellation import config
 from constellation.config import ROLES
 from constellation.errors import ConfigError, DataError
 from constellation.geometry import e8, sphere
-from router import counts
-from router.cluster import anticipate, balance, in_force, pool, refine, sample, spherical, window_weights
-from router.fit import fit
-from router.partition import balanced, in_force_bytes, loads, partition
-from router.policy import ABSTAINED, decide
-from router.route import corpus_mean
+from router.decide import counts
+from router.decide.clustering import anticipate, balance, in_force, pool, refine, sample, spherical, window_weights
+from router.decide.fisher_rao import corpus_mean
+from router.decide.fit import fit
+from router.decide.partition import balanced, in_force_bytes, loads, partition
+from router.decide.policy import ABSTAINED, decide
 
 SETTINGS = config.Router(bins=512, dims=16, every=32, min_prefix=16, max_prefix=512)
 SOURCES = 8

@@ -9,12 +9,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from constellation import config
+from constellation.decoding.sample import Sampling
 from constellation.errors import ArtifactError, ConfigError
-from constellation.kernel.sample import Sampling
-from router import packet, rice
-from router.packet import BODY_BYTES, COUNTS_BYTES, Packet
-from router.route import Calibration, Router
-from router.view import View
+from router.answer import count_codec, packet
+from router.answer.packet import BODY_BYTES, COUNTS_BYTES, Packet
+from router.answer.view import View
+from router.decide.fisher_rao import Calibration, Router
 
 EXAMPLE = Packet("r1", "heart", (5, 70_000, 3), Sampling(stop=("\n\n",), seed=2**64 - 1), 7, b"\xe6\xbc")
 
@@ -35,27 +35,27 @@ def worst_histograms(n: int, bins: int) -> list[np.ndarray]:
 @pytest.mark.parametrize("n", [0, 1, 62, 1000, 8190, 32_768])
 def test_counts_take_no_more_than_the_bound_whatever_they_are(n):
     for histogram in worst_histograms(n, 4096):
-        code, data = rice.pack(histogram)
-        assert len(data) <= rice.bound_bytes(n, 4096) <= COUNTS_BYTES
-        assert (rice.unpack(code, data, n, 4096) == histogram).all()
+        code, data = count_codec.pack(histogram)
+        assert len(data) <= count_codec.bound_bytes(n, 4096) <= COUNTS_BYTES
+        assert (count_codec.unpack(code, data, n, 4096) == histogram).all()
 
 
 def test_the_documented_sizes():
-    assert [rice.bound_bytes(n, 4096) for n in (62, 1000, 32_768)] == [63, 503, 2560]
+    assert [count_codec.bound_bytes(n, 4096) for n in (62, 1000, 32_768)] == [63, 503, 2560]
 
 
 @settings(deadline=None)
 @given(st.lists(st.integers(0, 5000), min_size=1, max_size=200))
 def test_rice_codes_are_exact(values):
     histogram = np.array(values)
-    assert (rice.unpack(*rice.pack(histogram), histogram.sum(), len(histogram)) == histogram).all()
+    assert (count_codec.unpack(*count_codec.pack(histogram), histogram.sum(), len(histogram)) == histogram).all()
 
 
 @settings(deadline=None)
 @given(st.integers(0, 33), st.binary(max_size=60), st.integers(0, 100), st.integers(1, 300))
 def test_other_bytes_are_no_counts_or_counts_of_that_size(code, data, n, bins):
     try:
-        counts = rice.unpack(code, data, n, bins)
+        counts = count_codec.unpack(code, data, n, bins)
     except ValueError:
         return
     assert counts.sum() == n and len(counts) == bins and (counts >= 0).all()
@@ -104,7 +104,7 @@ def test_long_stop_texts_are_refused_before_anything_is_generated():
 
 def test_the_largest_packet_of_100_kernels_fits():
     stop = tuple(c * 100 for c in "abcd")
-    code, data = rice.pack(worst_histograms(32_768, 4096)[2])
+    code, data = count_codec.pack(worst_histograms(32_768, 4096)[2])
     largest = Packet(
         "r" * 36, "k" * 32, tuple(range(2048)), Sampling(stop=stop, top_p=0.5, seed=2**64 - 1), 2**32, bytes(99),
         "length", 32_770, bytes([code]) + data.ljust(COUNTS_BYTES), b"ab", bytes(4 * 64), bytes(4 * 100),

@@ -16,9 +16,9 @@ from constellation import config
 from constellation.config import OCEAN
 from constellation.errors import ArtifactError
 from constellation.geometry import e8, sphere
-from router.counts import count
-from router.policy import ABSTAINED, Policy, Trajectory, decide, looks
-from router.route import Calibration, Router, corpus_mean
+from router.decide.counts import count
+from router.decide.fisher_rao import Calibration, Router, corpus_mean
+from router.decide.policy import ABSTAINED, Policy, Trajectory, decide, looks
 
 K, BINS, DIMS = 5, 512, 12
 SETTINGS = config.Router(bins=BINS, dims=DIMS, every=32, min_prefix=8, max_prefix=512, smoothing=20.0)
@@ -253,8 +253,9 @@ def test_it_is_a_policy():
 def test_routing_needs_no_torch(tmp_path):
     ROUTER.save(tmp_path)
     program = (
-        "import sys, pathlib; from router.route import Router; r = Router.load(pathlib.Path(sys.argv[1]));"
-        "s = r.stream(); s.update(b'hello world'); s.choice(); r.route([b'hello']); r.trajectories([b'hello'], 2);"
+        "import sys, pathlib; from router.decide.fisher_rao import Router; from router.decide.stream import Stream;"
+        "r = Router.load(pathlib.Path(sys.argv[1]));"
+        "s = Stream(r); s.update(b'hello world'); s.choice(); r.route([b'hello']); r.trajectories([b'hello'], 2);"
         "assert 'torch' not in sys.modules and 'ray' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", program, str(tmp_path)], check=True)

@@ -11,10 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
+from constellation.decoding import native
+from constellation.decoding.compiled import available
+from constellation.decoding.sample import PREFILTER, Sampling, Settings, penalised, sample, uniform
 from constellation.errors import ConfigError
-from constellation.kernel import native
-from constellation.kernel.compiled import available
-from constellation.kernel.sample import PREFILTER, Sampling, Settings, penalised, sample, uniform
 
 GOLDEN, ONE, TWO, WORD = 0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB, 2**64 - 1
 EOS = 0

@@ -15,14 +15,14 @@ from typing import Any
 
 import pytest
 
-from actors.application import service_of
 from constellation.config import OCEAN
-from constellation.kernel.sample import Sampling
-from router.kernels import LocalAsyncKernels
-from router.life import Answer, Ask, Piece
-from router.local import LocalKernels
-from router.packet import Packet
-from router.service import Service
+from constellation.decoding.sample import Sampling
+from constellation.pipeline.serving import service_of
+from router.answer.kernels import LocalAsyncKernels
+from router.answer.local import LocalKernels
+from router.answer.packet import Packet
+from router.answer.query import Answer, Ask, Piece
+from router.answer.service import Service
 from tests.waiting import wait_for
 
 pytestmark = pytest.mark.ray
@@ -47,18 +47,18 @@ def run(micro_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def up(ray_session: None, run: Path) -> Iterator[str]:
     """The name of a constellation that is up."""
-    from actors import detached
+    from actors import lifecycle
 
-    status = detached.up(run, name=f"served-{os.getpid()}", say=silent)
+    status = lifecycle.up(run, name=f"served-{os.getpid()}", say=silent)
     yield status.name
-    detached.down(run, say=silent)
+    lifecycle.down(run, say=silent)
 
 
 def on_ray(run: Path, name: str) -> Service:
     import ray
 
-    from actors.keeper import namespace_of
     from actors.remote import AsyncRayKernels
+    from actors.supervisor_actor import namespace_of
 
     return service_of(run, AsyncRayKernels(lambda role: ray.get_actor(role, namespace=namespace_of(name))))
 
@@ -79,12 +79,12 @@ async def answers(service: Service, hear: Any = lambda piece: None) -> list[Answ
 
 
 def test_a_kernel_killed_in_the_middle_of_a_stream_is_replaced_and_the_tokens_are_the_same(run: Path, up: str) -> None:
-    from actors import detached
+    from actors import lifecycle
 
     local = asyncio.run(answers(service_of(run, LocalAsyncKernels(LocalKernels.from_run(run)))))
     assert len({kernel for answer in local for kernel in answer.kernels}) > 2
     assert asyncio.run(answers(on_ray(run, up))) == local
-    pids = {k.role: k.pid for k in detached.status(run).kernels}
+    pids = {k.role: k.pid for k in lifecycle.status(run).kernels}
     killed: list[str] = []
 
     def kill(piece: Piece) -> None:
@@ -96,7 +96,7 @@ def test_a_kernel_killed_in_the_middle_of_a_stream_is_replaced_and_the_tokens_ar
 
     assert asyncio.run(answers(on_ray(run, up), kill)) == local
     assert len(killed) > 1
-    after = {k.role: k.pid for k in detached.status(run).kernels}
+    after = {k.role: k.pid for k in lifecycle.status(run).kernels}
     assert all(after[role] != pids[role] for role in killed)
 
 
@@ -198,7 +198,7 @@ BODY: dict[str, Any] = {"model": "constellation", "prompt": "The import statemen
 def test_fronts_share_a_port_are_replaced_when_killed_and_drain(run: Path, up: str) -> None:
     import ray
 
-    from actors.serve import Fronts, Place
+    from actors.fronts import Fronts, Place
 
     said: list[str] = []
     fronts = Fronts(Place(run, up, "127.0.0.1", 0, shared=True), 2, said.append)
@@ -226,8 +226,8 @@ def test_fronts_share_a_port_are_replaced_when_killed_and_drain(run: Path, up: s
 
 
 def test_serve_uses_what_is_up_and_leaves_it_up(run: Path, up: str) -> None:
-    from actors import detached
-    from actors.serve import Place, serve
+    from actors import lifecycle
+    from actors.fronts import Place, serve
 
     ports: list[int] = []
 
@@ -236,13 +236,13 @@ def test_serve_uses_what_is_up_and_leaves_it_up(run: Path, up: str) -> None:
         return True
 
     assert serve(Place(run, "", "127.0.0.1", 0, shared=False), ready=ports.append, ended=ended, say=silent)
-    assert detached.status(run).state == "up"
+    assert lifecycle.status(run).state == "up"
 
 
 def test_the_same_application_runs_on_ray_serve(run: Path, up: str) -> None:
     serve_api = pytest.importorskip("ray.serve", reason="ray[serve] is not installed", exc_type=ImportError)
-    from actors.listen import bind
     from actors.serve_app import app
+    from router.http.listen import bind
 
     with bind("127.0.0.1", 0) as free:
         port = free.getsockname()[1]

@@ -18,9 +18,9 @@ from typing import Any
 import pytest
 
 from actors import record as records
-from actors.listen import bind, url_of
 from actors.processes import of_session
 from constellation.errors import ConfigError
+from router.http.listen import bind, url_of
 from tests.waiting import wait_for
 
 

@@ -13,17 +13,17 @@ import torch
 from constellation.config import OCEAN, Config, Kernel
 from constellation.config import Router as RouterConfig
 from constellation.coordizer.tokenizer import Tokenizer
+from constellation.decoding.batch import Reading
+from constellation.decoding.sample import Sampling
 from constellation.errors import ConfigError, RunError
-from constellation.kernel.batch import Reading
-from constellation.kernel.sample import Sampling
-from router import reading
-from router.fit import fit
-from router.kernels import LocalAsyncKernels
-from router.local import LocalKernels
-from router.packet import COUNTS_BYTES, Packet
-from router.room import Room
-from router.service import Answer, Ask, Piece, Service, numbered
-from router.session import generate
+from router.answer import scoring
+from router.answer.kernels import LocalAsyncKernels
+from router.answer.local import LocalKernels
+from router.answer.packet import COUNTS_BYTES, Packet
+from router.answer.room import Room
+from router.answer.service import Answer, Ask, Piece, Service, numbered
+from router.answer.session import generate
+from router.decide.fit import fit
 from tests.kernels import random_kernel
 
 NAMES = ("heart", "memory", "action")
@@ -117,7 +117,7 @@ def test_a_text_is_scored_token_by_token_as_whole_forward_passes_do(mode: str) -
         name = mode
         if mode == "route":
             seen = int((trajectory.at_bytes <= before[i]).sum())
-            from router.policy import decide, kernel_name
+            from router.decide.policy import decide, kernel_name
 
             name = kernel_name(NAMES, int(decide(trajectory, 0.05)[seen - 1])) if seen else OCEAN
         with torch.no_grad():
@@ -128,8 +128,8 @@ def test_a_text_is_scored_token_by_token_as_whole_forward_passes_do(mode: str) -
 
 
 def test_every_mode_scores_a_text_as_the_evaluation_does() -> None:
-    """Oracle: router/evaluate.py on a table of what each kernel says of each token."""
-    from router.evaluate import Scores, answers
+    """Oracle: router/decide/evaluate.py on a table of what each kernel says of each token."""
+    from router.decide.evaluate import Scores, answers
 
     tokens = [*TOKENIZER.encode("the quick brown fox number def f(x): GENESIS 1:1 number GENESIS 1:1 " * 4), 0]
     made = service()
@@ -225,7 +225,9 @@ def test_a_packet_that_would_outgrow_its_bound_at_the_end_of_a_long_answer_is_re
             assert grown.encode()
             found.add("let in")
     assert found == {"refused", "let in"}
-    monkeypatch.setattr("router.packet.BODY_BYTES", 2048)  # room for what the answer begins with, not for its end
+    monkeypatch.setattr(
+        "router.answer.packet.BODY_BYTES", 2048
+    )  # room for what the answer begins with, not for its end
     with pytest.raises(ConfigError, match="may grow to"):
         asyncio.run(whole(service(), ASKS[0]))
 
@@ -371,8 +373,8 @@ def test_answers_times_length_times_kernels_times_vocabulary_is_bounded(monkeypa
         expected = asyncio.run(asked(Service(CONFIG, POLICY, TOKENIZER, free), mode))
         row = KERNEL.vocab_size * 4
         with monkeypatch.context() as patch:
-            patch.setattr(reading, "PIECE_BYTES", 9 * row)
-            patch.setattr(reading, "HELD_BYTES", 30 * row)
+            patch.setattr(scoring, "PIECE_BYTES", 9 * row)
+            patch.setattr(scoring, "HELD_BYTES", 30 * row)
             found = asyncio.run(asked(Service(CONFIG, POLICY, TOKENIZER, kernels), mode))
         assert plain(found) == plain(expected)
         if mode == "heart":

@@ -13,20 +13,20 @@ from hypothesis import strategies as st
 from constellation.config import OCEAN, Config, Kernel
 from constellation.config import Router as RouterConfig
 from constellation.coordizer.tokenizer import Tokenizer
+from constellation.decoding.decode import decode_naive
+from constellation.decoding.sample import Sampling
 from constellation.errors import ArtifactError, ConfigError
-from constellation.kernel.decode import decode_naive
 from constellation.kernel.model import KernelLM
-from constellation.kernel.sample import Sampling
 from constellation.train import checkpoint
-from router.fit import fit
-from router.local import LocalKernels
-from router.packet import Packet
-from router.policy import Choice, looks
-from router.session import Answer, Chunk, HandOff, Request, generate
-from router.text import ShownText
-from router.turn import Answerer
-from router.verify import Told, verify
-from router.view import WholeText
+from router.answer.local import LocalKernels
+from router.answer.packet import Packet
+from router.answer.session import Answer, Chunk, HandOff, Request, generate
+from router.answer.text import ShownText
+from router.answer.turn import Answerer
+from router.answer.verify import Told, verify
+from router.answer.view import WholeText
+from router.decide.fit import fit
+from router.decide.policy import Choice, looks
 from tests.kernels import random_kernel
 
 NAMES = ("heart", "memory", "action")

@@ -18,19 +18,19 @@ from hypothesis import strategies as st
 from constellation.config import OCEAN, Config, Kernel
 from constellation.config import Router as RouterConfig
 from constellation.coordizer.tokenizer import Tokenizer
+from constellation.decoding.sample import Sampling
 from constellation.errors import RunError
-from constellation.kernel.sample import Sampling
+from router.answer.kernels import LocalAsyncKernels
+from router.answer.local import LocalKernels
+from router.answer.packet import Packet
+from router.answer.post import Post
+from router.answer.query import Ask, Life, Piece, Turn
+from router.answer.service import Answer, Service
+from router.answer.session import generate
+from router.answer.turn import SOON_TOKENS, Answerer, Ear
 from router.app import make_app
-from router.fit import fit
-from router.kernels import LocalAsyncKernels
-from router.life import Ask, Life, Piece, Turn
-from router.local import LocalKernels
-from router.packet import Packet
-from router.policy import FIRST
-from router.post import Post
-from router.service import Answer, Service
-from router.session import generate
-from router.turn import SOON_TOKENS, Answerer, Ear
+from router.decide.fit import fit
+from router.decide.policy import FIRST
 from tests.kernels import random_kernel
 from tests.listening import listening
 

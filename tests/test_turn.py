@@ -9,12 +9,12 @@ import torch
 
 from constellation.config import Kernel
 from constellation.coordizer.tokenizer import Tokenizer
+from constellation.decoding.decode import decode_naive
+from constellation.decoding.sample import Sampling
 from constellation.errors import ArtifactError, ConfigError
-from constellation.kernel.decode import decode_naive
 from constellation.kernel.model import KernelLM
-from constellation.kernel.sample import Sampling
-from router.packet import Packet
-from router.turn import Answerer
+from router.answer.packet import Packet
+from router.answer.turn import Answerer
 from tests.kernels import random_kernel
 
 TEXTS = [f"the quick brown fox {i} jumps over the lazy dog, naïve café {i}: x = {i} + 1\n" for i in range(40)]

@@ -25,9 +25,9 @@ from typing import Any
 
 import numpy as np
 
-from constellation.atomic import no_link, read_object, write_bytes, write_json
 from constellation.config import Config
 from constellation.errors import ArtifactError
+from constellation.storage.atomic import no_link, read_object, write_bytes, write_json
 from constellation.telemetry.step import Step
 
 SCHEMA = 1

@@ -13,8 +13,8 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from constellation.atomic import read_object, write_bytes, write_json
 from constellation.errors import ArtifactError
+from constellation.storage.atomic import read_object, write_bytes, write_json
 
 LISTING = "segments.json"
 

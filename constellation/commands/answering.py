@@ -13,7 +13,7 @@ from constellation.commands.options import Settings
 from constellation.errors import ConfigError
 
 if TYPE_CHECKING:
-    from router.session import Answer, Chunk, Request
+    from router.answer.session import Answer, Chunk, Request
 
 
 class Answering:
@@ -29,14 +29,14 @@ class Answering:
         self.run, self.local, self.address = run, local, address
 
     def __enter__(self) -> Answering:
-        from actors.request import open_plan
-        from actors.status import unfinished, unfinished_line
+        from constellation.pipeline.request import open_plan
+        from constellation.pipeline.status import unfinished, unfinished_line
 
         plan = open_plan(self.run)
         if not (plan.router / "router.json").exists():
             raise ConfigError(f"{self.run} is not trained yet; constellation train --run {self.run} --resume")
         from constellation.coordizer.tokenizer import Tokenizer
-        from router.route import Router
+        from router.decide.fisher_rao import Router
 
         self.config = plan.config
         self.router, self.tokenizer = Router.load(plan.router), Tokenizer.load(plan.tokenizer)
@@ -69,19 +69,19 @@ class Answering:
             return kernels, kernels.steps()
         import torch
 
-        from router.local import LocalKernels
+        from router.answer.local import LocalKernels
 
         torch.set_num_threads(self.config.train.threads)
         return LocalKernels.from_run(self.run, decode=self.config.decode), None
 
     def ask(self, prompt: str, settings: Settings, mode: str, top_k: int = 3) -> Iterator[Chunk | Answer]:
         """Chunks as they come, the Answer last."""
-        from router.session import Request
+        from router.answer.session import Request
 
         return self.ask_all([Request(prompt, settings.sampling(), mode, top_k)])
 
     def ask_all(self, requests: list[Request]) -> Iterator[Chunk | Answer]:
-        from router.session import generate
+        from router.answer.session import generate
 
         return generate(self.router, self.kernels, self.tokenizer, requests, self.config)
 

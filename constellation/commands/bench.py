@@ -150,8 +150,8 @@ def optim(
 
     if corpus is not None and not corpus.exists():
         raise ConfigError(f"corpus {corpus} does not exist")
-    from constellation.atomic import read_json
     from constellation.experiments import bench_optim, optim_report
+    from constellation.storage.atomic import read_json
 
     if table is not None:
         result = read_json(table)
@@ -231,7 +231,7 @@ def modes(
     run: Path, corpus: Path | None, most_bytes: int, answers: int, tokens: int, local: bool, out: Path | None
 ) -> None:
     """Ways to answer: held-out bits per byte beside tokens per second; what HTTP and Ray cost a token."""
-    from actors.status import check_complete
+    from constellation.pipeline.status import check_complete
 
     check_complete(run)
     from constellation.experiments import bench_modes

@@ -39,7 +39,7 @@ def command(
     from constellation.commands.answering import Answering
 
     with Answering(run, local, address) as constellation:
-        from router.session import Answer
+        from router.answer.session import Answer
 
         said, turn, terminal = "", 0, sys.stdin.isatty()
         for line in _typed() if terminal else _piped():

@@ -27,9 +27,9 @@ def command(run: Path, preset: str) -> None:
     began = time.perf_counter()
 
     from actors import launch
-    from actors.evaluation import evaluate_run
     from constellation.commands.display import Display, result_table
     from constellation.commands.eval import show
+    from constellation.pipeline.evaluation import evaluate_run
 
     with Display() as display:
         resume = (run / "constellation.json").exists()
@@ -46,10 +46,10 @@ def command(run: Path, preset: str) -> None:
 
 def _samples(run: Path) -> None:
     """For each kernel the beginning of a held-out document that is routed to it, and how it goes on."""
-    from actors.plan import document_bytes, open_plan
     from constellation.commands.answering import Answering
     from constellation.data.cache import open_cache
-    from router.session import Answer, Request
+    from constellation.pipeline.prepare import document_bytes, open_plan
+    from router.answer.session import Answer, Request
 
     plan = open_plan(run)
     with Answering(run, local=True, address=None) as constellation:

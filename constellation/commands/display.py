@@ -15,7 +15,7 @@ from rich.table import Table
 from constellation.telemetry.step import Step
 
 if TYPE_CHECKING:
-    from actors.messages import ClusterStatus
+    from constellation.pipeline.status import ClusterStatus
 
 QUIET_S = 5.0  # seconds between two lines of one model in a log
 

@@ -45,7 +45,7 @@ def command(as_json: bool) -> None:
 
 
 def _python() -> str:
-    from actors.cluster import cores
+    from constellation.processor import cores
 
     return f"{platform.python_version()} on {platform.system()} {platform.machine()}, {cores()} cores"
 
@@ -91,7 +91,7 @@ def _memory() -> str:
 
 
 def _decoding() -> str:
-    from constellation.kernel.compiled import Unavailable, library
+    from constellation.decoding.compiled import Unavailable, library
 
     try:
         library()

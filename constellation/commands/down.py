@@ -15,6 +15,6 @@ from constellation.commands import options
 def command(run: Path | None, name: str | None, address: str | None) -> None:
     """Stop what `constellation up` started; a constellation that is not up is left as it is."""
     options.check_run_or_name(run, name)
-    from actors import detached
+    from actors import lifecycle
 
-    detached.down(run, name=name, address=address, say=click.echo)
+    lifecycle.down(run, name=name, address=address, say=click.echo)

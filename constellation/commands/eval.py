@@ -22,13 +22,13 @@ def command(run: Path, corpus: Path | None, top_k: int, as_json: bool) -> None:
     Documents that the run was trained on are left out and counted. Without --corpus the run's own held-out
     documents are scored.
     """
-    from actors.status import check_complete
+    from constellation.pipeline.status import check_complete
 
     check_complete(run)
     if corpus is not None and not corpus.exists():
         raise ConfigError(f"corpus {corpus} does not exist")
     left = options.say_unfinished(run)
-    from actors.evaluation import evaluate_run
+    from constellation.pipeline.evaluation import evaluate_run
 
     result = {**evaluate_run(run, corpus, top_k), "unfinished": left}
     if as_json:

@@ -25,7 +25,7 @@ def command(run: Path, kernel: str, format_: str, out: Path) -> None:
     The kernel must have been trained with kernel.metric=dot kernel.look_back=0 kernel.coupling=off; every other kind
     is refused with the reason.
     """
-    from actors.request import open_plan
+    from constellation.pipeline.request import open_plan
 
     open_plan(run)
     options.check_writable(out)

@@ -45,7 +45,7 @@ def command(
     from constellation.commands.answering import Answering
 
     with Answering(run, local, address) as constellation:
-        from router.session import Answer
+        from router.answer.session import Answer
 
         answer: Answer | None = None
         for piece in constellation.ask(prompt, settings, mode, top_k_kernels):

@@ -16,7 +16,7 @@ from constellation.config import OCEAN, ROLES
 from constellation.errors import ConfigError
 
 if TYPE_CHECKING:
-    from constellation.kernel.sample import Sampling
+    from constellation.decoding.sample import Sampling
 
 run = click.option("--run", "run", type=click.Path(path_type=Path), required=True, metavar="DIR", help="the run folder")
 corpus = click.option(
@@ -56,7 +56,7 @@ class Settings:
     stop: tuple[str, ...]
 
     def sampling(self) -> Sampling:
-        from constellation.kernel.sample import Sampling
+        from constellation.decoding.sample import Sampling
 
         return Sampling(**vars(self))
 
@@ -88,14 +88,14 @@ def check_run_or_name(run: Path | None, name: str | None) -> None:
     if (run is None) == (name is None):
         raise ConfigError("name the constellation by --run DIR, or by --name NAME and --address A")
     if run is not None:
-        from actors.request import open_request
+        from constellation.pipeline.request import open_request
 
         open_request(run)
 
 
 def say_unfinished(run: Path, *roles: str) -> dict[str, dict[str, int | None]]:
     """Which models of `run`, or of its `roles`, are used before they are trained to their end; told in one line."""
-    from actors.status import unfinished, unfinished_line
+    from constellation.pipeline.status import unfinished, unfinished_line
 
     left = {role: steps for role, steps in unfinished(run).items() if not roles or role in roles}
     if left:

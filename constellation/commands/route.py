@@ -13,7 +13,7 @@ from constellation.commands import options
 from constellation.errors import ArtifactError, ConfigError, RunError
 
 if TYPE_CHECKING:
-    from router.route import Router
+    from router.decide.fisher_rao import Router
 
 
 @click.command()
@@ -32,14 +32,14 @@ def command(run: Path, as_json: bool, verify: str | None) -> None:
     neighbours. With --verify: replay the decisions of an answer from the counts in its certificate, and hold text,
     tokens and kernels of the answer against it; status 0 when all agree, 1 when not. A certificate reveals its text.
     """
-    from actors.request import open_plan
+    from constellation.pipeline.request import open_plan
 
     plan = open_plan(run)
     if not (plan.router / "router.json").exists():
         raise ConfigError(f"{run} is not trained yet; constellation train --run {run} --resume")
     text = None if verify is None else sys.stdin.read() if verify == "-" else read(verify)
     options.say_unfinished(run)
-    from router.route import Router
+    from router.decide.fisher_rao import Router
 
     router = Router.load(plan.router)
     if text is not None:
@@ -60,8 +60,8 @@ def command(run: Path, as_json: bool, verify: str | None) -> None:
 def check(text: str, router: Router, tokenizer: Path, as_json: bool) -> None:
     """Replay the certificate in `text`, or those of the answers in it, and say what holds; RunError when not."""
     from constellation.coordizer.tokenizer import Tokenizer
-    from router.certificate import replay
-    from router.verify import told_in, verify
+    from router.answer.certificate import replay
+    from router.answer.verify import told_in, verify
 
     try:
         if not text.lstrip().startswith("{"):

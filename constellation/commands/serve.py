@@ -19,7 +19,7 @@ from constellation.config import Config, parse_assignments
 from constellation.errors import ConfigError, RunError
 
 if TYPE_CHECKING:
-    from actors.listen import Place
+    from router.http.listen import Place
 
 HERE = ("localhost", "127.0.0.1", "[::1]")
 
@@ -68,13 +68,13 @@ def command(
     """
     if local and (address or fronts > 1):
         raise ConfigError("--local is one process without Ray; leave out --address and --fronts")
-    from actors.application import servable
+    from constellation.pipeline.serving import servable
 
     changes = parse_assignments(overrides)
     config = servable(run, changes)
     options.say_unfinished(run)
-    from actors.listen import Place, bind
     from router.http.limits import Front
+    from router.http.listen import Place, bind
 
     bind(host, port).close()  # told before anything is started
     if api_key_file is not None:
@@ -117,7 +117,7 @@ class Ends:
                 signal.signal(number, handler)
 
     def say_ready(self, port: int) -> None:
-        from actors.listen import url_of
+        from router.http.listen import url_of
 
         self._listen()  # Ray has handlers of its own
         self.ready = True
@@ -135,9 +135,9 @@ class Ends:
 
 
 def _on_ray(place: Place, fronts: int, address: str | None, ends: Ends, changes: dict[str, str]) -> bool:
-    from actors import serve
+    from actors.fronts import serve as serve_on_ray
 
-    return serve.serve(
+    return serve_on_ray(
         place, fronts=fronts, address=address, changes=changes, ready=ends.say_ready, ended=ends.event.wait,
         say=lambda text: click.echo(text, err=True),
     )  # fmt: skip
@@ -146,10 +146,10 @@ def _on_ray(place: Place, fronts: int, address: str | None, ends: Ends, changes:
 async def _in_this_process(place: Place, config: Config, ends: Ends) -> bool:
     import torch
 
-    from actors.application import application
-    from actors.listen import Listener, bind
-    from router.kernels import LocalAsyncKernels
-    from router.local import LocalKernels
+    from constellation.pipeline.serving import application
+    from router.answer.kernels import LocalAsyncKernels
+    from router.answer.local import LocalKernels
+    from router.http.listen import Listener, bind
 
     torch.set_num_threads(config.train.threads)
     kernels = LocalAsyncKernels(LocalKernels.from_run(place.run, decode=config.decode))

@@ -17,13 +17,13 @@ def command(run: Path | None, name: str | None, address: str | None, as_json: bo
     """Kernels, roles, E8 roots, nodes, steps, loss and health: of a run, alive or on disk, or by its name on Ray."""
     options.check_run_or_name(run, name)
     from actors import record
-    from actors.status import folder_status
     from constellation.commands.display import status_table
+    from constellation.pipeline.status import folder_status
 
     if run is not None and record.read(run) is None:  # the folder says it all, without Ray
         found = folder_status(run)
     else:
-        from actors import detached
+        from actors import lifecycle
 
-        found = detached.status(run, name=name, address=address)
+        found = lifecycle.status(run, name=name, address=address)
     options.print_json(found.to_json()) if as_json else status_table(found)

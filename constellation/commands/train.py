@@ -44,7 +44,7 @@ def command(
     own_settings = resume and not preset and not overrides
     config = None if own_settings else override(make_preset(preset or "small"), parse_assignments(overrides))
     options.check_writable(run)
-    from actors.request import check_request
+    from constellation.pipeline.request import check_request
 
     check_request(run, corpus, config, resume)  # told before torch and Ray are imported
     from actors import launch

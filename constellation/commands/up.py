@@ -23,12 +23,12 @@ def command(run: Path, address: str | None, name: str | None, as_json: bool, ove
     KEY=VALUE may change cluster.* and decode.* settings, such as decode.precision=int8.
     """
     changes = parse_assignments(overrides)
-    from actors.application import servable
+    from constellation.pipeline.serving import servable
 
     servable(run, changes)
     options.say_unfinished(run)
-    from actors import detached
+    from actors import lifecycle
     from constellation.commands.display import status_table
 
-    found = detached.up(run, address=address, name=name, changes=changes, say=options.say(as_json))
+    found = lifecycle.up(run, address=address, name=name, changes=changes, say=options.say(as_json))
     options.print_json(found.to_json()) if as_json else status_table(found)

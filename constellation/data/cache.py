@@ -25,9 +25,9 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from constellation.atomic import read_json, seal, sha256, sync
 from constellation.data.document import Document
 from constellation.errors import ArtifactError, ConfigError, DataError, RunError
+from constellation.storage.atomic import read_json, seal, sha256, sync
 
 SCHEMA = 1
 _BATCH_BYTES = 1 << 22  # text tokenised at a time

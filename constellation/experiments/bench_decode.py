@@ -28,12 +28,12 @@ from typing import Any
 import torch
 
 from constellation.config import Kernel
+from constellation.decoding.batch import Batch, Writing
+from constellation.decoding.sample import Sampling
 from constellation.errors import ConfigError, RunError
 from constellation.experiments import products
-from constellation.kernel.batch import Batch, Writing
 from constellation.kernel.export import export_llama
 from constellation.kernel.model import KernelLM
-from constellation.kernel.sample import Sampling
 from constellation.processor import instructions
 
 LARGE = Kernel(vocab_size=32_000, width=384, layers=8, heads=8, hidden=1024, context=256, metric="dot", look_back=0,

@@ -30,20 +30,28 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from actors.plan import Plan, document_bytes, fit_policy, ocean_job, prepare, request, write_assignment
 from constellation.config import OCEAN, ROLES, Config, override
 from constellation.coordizer.tokenizer import Tokenizer
 from constellation.data.batches import Batches
 from constellation.data.cache import TokenCache, open_cache
 from constellation.errors import ConfigError
 from constellation.experiments.dense_report import analyse
+from constellation.pipeline.prepare import (
+    Plan,
+    document_bytes,
+    fit_policy,
+    ocean_job,
+    prepare,
+    request,
+    write_assignment,
+)
 from constellation.train.checkpoint import folder_of, load_model, newest
 from constellation.train.loop import Job, fit, steps_for
 from constellation.train.score import score
-from router.baselines import RandomRouter, TfidfRouter
-from router.evaluate import Scores, answers
-from router.fit import fit as fit_router
-from router.policy import Policy, Trajectory
+from router.decide.baselines import RandomRouter, TfidfRouter
+from router.decide.evaluate import Scores, answers
+from router.decide.fit import fit as fit_router
+from router.decide.policy import Policy, Trajectory
 
 ROUTED = ("fisher_rao", "tfidf", "random", "true_domains")
 MIXTURE = 3  # kernels of the top-k mixture

@@ -7,7 +7,7 @@
 
 A mode wins for its cost when none that is at least as fast is better, and the best of those is the one that no
 dearer mode beats by more than `WORTH` bits per byte for each doubling of the time. The barycenter needs whole
-distributions, so texts are read here by the service's own scorer (router/reading.py), mode by mode.
+distributions, so texts are read here by the service's own scorer (router/answer/scoring.py), mode by mode.
 """
 
 from __future__ import annotations
@@ -27,22 +27,22 @@ from typing import Any
 import numpy as np
 import torch
 
-from actors.application import application, servable, service_of
-from actors.listen import Listener, bind
-from actors.plan import document_bytes, open_plan
 from constellation.config import OCEAN
 from constellation.coordizer.tokenizer import Tokenizer
 from constellation.data.cache import open_cache
 from constellation.data.corpus import read_corpus
+from constellation.decoding.sample import Sampling
 from constellation.errors import DataError
-from constellation.kernel.sample import Sampling
-from router.kernels import AsyncKernels, LocalAsyncKernels
-from router.life import ROUTE, Answer, Ask
-from router.local import LocalKernels
-from router.mixture import BARYCENTER, MIXTURE
-from router.packet import Packet
-from router.service import Service
-from router.turn import Ear
+from constellation.pipeline.prepare import document_bytes, open_plan
+from constellation.pipeline.serving import application, servable, service_of
+from router.answer.kernels import AsyncKernels, LocalAsyncKernels
+from router.answer.local import LocalKernels
+from router.answer.mixture import BARYCENTER, MIXTURE
+from router.answer.packet import Packet
+from router.answer.query import ROUTE, Answer, Ask
+from router.answer.service import Service
+from router.answer.turn import Ear
+from router.http.listen import Listener, bind
 
 WORTH = 0.01  # bits per byte that a doubling of the time must save
 TEMPERATURE, TOP_P = 0.8, 0.95

@@ -26,12 +26,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from constellation.atomic import read_json, write_json
 from constellation.errors import ConfigError
 from constellation.experiments import optim_report, optim_steps
 from constellation.experiments.optim_peers import BASELINE, ROWS
 from constellation.experiments.optim_tasks import TASKS, Task, prepare
 from constellation.experiments.optim_trial import Trial, perform
+from constellation.storage.atomic import read_json, write_json
 
 TUNING_SEED = 100  # of initialisation and data while tuning
 FIRST_SEED = 1  # of the runs; 0 was looked at while the space of the search was drawn up

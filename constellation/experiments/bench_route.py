@@ -29,9 +29,10 @@ import scipy
 from constellation.config import Data
 from constellation.config import Router as Settings
 from constellation.data.corpus import read_corpus
-from router.baselines import TfidfRouter
-from router.fit import fit
-from router.policy import Policy
+from router.decide.baselines import TfidfRouter
+from router.decide.fit import fit
+from router.decide.policy import Policy
+from router.decide.stream import Stream
 
 BATCH, QUERY_BYTES, EVERY = 256, 1024, 64
 GOALS = {"query_ms": 1.0, "batch_ms": 30.0, "byte_us": 10.0}
@@ -61,7 +62,7 @@ def run(
         theirs: dict[str, Any] = {"fit_s": time.perf_counter() - tick}
         queries = _queries(texts, seed)
         text = b"".join(queries)[: 8 * QUERY_BYTES]
-        stream, steady = router.stream(), router.stream()
+        stream, steady = Stream(router), Stream(router)
         steady.update(queries[0])
         place = iter(range(1 << 62))
         some = texts[: max(1, len(texts) // 4)]

@@ -34,13 +34,13 @@ import httpx
 import numpy as np
 from prometheus_client.parser import text_string_to_metric_families
 
-from constellation.atomic import write_bytes
 from constellation.config import Data
 from constellation.data.corpus import read_corpus
 from constellation.errors import ConfigError
 from constellation.experiments.load import Asked, Load, drive
 from constellation.experiments.parts import sampled
 from constellation.experiments.served import resident_mb, running, served
+from constellation.storage.atomic import write_bytes
 
 FAIR, FAIR_ANSWERS = 0.98, 8.0  # least index of a closed load, judged from so many answers a stream on
 GROWTH = 0.02, 8.0  # memory may grow by that part, or by so many MB

@@ -28,7 +28,6 @@ from typing import Any
 import torch
 
 from constellation import optim, processor
-from constellation.atomic import read_json
 from constellation.config import Config
 from constellation.coordizer.tokenizer import Tokenizer
 from constellation.data.batches import Batches
@@ -37,6 +36,7 @@ from constellation.data.corpus import read_corpus
 from constellation.experiments.nanogpt import NanoGPT
 from constellation.kernel.loss import linear_cross_entropy
 from constellation.kernel.model import KernelLM
+from constellation.storage.atomic import read_json
 from constellation.train.loop import Job, fit, resolve_precision
 
 TURN = 5  # steps of one contestant before the other one's turn
@@ -208,9 +208,9 @@ def _speed(job: Job) -> float:
 
 def _through_ray(config: Config, cache: Path, scratch: Path, steps: int) -> dict[str, Any]:
     """The same job by `fit` in a fresh process and in a kernel actor under its supervisor, three times each in turn."""
-    from actors.cluster import connected
-    from actors.hire import trainers
+    from actors.connect import connected
     from actors.placement import reserve, share
+    from actors.specs import trainers
     from actors.supervisor import Supervisor
 
     def actor(job: Job) -> float:

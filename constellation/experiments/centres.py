@@ -35,10 +35,10 @@ from constellation.config import Router as Settings
 from constellation.data.corpus import read_corpus
 from constellation.experiments.route_quality import mutual_information
 from constellation.geometry import e8
-from router import counts
-from router.cluster import pool, spherical
-from router.fit import fit
-from router.route import CHART, Router, log_ratio
+from router.decide import counts
+from router.decide.clustering import pool, spherical
+from router.decide.fisher_rao import CHART, Router, log_ratio
+from router.decide.fit import fit
 
 AFTER = 2048  # bytes after the prefix that the gain is measured on
 PREFIX = 256  # bytes of a held-out prefix

@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from constellation.atomic import write_json
 from constellation.experiments.statistics import difference, holm
+from constellation.storage.atomic import write_json
 
 RULES = (  # the routed constellation against: other answer, the rule, what follows when it fails
     ("dense", "claim A: it beats one dense kernel at equal tokens and FLOPs", "the claim does not hold here"),

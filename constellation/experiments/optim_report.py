@@ -12,12 +12,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from constellation.atomic import write_bytes
 from constellation.errors import ConfigError
 from constellation.experiments.optim_analysis import Ratio, Reached, ratio, reach
 from constellation.experiments.optim_goals import claims, goals, stored, tried
 from constellation.experiments.optim_peers import BASELINE, ROWS
 from constellation.experiments.optim_tasks import TASKS, Task
+from constellation.storage.atomic import write_bytes
 
 MARKERS = ("<!-- optim -->", "<!-- /optim -->")
 EDGE = 0.05  # a best rate in this outermost part of the space is marked

@@ -26,13 +26,13 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from constellation.atomic import read_json, write_folder, write_json
 from constellation.config import Data, Kernel
 from constellation.coordizer.tokenizer import Tokenizer
 from constellation.data.batches import Batches
 from constellation.data.corpus import read_corpus
 from constellation.experiments import optim_problems as problems
 from constellation.kernel.model import KernelLM
+from constellation.storage.atomic import read_json, write_folder, write_json
 
 TRAIN_BYTES, DEV_WINDOWS, VOCAB = 6_000_000, 32, 1024
 

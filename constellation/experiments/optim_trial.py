@@ -21,10 +21,10 @@ from typing import Any
 
 import torch
 
-from constellation.atomic import read_json, write_json
 from constellation.errors import ConstellationError
 from constellation.experiments.optim_peers import ROWS, Optimizer
 from constellation.experiments.optim_tasks import TASKS, Problem, Task
+from constellation.storage.atomic import read_json, write_json
 
 WARM_UP = 0.05
 LOOKS = 12  # evaluations along a run whose curve is kept

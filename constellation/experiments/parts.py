@@ -17,21 +17,19 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 PARTS = (  # name, files whose frames are its own
-    ("kernels in C", ("kernel/native.py",)),
-    ("batch", ("kernel/batch.py", "kernel/engine.py", "kernel/sample.py", "kernel/slots.py", "router/turn.py")),
-    ("looks", ("router/view.py", "router/stream.py", "router/route.py", "router/policy.py", "router/certificate.py",
-               "router/rice.py", "router/counts.py")),
-    ("packets", ("router/packet.py",)),
-    ("lives", ("router/life.py", "router/service.py", "router/kernels.py", "router/post.py", "router/text.py",
-               "coordizer/tokenizer.py", "router/pen.py", "router/mixture.py")),
-    ("requests and JSON", ("http/telling.py", "http/replies.py", "http/openai.py", "http/asking.py")),
+    ("kernels in C", ("decoding/native.py",)),
+    ("batch", ("/decoding/", "answer/turn.py")),
+    ("looks", ("router/decide/", "answer/view.py", "answer/certificate.py", "answer/count_codec.py")),
+    ("packets", ("answer/packet.py",)),
+    ("lives", ("router/answer/", "coordizer/tokenizer.py")),
+    ("requests and JSON", ("http/render.py", "http/responses.py", "http/requests.py", "http/translate.py")),
     ("metrics", ("http/metrics.py", "prometheus_client/")),
     ("sockets", ("asyncio/selector_events.py", "asyncio/sslproto.py")),
     ("SSE and HTTP", ("router/http/", "starlette/", "fastapi/", "uvicorn/", "h11/", "httptools/")),
     ("event loop", ("asyncio/", "concurrent/futures/", "uvloop/", "threading.py")),
 )  # fmt: skip
 REST = "rest"
-WAITING = ("select (selectors.py", "_work (constellation/kernel/engine.py", "_worker (concurrent/futures/thread.py",
+WAITING = ("select (selectors.py", "_work (constellation/decoding/engine.py", "_worker (concurrent/futures/thread.py",
            "wait (threading.py")  # fmt: skip  # innermost frames of threads that wait, whatever the sampler thinks
 RATE = 100  # samples a second
 

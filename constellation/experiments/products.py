@@ -15,7 +15,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from constellation.kernel.native import Panels, Panels8
+from constellation.decoding.native import Panels, Panels8
 
 # rows, inputs, outputs: of the presets small and 23m, written and read
 SHAPES = [

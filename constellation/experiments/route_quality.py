@@ -30,10 +30,10 @@ from constellation.config import ROLES, Data
 from constellation.config import Router as Settings
 from constellation.data.corpus import read_corpus
 from constellation.data.document import Document
-from router.baselines import RandomRouter, TfidfRouter
-from router.fit import fit
-from router.partition import loads, partition
-from router.policy import Policy
+from router.decide.baselines import RandomRouter, TfidfRouter
+from router.decide.fit import fit
+from router.decide.partition import loads, partition
+from router.decide.policy import Policy
 
 SIZES = (64, 128, 256, 1024)
 INSIDE = 10  # places inside each dev document

@@ -1,1 +1,1 @@
-"""The causal language model, its cached decoding and its sampler."""
+"""The model: a causal language model with QFI-metric attention, its loss, its export."""

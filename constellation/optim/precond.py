@@ -12,18 +12,15 @@ import io
 import json
 import math
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
 
-from constellation.atomic import write_bytes, write_json
 from constellation.errors import ArtifactError, ConfigError
 from constellation.optim.curvature import UNITS
-from constellation.optim.natural import state_like
-
-if TYPE_CHECKING:
-    from constellation.optim.scaled import CurvatureScaledSGD
+from constellation.optim.natural import NaturalOptimizer, state_like
+from constellation.storage.atomic import write_bytes, write_json
 
 SCHEMA = 1
 SETTINGS = (
@@ -31,7 +28,23 @@ SETTINGS = (
 )  # fmt: skip
 
 
-def save(optimizer: CurvatureScaledSGD, path: str | Path) -> Path:
+class Scaled(NaturalOptimizer):
+    """What of an optimizer is saved: per parameter a curvature, its standard error, and the rate that follows."""
+
+    def learning_rates(self) -> list[torch.Tensor]:
+        """lr_i of every parameter in order."""
+        raise NotImplementedError
+
+    def held(self, group: dict[str, Any], params: list[torch.Tensor]) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """(curvature, standard error) of `params`."""
+        raise NotImplementedError
+
+    def rescale(self, group: dict[str, Any], params: list[torch.Tensor]) -> None:
+        """The rates of `params` from the curvature that is held."""
+        raise NotImplementedError
+
+
+def save(optimizer: Scaled, path: str | Path) -> Path:
     """Write `path`, an .npz, or precond.npz in the folder `path`; ConfigError before the first look."""
     path = _file(path)
     arrays: dict[str, np.ndarray] = {}
@@ -63,7 +76,7 @@ def save(optimizer: CurvatureScaledSGD, path: str | Path) -> Path:
     return path
 
 
-def load(optimizer: CurvatureScaledSGD, path: str | Path) -> None:
+def load(optimizer: Scaled, path: str | Path) -> None:
     """The inverse of `save`; ArtifactError where the file is damaged or foreign, the optimizer then unchanged."""
     path = _file(path)
     try:

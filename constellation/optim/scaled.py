@@ -28,13 +28,13 @@ from constellation.errors import ConfigError
 from constellation.geometry.fisher import twice_differentiable
 from constellation.optim import precond
 from constellation.optim.curvature import UNITS, Curvature, ema_grad2, from_likelihood
-from constellation.optim.natural import NaturalOptimizer, check_range, finite, state_like
+from constellation.optim.natural import check_range, finite, state_like
 
 SEED_STRIDE = 1_000_003  # seeds of two runs meet after as many steps
 _TINY = 1e-30  # a curvature of 0 with eps = 0 has a long step, not an infinite one
 
 
-class CurvatureScaledSGD(NaturalOptimizer):
+class CurvatureScaledSGD(precond.Scaled):
     """State per parameter: `step`, `looks`, `scale` = (m + eps)^-q, the curvature held and, if any, `momentum`."""
 
     def __init__(

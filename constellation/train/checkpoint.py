@@ -26,10 +26,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from constellation.atomic import read_object, seal, sha256, write_folder
 from constellation.config import Kernel
 from constellation.errors import ArtifactError
 from constellation.kernel.model import KernelLM
+from constellation.storage.atomic import read_object, seal, sha256, write_folder
 
 SCHEMA = 1
 FILES = ("model.safetensors", "optim.safetensors", "trace.npz")

@@ -271,8 +271,8 @@ def sample_text(model: KernelLM, job: Job, length: int) -> str | None:
     """A greedy-free look at the model: `length` bytes sampled from an empty prompt, seeded by the run."""
     if not length or job.tokenizer is None:
         return None
-    from constellation.kernel.decode import generate
-    from constellation.kernel.sample import Sampling
+    from constellation.decoding.decode import generate
+    from constellation.decoding.sample import Sampling
 
     tokenizer = Tokenizer.load(job.tokenizer)
     room = min(length, model.config.context - 1)

@@ -1,1 +1,1 @@
-"""The OpenAI protocol over HTTP, around router.service: no FastAPI here, that is router/app.py; no Ray."""
+"""The OpenAI protocol over HTTP, around router.answer: no FastAPI here, that is router/app.py; no Ray."""

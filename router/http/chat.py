@@ -18,7 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from router.http.openai import Message
+from router.http.requests import Message
 
 SPEAKERS = {"system": "System", "developer": "System", "user": "User", "assistant": "Assistant"}
 STOPS = ("\n\nUser:", "\n\nSystem:")  # what ends a reply

@@ -17,8 +17,8 @@ from starlette.responses import Response
 
 from constellation.errors import ConstellationError
 from router.http.metrics import CLIENT_LEFT
-from router.http.openai import Refusal
-from router.http.replies import Error, Failure
+from router.http.requests import Refusal
+from router.http.responses import Error, Failure
 
 _LOG = logging.getLogger("constellation.http")
 _TYPES = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}

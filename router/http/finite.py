@@ -17,7 +17,7 @@ from typing import Any
 
 import msgspec
 
-from router.http.openai import Refusal
+from router.http.requests import Refusal
 
 MOST = 256  # texts, as many as /v1/decisions takes answers
 MOST_PARTS = 4096  # of a schema

@@ -32,8 +32,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from constellation import atomic
 from constellation.errors import ArtifactError, ConfigError
+from constellation.storage import atomic
 
 SCHEMA = 1
 PREFIX = "ck-"  # lets a person, and a scanner for leaked secrets, see what a string is

@@ -1,6 +1,6 @@
 """The OpenAPI document: the paths of the application, the types of the protocol, one source for both.
 
-FastAPI knows the paths; the schemas are those by which openai.py checks requests and replies.py builds answers, so
+FastAPI knows the paths; the schemas are those by which requests.py checks requests and responses.py builds answers, so
 the document cannot say anything else than the service does. Every parameter may be null, which means: not sent.
 """
 
@@ -10,16 +10,16 @@ from typing import Any
 
 import msgspec
 
-from router.http import openai, replies
+from router.http import requests, responses
 
 _REF = "#/components/schemas/{name}"
 REQUESTS = (
-    openai.CompletionRequest, openai.ChatRequest, openai.DecisionRequest, openai.TokenizeRequest,
-    openai.DetokenizeRequest, openai.RouteRequest,
+    requests.CompletionRequest, requests.ChatRequest, requests.DecisionRequest, requests.TokenizeRequest,
+    requests.DetokenizeRequest, requests.RouteRequest,
 )  # fmt: skip
 REPLIES = (
-    replies.Completion, replies.ChatCompletion, replies.ChatChunk, replies.Decision, replies.Models, replies.Model,
-    replies.Tokens, replies.Prompt, replies.Failure,
+    responses.Completion, responses.ChatCompletion, responses.ChatChunk, responses.Decision, responses.Models,
+    responses.Model, responses.Tokens, responses.Prompt, responses.Failure,
 )  # fmt: skip
 
 
@@ -30,14 +30,14 @@ def components() -> dict[str, Any]:
         schema = schemas[kind.__name__]
         required = set(schema["required"])
         for name, says in schema["properties"].items():
-            if "anyOf" in says and name == "prompt" and kind is openai.CompletionRequest:
-                says["anyOf"] = openai._ANY_PROMPT["anyOf"]
+            if "anyOf" in says and name == "prompt" and kind is requests.CompletionRequest:
+                says["anyOf"] = requests._ANY_PROMPT["anyOf"]
             elif name not in required:
                 schema["properties"][name] = _or_null(says)
         for name, neutral in kind.not_here.items():
             says = {"enum": [*neutral, None]} if neutral else {"type": "null"}
             schema["properties"][name] = {**says, "description": "Not offered: what asks for nothing is accepted."}
-        for name in sorted(openai.LABELS):
+        for name in sorted(requests.LABELS):
             schema["properties"][name] = {"description": "About the client; accepted and unused."}
     return dict(sorted(schemas.items()))
 
@@ -54,7 +54,7 @@ def operation(summary: str, request: type | None, reply: type | None, streams: t
             "schema": {"description": f"{streams.__name__}, event by event"}
         }
     for status, why in _FAILURES.items() if request else ():
-        found["responses"][status] = {"description": why, "content": _json(replies.Failure)}
+        found["responses"][status] = {"description": why, "content": _json(responses.Failure)}
     return found
 
 

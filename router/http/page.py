@@ -5,7 +5,7 @@ plane, in which E8 shows its thirtyfold symmetry (Coxeter 1973, section 12.6): e
 
     C = product of the eight simple reflections      order 30, one plane in which it turns by 2 pi / 30
     P (2, 8)                                         orthonormal basis of that plane
-    root r -> P r;   text -> sqrt(2) P R u           u on S^7 (route.py), R the rotation of centres to their roots
+    root r -> P r;   text -> sqrt(2) P R u           u on S^7 (fisher_rao.py), R the rotation of centres to their roots
 
 A root has norm sqrt(2), so a text exactly in the direction of a root lies on it; R is the Procrustes rotation by which
 `e8.match_roots` gave the addresses, found again from charts and roots. A plane shows two of eight dimensions: what is
@@ -27,8 +27,8 @@ from numpy.typing import NDArray
 
 from constellation.config import OCEAN
 from constellation.geometry import e8
-from router.policy import Policy
-from router.route import CHART, Router
+from router.decide.fisher_rao import CHART, Router
+from router.decide.policy import Policy
 
 # Nothing from elsewhere, nothing inline, in nobody's frame: text of a model cannot become anything but text.
 HEADERS = {

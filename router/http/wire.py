@@ -18,7 +18,7 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from router.http.failures import error_json, later
 from router.http.limits import Front
-from router.http.openai import Refusal
+from router.http.requests import Refusal
 
 STEP_BYTES = 1 << 16  # of an answer, as much as asyncio keeps before it says that a peer is slow
 

@@ -1,0 +1,39 @@
+"""RouterActor: the fitted router behind a mailbox; it computes with numpy and needs neither torch nor a GPU."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from pathlib import Path
+from typing import Any
+
+import ray
+
+from actors.messages import Report
+
+
+class RouterMailbox:
+    """Answers who should answer."""
+
+    def __init__(self, folder: Path):
+        from router.decide.fisher_rao import Router
+
+        self._router = Router.load(folder)
+
+    async def route(self, texts: list[bytes]) -> list[dict[str, Any]]:
+        """One decision per text, `Choice.to_json` with the kernels' names; ask for many at once."""
+        choices = await asyncio.to_thread(self._router.route, texts)
+        return [choice.to_json(self._router.names) for choice in choices]
+
+    @ray.method(concurrency_group="control")
+    async def report(self, since: int, patience_s: float = 0.0) -> Report:
+        await asyncio.sleep(patience_s)
+        node = ray.get_runtime_context().get_node_id()
+        return Report(
+            role="router", state="serving", pid=os.getpid(), node=ray.util.get_node_ip_address(), node_id=node
+        )
+
+
+RouterActor: Any = ray.remote(num_cpus=0, concurrency_groups={"control": 4}, max_restarts=0, max_task_retries=0)(
+    RouterMailbox
+)

@@ -1,0 +1,1 @@
+"""The steps of a run: request, prepare, status, evaluation, serving. No Ray."""

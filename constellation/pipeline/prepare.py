@@ -1,0 +1,121 @@
+"""What training a constellation consists of, step by step; no Ray here.
+
+    request    what is wanted: corpus and configuration, in RUN/constellation.json (request.py)
+    prepare    corpus -> split, tokenizer, token caches
+    ocean_job  OCEAN reads everything
+    fit_router the router is fitted on prefixes, every training byte is given to one kernel
+    kernel_job a kernel branches from OCEAN and reads its own bytes
+
+Every step finds what an earlier sitting finished and goes on from there, so the driver in launch.py,
+a killed driver that is started again, and the experiments all call the same functions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from constellation.artifacts import segments
+from constellation.config import OCEAN, ROLES
+from constellation.coordizer.tokenizer import Tokenizer
+from constellation.data.cache import TokenCache, build_cache, open_cache
+from constellation.data.corpus import Document, read_corpus
+from constellation.errors import ConstellationError
+from constellation.pipeline.request import REQUEST, Plan, open_plan, open_request, request, write_request
+from constellation.storage.atomic import write_json
+from constellation.train import checkpoint
+from constellation.train.loop import Job, steps_for
+from router.decide import partition
+from router.decide.fisher_rao import Router
+from router.decide.fit import fit
+from router.decide.policy import Policy
+
+__all__ = ["Plan", "fit_router", "kernel_job", "ocean_job", "open_plan", "open_request", "prepare", "request"]
+
+
+def prepare(run: Path) -> Plan:
+    """Read, split and tokenise the requested corpus into `run`; what an earlier sitting did is kept."""
+    corpus, config, manifest = open_request(run)
+    if "prepared" in manifest:
+        return open_plan(run)
+    try:
+        documents = read_corpus(corpus, config.data)
+    except ConstellationError:  # a corpus that cannot be used leaves no run behind
+        (run / REQUEST).unlink()
+        if not any(run.iterdir()):
+            run.rmdir()
+        raise
+    train, dev = documents.split(config.data.dev_fraction)
+    Tokenizer.train(_up_to(train, config.data.tokenizer_bytes), config.kernel.vocab_size).save(run / "tokenizer.json")
+    tokenizer = Tokenizer.load(run / "tokenizer.json")
+    caches = {name: build_cache(part, tokenizer, run / "data") for name, part in (("train", train), ("dev", dev))}
+    prepared = {name: cache.path.name for name, cache in caches.items()}
+    write_json(run / "corpus.json", {"hash": documents.hash, "report": documents.report.lines()})
+    write_request(run, {**manifest, "corpus_hash": documents.hash, "prepared": prepared})
+    return open_plan(run)
+
+
+def ocean_job(plan: Plan) -> Job:
+    config = plan.config
+    return Job(
+        OCEAN, plan.folder(OCEAN), config, steps_for(config, OCEAN, len(ROLES)), plan.train, plan.dev, plan.tokenizer
+    )
+
+
+def fit_router(plan: Plan) -> Router:
+    """The fitted router, from disk when an earlier sitting fitted it; also writes each role's token ranges."""
+    if (plan.router / segments.LISTING).exists():
+        return Router.load(plan.router)
+    router: Router = fit_policy(fit, plan)
+    router.save(plan.router)
+    write_assignment(plan.router, router, plan)
+    return router
+
+
+def fit_policy(fit: Callable[..., Any], plan: Plan) -> Any:
+    """`fit` (of the router or a baseline) on the training documents; every tenth calibrates, dev text is not seen."""
+    texts = document_bytes(open_cache(plan.train), Tokenizer.load(plan.tokenizer))
+    held = texts[::10] if len(texts) >= 10 * len(ROLES) else texts
+    rest = [t for i, t in enumerate(texts) if i % 10] if held is not texts else texts
+    return fit(rest, plan.config.router, seed=plan.config.train.seed, names=ROLES, validation=held)
+
+
+def write_assignment(folder: Path, policy: Policy, plan: Plan) -> None:
+    """Write the token ranges that each role reads under `policy` (artifacts/segments.py)."""
+    tokenizer, train, settings = Tokenizer.load(plan.tokenizer), open_cache(plan.train), plan.config.router
+    texts = document_bytes(train, tokenizer)
+    document_N = np.repeat(np.arange(len(texts)), np.diff(train.offsets))
+    offset_N = train.byte_offsets(tokenizer)
+    kernel_N = partition.assign(policy, texts, offset_N, document_N, settings.every, settings.hysteresis)
+    segments.write(folder, {role: partition.segments(kernel_N, k) for k, role in enumerate(ROLES)})
+
+
+def document_bytes(cache: TokenCache, tokenizer: Tokenizer) -> list[bytes]:
+    """The text of every document of a cache, from its tokens (the tokenizer is lossless)."""
+    return [
+        tokenizer.decode(cache.tokens[a : b - 1].tolist())
+        for a, b in zip(cache.offsets[:-1], cache.offsets[1:], strict=True)
+    ]
+
+
+def kernel_job(plan: Plan, role: str) -> Job:
+    """`role` branches from OCEAN's last checkpoint and reads its own token ranges."""
+    config = plan.config.for_role(role)
+    branch = checkpoint.folder_of(plan.folder(OCEAN), ocean_job(plan).steps)
+    return Job(
+        role, plan.folder(role), config, steps_for(config, role, len(ROLES)), plan.train, plan.dev, plan.tokenizer,
+        plan.router / f"{role}.npy", branch,
+    )  # fmt: skip
+
+
+def _up_to(documents: Sequence[Document], max_bytes: int) -> Iterator[str]:
+    """Texts of `documents` until they reach `max_bytes`."""
+    size = 0
+    for document in documents:
+        if size >= max_bytes:
+            return
+        size += len(document.text.encode())
+        yield document.text

@@ -1,0 +1,215 @@
+"""What a run folder says about its constellation; no Ray and no torch here.
+
+A driver at work leaves its newest view in RUN/status.json every second; everything else is read
+from the folders of the models.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import re
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from constellation.config import OCEAN, ROLES
+from constellation.errors import ArtifactError, ConfigError
+from constellation.pipeline.request import Plan, open_plan
+from constellation.storage.atomic import read_object, write_json
+from constellation.storage.exclusive import is_held
+
+VIEW = "status.json"
+OLD_S = 30.0  # a driver writes no view while it reads the corpus or fits the router; older news is told with its age
+
+
+@dataclass(frozen=True)
+class KernelStatus:
+    """One model of a constellation, as `constellation status` shows it."""
+
+    role: str
+    root: str | None  # its E8 address, such as "e1 - e3"; None for OCEAN and before the router is fitted
+    state: str  # waiting | starting | training | serving | done | stopped | failed
+    health: str  # "ok", or in words what is wrong
+    step: int  # steps done
+    steps: int | None  # planned
+    loss_nats: float | None  # of the newest step known, nats per token
+    node: str | None = None  # IP address and Ray's id of the node
+    pid: int | None = None
+    restarts: int = 0
+
+
+@dataclass(frozen=True)
+class ClusterStatus:
+    """A constellation as a whole."""
+
+    run: str
+    name: str
+    state: str  # new | training | stopped | failed | finished | starting | up
+    address: str | None  # of the Ray it is up on; None when it is not
+    detail: str  # one sentence: what this means, what to do
+    kernels: tuple[KernelStatus, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def done(folder: Path) -> bool:
+    """Whether the model in `folder` has the checkpoint of its last planned step."""
+    planned = _planned(folder)
+    return planned is not None and (folder / "checkpoints" / f"step-{planned:08d}").is_dir()
+
+
+def finished(run: Path) -> bool:
+    """Whether every model of `run` is trained to its end."""
+    return all(done(run / role) for role in (OCEAN, *ROLES))
+
+
+def unfinished(run: Path, used: Mapping[str, int] | None = None) -> dict[str, dict[str, int | None]]:
+    """The models of `run` that are not used at their last step: the step used, 0 for none, and how many are planned.
+
+    `used` are the steps that a constellation which is up has loaded; None stands for the newest checkpoints.
+    """
+    left = {}
+    for role in (OCEAN, *ROLES):
+        step, planned = (used or {}).get(role, newest_step(run / role)), _planned(run / role)
+        if planned is None or step < planned:
+            left[role] = {"step": step, "steps": planned}
+    return left
+
+
+def unfinished_line(run: Path, left: Mapping[str, Mapping[str, int | None]]) -> str:
+    """What `unfinished` found, for the user."""
+    words = [
+        f"{role} step {of['step']} of {of['steps']}" if of["steps"] else f"{role} none" for role, of in left.items()
+    ]
+    rest = "" if len(left) > len(ROLES) else "; the others are at their last step"
+    return f"{run} is not trained to its end; used are {', '.join(words)}{rest}"
+
+
+def check_complete(run: Path) -> Plan:
+    """The plan of a run in which everything that answers has a checkpoint; ConfigError, with what is missing."""
+    plan = open_plan(run)
+    absent = [role for role in (OCEAN, *ROLES) if not newest_step(run / role)]
+    if not (plan.router / "router.json").exists() or absent:
+        missing = "the router" if not absent else ", ".join(absent)
+        raise ConfigError(f"{run}: {missing} not trained yet; constellation train --run {run} --resume")
+    return plan
+
+
+def newest_step(folder: Path) -> int:
+    """The step of the newest checkpoint in `folder`, by its name; 0 without one."""
+    names = (re.fullmatch(r"step-(\d{8})", path.name) for path in (folder / "checkpoints").glob("step-*"))
+    return max((int(name[1]) for name in names if name), default=0)
+
+
+def folder_status(run: Path) -> ClusterStatus:
+    """The constellation in `run` by what lies there: training (then live), finished, stopped, failed or new."""
+    addresses = roots(run)
+    kernels = [_kernel(run, role, addresses.get(role)) for role in (OCEAN, *ROLES)]
+    if is_held(run):
+        view = _json(run / VIEW)
+        told = view.get("time")
+        age = time.time() - told if isinstance(told, float) else 0.0
+        live = {}
+        with contextlib.suppress(TypeError, KeyError):  # of another version
+            live = {row["role"]: KernelStatus(**row) for row in view.get("kernels", ())}
+        kernels = [k if k.state == "done" else live.get(k.role, k) for k in kernels]
+        state = "training"
+        detail = "a driver is at work" + ("" if age < OLD_S else f", its last news is {age:.0f} s old")
+    elif finished(run):
+        state, detail = "finished", f"not running; ask it: constellation generate --run {run}"
+    elif failed := [k for k in kernels if k.state == "failed"]:
+        state, detail = "failed", failed[0].health
+    elif any(k.step for k in kernels):
+        state, detail = "stopped", f"not running; go on: constellation train --run {run} --resume"
+    else:
+        state, detail = "new", f"not running, nothing trained yet: constellation train --run {run} --resume"
+    return ClusterStatus(str(run), run.resolve().name, state, None, detail, tuple(kernels))
+
+
+def write_view(run: Path, kernels: Sequence[KernelStatus]) -> None:
+    write_json(run / VIEW, {"time": time.time(), "kernels": [asdict(k) for k in kernels]})
+
+
+def summary(run: Path) -> dict[str, Any]:
+    """The result of a run as plain data: a row per model, with its address, loss and bits per byte."""
+    addresses = roots(run)
+    rows = []
+    for role in (OCEAN, *ROLES):
+        page = _json(run / role / "summary.json")
+        rows.append({
+            "role": role, "root": addresses.get(role), "tokens": page.get("tokens"), "steps": page.get("steps"),
+            "loss_nats": page.get("last_loss_nats"), "dev_bits_per_byte": page.get("best_dev_bits_per_byte"),
+            "status": "done" if done(run / role) else page.get("status", "waiting"),
+        })  # fmt: skip
+    return {"run": str(run), "models": rows}
+
+
+def roots(run: Path) -> dict[str, str]:
+    """E8 addresses of the kernels as the fitted router gave them, in words; empty before that."""
+    from router.decide.fisher_rao import Router
+
+    try:
+        router = Router.load(run / "router")
+    except ArtifactError:
+        return {}
+    return {role: root_name(vector) for role, vector in zip(router.names, router.roots.tolist(), strict=True)}
+
+
+def root_name(vector: Sequence[float]) -> str:
+    """A root of E8 in the standard basis: "e1 - e3", or its eight signs, "+--+++-+ / 2".
+
+    >>> root_name([1, 0, -1, 0, 0, 0, 0, 0])
+    'e1 - e3'
+    >>> root_name([0.5, -0.5, -0.5, 0.5, 0.5, 0.5, 0.5, -0.5])
+    '+--++++- / 2'
+    """
+    if all(abs(abs(x) - 0.5) < 1e-6 for x in vector):
+        return "".join("+" if x > 0 else "-" for x in vector) + " / 2"
+    words = [f"{'+' if x > 0 else '-'} e{i}" for i, x in enumerate(vector, 1) if abs(x) > 0.5]
+    return " ".join(words).removeprefix("+ ").replace("- e", "-e", 1 if words[0][0] == "-" else 0)
+
+
+def _kernel(run: Path, role: str, root: str | None) -> KernelStatus:
+    folder = run / role
+    last, page = _last_step(folder / "diag_steps.jsonl"), _json(folder / "summary.json")
+    if done(folder):
+        state = "done"
+    else:
+        state = "failed" if page.get("status") == "failed" else "stopped" if last else "waiting"
+    return KernelStatus(
+        role=role, root=root, state=state,
+        health=str(page.get("failure")) if state == "failed" else "ok", step=last.get("step", 0),
+        steps=_planned(folder), loss_nats=last.get("loss_nats"),
+    )  # fmt: skip
+
+
+def _last_step(file: Path) -> dict[str, Any]:
+    """The last whole line of a log; steps are logged when their checkpoint is."""
+    try:
+        with file.open("rb") as log:
+            log.seek(max(0, log.seek(0, 2) - 65536))
+            lines = log.read().splitlines()
+    except FileNotFoundError:
+        return {}
+    for line in reversed(lines):
+        with contextlib.suppress(ValueError):  # one that is torn by a kill
+            found = json.loads(line)
+            if isinstance(found, dict):
+                return found
+    return {}
+
+
+def _planned(folder: Path) -> int | None:
+    steps = _json(folder / "meta.json").get("steps")
+    return steps if isinstance(steps, int) else None
+
+
+def _json(file: Path) -> dict[str, Any]:
+    try:
+        return read_object(file)
+    except ArtifactError:
+        return {}

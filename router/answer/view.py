@@ -1,0 +1,93 @@
+"""What a policy sees of one text that is being written, and the decisions it leads to."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from router.answer.packet import Unpacked
+from router.decide.fisher_rao import Router
+from router.decide.policy import ABSTAINED, Choice, Policy, Trajectory, decide, kernel_name
+from router.decide.stream import Stream
+
+
+@dataclass(frozen=True)
+class Look:
+    """A decision: which kernel is in force from byte `at_bytes` of prompt and answer on."""
+
+    at_bytes: int
+    kernel: str
+    likeliest: str  # the kernel of largest posterior, whether in force or not
+    posterior: float  # its posterior, [0, 1]
+    distance_rad: float | None  # Fisher-Rao distance to the nearest centre, [0, pi]; None for a policy without centres
+    abstained: bool
+    reason: str  # why it abstained
+    weights: tuple[tuple[str, float], ...] = ()  # who answers from here on, with weights that sum to 1
+
+
+class View:
+    """What a policy sees of one text that is being written."""
+
+    def __init__(self, policy: Policy):
+        self.names = policy.names
+        self.stream = Stream(policy) if isinstance(policy, Router) else WholeText(policy)
+        self.current = ABSTAINED
+        self.choice: Choice | None = None
+
+    def update(self, data: bytes) -> None:
+        self.stream.update(data)
+
+    def decide(self, at_bytes: int, hysteresis: float) -> Look:
+        """Who is in force from here on, by the rule that also assigned the training text."""
+        choice = self.stream.choice()
+        nearest = choice.distances_rad.min(initial=np.inf)
+        now = Trajectory(
+            at_bytes=np.array([at_bytes]),
+            posterior=choice.posterior[None],
+            distance_rad=np.array([nearest], np.float32),
+            abstain=np.array([choice.abstained]),
+        )
+        self.current, self.choice = int(decide(now, hysteresis, self.current)[0]), choice
+        return Look(
+            at_bytes=at_bytes,
+            kernel=kernel_name(self.names, self.current),
+            likeliest=self.names[int(choice.posterior.argmax())],
+            posterior=round(float(choice.posterior.max()), 6),
+            distance_rad=round(float(nearest), 6) if np.isfinite(nearest) else None,
+            abstained=choice.abstained,
+            reason=choice.reason,
+        )
+
+    def carried(self) -> dict[str, Any]:
+        """The view as a packet holds it."""
+        assert self.choice is not None
+        return {
+            "text_bytes": self.stream.bytes_seen,
+            "counts": Unpacked(self.stream.counts.copy()) if isinstance(self.stream, Stream) else b"",
+            "tail": self.stream.tail,
+            "z": self.choice.z.astype("<f4").tobytes(),
+            "posterior": self.choice.posterior.astype("<f4").tobytes(),
+        }
+
+
+class WholeText:
+    """Any policy's view of a text, read anew at each look: the oracle of `Stream`."""
+
+    def __init__(self, policy: Policy):
+        self.policy, self.text = policy, b""
+
+    @property
+    def bytes_seen(self) -> int:
+        return len(self.text)
+
+    @property
+    def tail(self) -> bytes:
+        return self.text[-2:]
+
+    def update(self, data: bytes) -> None:
+        self.text += data
+
+    def choice(self) -> Choice:
+        return self.policy.route([self.text])[0]
