@@ -29,11 +29,14 @@ STARTS_WITHIN = "RAY_raylet_start_wait_time_s"  # Ray's own patience with its st
 START_S = 600.0
 
 
-def machine(num_cpus: int | None = None) -> dict[str, float]:
-    """Logical resources of a Ray started here: at least 2 CPUs, for nobody else counts on this Ray's accounts."""
+def machine(num_cpus: int | None = None, kernels: int = 8) -> dict[str, float]:
+    """Logical resources of a Ray started here: CPUs for `kernels` at their default share at least, 2 for eight.
+
+    Nobody else counts on this Ray's accounts.
+    """
     import torch
 
-    return {"CPU": num_cpus or max(2, cores()), "GPU": torch.cuda.device_count()}
+    return {"CPU": num_cpus or max(2, cores(), -(-kernels // 4)), "GPU": torch.cuda.device_count()}
 
 
 def where(address: str | None) -> str | None:

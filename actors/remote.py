@@ -27,9 +27,9 @@ from actors.specs import servers
 from actors.supervisor import Supervisor
 from actors.supervisor_actor import SUPERVISOR, namespace_of
 from actors.turn_stream import Listening
-from constellation.config import OCEAN, ROLES
 from constellation.errors import ConstellationError, RunError
 from constellation.pipeline.request import open_plan
+from constellation.roster import OCEAN, ROLES
 
 if TYPE_CHECKING:
     from constellation.decoding.sample import Scored

@@ -15,14 +15,21 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from constellation import roster
 from constellation.errors import ConfigError
+from constellation.roster import OCEAN
 
 OPTIMIZERS = (
     "kronecker_ng", "diagonal_ng", "qig_diagonal_ng", "basin_ng", "mixed_qig", "adaptive_mixed_qig", "simple_fisher",
     "curvature_sgd", "adamw",
 )  # fmt: skip
-ROLES = ("heart", "perception", "memory", "action", "prediction", "ethics", "meta", "integration")
-OCEAN = "ocean"
+
+
+@dataclass(frozen=True)
+class Constellation:
+    """Which kernels there are (constellation/roster.py)."""
+
+    kernels: int = 8  # how many, 2 .. 240; their names and roots follow
 
 
 @dataclass(frozen=True)
@@ -188,11 +195,13 @@ class Cluster:
     gpus_per_kernel: float = 0.0  # GPUs of one kernel actor, fractions allowed
     placement_timeout_s: float = 60.0  # how long to wait for a cluster that could fit but is busy
     max_restarts: int = 20  # of one kernel actor before the run fails
+    resident: int = 0  # kernels that train at once; 0: one a core on a machine of our own, all on a cluster
 
 
 @dataclass(frozen=True)
 class Config:
     preset: str = "small"
+    constellation: Constellation = field(default_factory=Constellation)
     kernel: Kernel = field(default_factory=Kernel)
     optim: Optim = field(default_factory=Optim)
     train: Train = field(default_factory=Train)
@@ -201,6 +210,16 @@ class Config:
     decode: Decode = field(default_factory=Decode)
     cluster: Cluster = field(default_factory=Cluster)
     roles: dict[str, dict[str, Any]] = field(default_factory=dict)  # role -> dotted overrides of it alone
+
+    @property
+    def kernels(self) -> tuple[str, ...]:
+        """Names of the kernels, in the order of their numbers."""
+        return roster.names(self.constellation.kernels)
+
+    @property
+    def models(self) -> tuple[str, ...]:
+        """OCEAN and the kernels."""
+        return (OCEAN, *self.kernels)
 
     def for_role(self, role: str) -> Config:
         """This configuration as the given role sees it."""
@@ -228,7 +247,7 @@ _MAY_BE_ZERO = {
     "optim.momentum", "optim.kronecker_momentum", "optim.weight_decay", "optim.damping", "train.warmup",
     "train.kernel_warmup", "train.decay", "train.ocean_decay", "train.inherit_optimizer", "train.eval_every",
     "train.keep_best", "train.sample_bytes", "train.seed", "router.hysteresis", "router.abstain_below",
-    "cluster.cpus_per_kernel", "cluster.gpus_per_kernel", "optim.exponent", "optim.cg_damping",
+    "cluster.cpus_per_kernel", "cluster.gpus_per_kernel", "cluster.resident", "optim.exponent", "optim.cg_damping",
     *(f"optim.gate.{f.name}" for f in dataclasses.fields(AdaptiveConfig)),
 }  # fmt: skip
 _AT_MOST_ONE = {
@@ -264,7 +283,7 @@ def override(config: Config, changes: Mapping[str, Any]) -> Config:
     roles = {r: dict(v) for r, v in flat.pop("roles").items()}
     for name, value in _spread_phases(changes).items():
         head, _, rest = name.partition(".")
-        if head in ROLES:
+        if roster.is_kernel(head):
             _check_name(rest, prefix=head + ".")
             roles.setdefault(head, {})[rest] = _parse(rest, value)
         else:
@@ -272,7 +291,14 @@ def override(config: Config, changes: Mapping[str, Any]) -> Config:
             flat[name] = _parse(name, value)
     changed = dataclasses.replace(_build(flat), roles=roles)
     for role, own in roles.items():  # a role's changes must be valid together with the rest
-        bad = [n for n in own if n.startswith(("kernel.", "data.", "router.", "decode.", "cluster.", "preset"))]
+        if role not in changed.kernels:
+            kernels = changed.constellation.kernels
+            raise ConfigError(f"{role}.{next(iter(own))}: a constellation of {kernels} kernels has none called {role}")
+        bad = [
+            n
+            for n in own
+            if n.startswith(("constellation.", "kernel.", "data.", "router.", "decode.", "cluster.", "preset"))
+        ]
         if bad:
             raise ConfigError(f"{role}.{bad[0]}: a role may change optim.* and train.* only; kernels share the rest")
         _build({**flat, **own})
@@ -378,6 +404,7 @@ def _build(flat: Mapping[str, Any]) -> Config:
             if name in _AT_MOST_ONE and value > 1:
                 raise ConfigError(f"{name}={value}: must be at most 1")
     config: Config = _construct(Config, flat)
+    roster.names(config.constellation.kernels)
     k, t = config.kernel, config.train
     if k.width % k.heads or (k.width // k.heads) % 2:
         raise ConfigError(f"kernel.width={k.width} / kernel.heads={k.heads}: must be an even whole number")

@@ -28,10 +28,11 @@ from actors.placement import Placement, check, halves, pack
 from actors.processes import of_session
 from actors.ray_head import Head
 from actors.specs import options_of, servers
-from constellation.config import OCEAN, ROLES, Config, override
+from constellation.config import Config, override
 from constellation.errors import ArtifactError, ConfigError, DataError, PlacementError, RunError
-from constellation.pipeline.status import folder_status, root_name
+from constellation.pipeline.status import folder_status
 from constellation.presets import m100
+from constellation.roster import OCEAN, ROLES, root_name
 from constellation.storage.exclusive import exclusive, is_held
 from tests.waiting import wait_for
 

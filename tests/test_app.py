@@ -10,11 +10,12 @@ import httpx
 import numpy as np
 import pytest
 
-from constellation.config import OCEAN, Config, Kernel
+from constellation.config import Config, Kernel
 from constellation.config import Router as RouterConfig
 from constellation.coordizer.tokenizer import Tokenizer
 from constellation.decoding.sample import Sampling
 from constellation.errors import RunError
+from constellation.roster import OCEAN
 from router.answer.kernels import LocalAsyncKernels
 from router.answer.local import LocalKernels
 from router.answer.service import Service

@@ -25,9 +25,9 @@ import openai
 import pydantic
 import pytest
 
-from constellation.config import ROLES
 from constellation.coordizer.tokenizer import Tokenizer
 from constellation.pipeline.prepare import open_plan
+from constellation.roster import ROLES
 from router.answer.kernels import LocalAsyncKernels
 from router.answer.local import LocalKernels
 from router.answer.service import Ask, Service

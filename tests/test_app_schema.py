@@ -9,9 +9,10 @@ from hypothesis import HealthCheck, settings
 from schemathesis.checks import not_a_server_error
 from schemathesis.specs.openapi.checks import response_schema_conformance
 
-from constellation.config import OCEAN, Config, Kernel
+from constellation.config import Config, Kernel
 from constellation.coordizer.tokenizer import Tokenizer
 from constellation.kernel.model import KernelLM
+from constellation.roster import OCEAN
 from router.answer.kernels import LocalAsyncKernels
 from router.answer.local import LocalKernels
 from router.answer.service import Service

@@ -13,7 +13,8 @@ ROOT = Path(__file__).parent.parent
 # bottom first; parts of one row do not know each other
 ROWS = [
     {"constellation.errors"},
-    {"constellation.config", "constellation.storage", "constellation.processor"},
+    {"constellation.storage", "constellation.processor", "constellation.roster"},
+    {"constellation.config"},
     {"constellation.geometry"},
     {"constellation.kernel", "constellation.coordizer", "constellation.optim", "constellation.telemetry"},
     {"constellation.decoding", "constellation.data"},

@@ -4,19 +4,11 @@ import operator
 
 import pytest
 
-from constellation.config import (
-    PHASES,
-    ROLES,
-    AdaptiveConfig,
-    difference,
-    from_json,
-    names,
-    override,
-    parse_assignments,
-)
+from constellation.config import PHASES, AdaptiveConfig, difference, from_json, names, override, parse_assignments
 from constellation.errors import ConfigError
 from constellation.kernel.model import KernelLM, parameter_count
 from constellation.presets import PRESETS, preset, small
+from constellation.roster import ROLES
 
 
 def test_json_round_trip_is_the_same_config() -> None:

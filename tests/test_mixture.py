@@ -9,12 +9,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from constellation.config import OCEAN, Config, Kernel
+from constellation.config import Config, Kernel
 from constellation.config import Router as RouterConfig
 from constellation.coordizer.tokenizer import Tokenizer
 from constellation.decoding.sample import Sampling, Settings, sample
 from constellation.errors import ConfigError
 from constellation.kernel.model import KernelLM
+from constellation.roster import OCEAN
 from router.answer.local import LocalKernels
 from router.answer.mixture import BARYCENTER, MIXED, MIXTURE, combine, weights
 from router.answer.packet import Packet

@@ -15,7 +15,7 @@ import httpx
 import numpy as np
 import pytest
 
-from constellation.config import ROLES
+from constellation.roster import ROLES
 from router.decide.fisher_rao import Router
 from router.http import keys, page
 from tests.waiting import wait_for

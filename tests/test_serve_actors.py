@@ -15,9 +15,9 @@ from typing import Any
 
 import pytest
 
-from constellation.config import OCEAN
 from constellation.decoding.sample import Sampling
 from constellation.pipeline.serving import service_of
+from constellation.roster import OCEAN
 from router.answer.kernels import LocalAsyncKernels
 from router.answer.local import LocalKernels
 from router.answer.packet import Packet

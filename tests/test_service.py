@@ -10,12 +10,13 @@ import numpy as np
 import pytest
 import torch
 
-from constellation.config import OCEAN, Config, Kernel
+from constellation.config import Config, Kernel
 from constellation.config import Router as RouterConfig
 from constellation.coordizer.tokenizer import Tokenizer
 from constellation.decoding.batch import Reading
 from constellation.decoding.sample import Sampling
 from constellation.errors import ConfigError, RunError
+from constellation.roster import OCEAN
 from router.answer import scoring
 from router.answer.kernels import LocalAsyncKernels
 from router.answer.local import LocalKernels

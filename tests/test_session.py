@@ -10,13 +10,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from constellation.config import OCEAN, Config, Kernel
+from constellation.config import Config, Kernel
 from constellation.config import Router as RouterConfig
 from constellation.coordizer.tokenizer import Tokenizer
 from constellation.decoding.decode import decode_naive
 from constellation.decoding.sample import Sampling
 from constellation.errors import ArtifactError, ConfigError
 from constellation.kernel.model import KernelLM
+from constellation.roster import OCEAN
 from constellation.train import checkpoint
 from router.answer.local import LocalKernels
 from router.answer.packet import Packet

@@ -83,11 +83,12 @@ def _disk() -> str:
 
 def _memory() -> str:
     from actors.memory import check_memory, free_bytes, gib, needed_bytes
-    from constellation.config import ROLES
     from constellation.presets import small, tiny
+    from constellation.processor import cores
 
-    check_memory(tiny(), len(ROLES), free := free_bytes())
-    return f"{gib(free)} free; training the preset small takes at least {gib(needed_bytes(small(), len(ROLES)))}"
+    at_once = min(cores(), small().constellation.kernels)
+    check_memory(tiny(), at_once, free := free_bytes())
+    return f"{gib(free)} free; training the preset small takes at least {gib(needed_bytes(small(), at_once))}"
 
 
 def _decoding() -> str:

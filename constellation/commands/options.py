@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from constellation.config import OCEAN, ROLES
 from constellation.errors import ConfigError
+from constellation.roster import OCEAN, ROLES
 
 if TYPE_CHECKING:
     from constellation.decoding.sample import Sampling

@@ -27,7 +27,6 @@ from typing import Any
 import numpy as np
 import torch
 
-from constellation.config import OCEAN
 from constellation.coordizer.tokenizer import Tokenizer
 from constellation.data.cache import open_cache
 from constellation.data.corpus import read_corpus
@@ -35,6 +34,7 @@ from constellation.decoding.sample import Sampling
 from constellation.errors import DataError
 from constellation.pipeline.prepare import document_bytes, open_plan
 from constellation.pipeline.serving import application, servable, service_of
+from constellation.roster import OCEAN
 from router.answer.kernels import AsyncKernels, LocalAsyncKernels
 from router.answer.local import LocalKernels
 from router.answer.mixture import BARYCENTER, MIXTURE

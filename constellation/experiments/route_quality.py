@@ -26,10 +26,11 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.optimize import linear_sum_assignment
 
-from constellation.config import ROLES, Data
+from constellation.config import Data
 from constellation.config import Router as Settings
 from constellation.data.corpus import read_corpus
 from constellation.data.document import Document
+from constellation.roster import ROLES
 from router.decide.baselines import RandomRouter, TfidfRouter
 from router.decide.fit import fit
 from router.decide.partition import loads, partition

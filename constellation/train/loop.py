@@ -27,13 +27,14 @@ from numpy.typing import NDArray
 from constellation import optim, processor
 from constellation.artifacts import segments
 from constellation.artifacts.run import THETA_UP_TO, RunFolder, Trace
-from constellation.config import OCEAN, Config
+from constellation.config import Config
 from constellation.coordizer.tokenizer import Tokenizer
 from constellation.data.batches import Batches
 from constellation.data.cache import TokenCache, open_cache
 from constellation.errors import RunError
 from constellation.kernel.loss import linear_cross_entropy
 from constellation.kernel.model import KernelLM
+from constellation.roster import OCEAN
 from constellation.telemetry.step import Step
 from constellation.train import checkpoint, score
 

@@ -8,10 +8,11 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from constellation.config import OCEAN, ROLES, Decode
+from constellation.config import Decode
 from constellation.coordizer.tokenizer import Tokenizer
 from constellation.errors import ConfigError
 from constellation.kernel.model import KernelLM
+from constellation.roster import OCEAN, ROLES
 from constellation.train.checkpoint import load_model, steps_on_disk
 from router.answer.turn import Answerer
 

@@ -27,10 +27,11 @@ from typing import Any
 
 import numpy as np
 
-from constellation.config import OCEAN, Config
+from constellation.config import Config
 from constellation.coordizer.tokenizer import Tokenizer
 from constellation.decoding.sample import Sampling, Scored
 from constellation.errors import ConfigError, RunError
+from constellation.roster import OCEAN
 from router.answer.certificate import Ledger
 from router.answer.joint import Pen
 from router.answer.mixture import MIXED, Weights, combine, weights

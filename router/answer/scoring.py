@@ -14,9 +14,10 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from constellation.config import OCEAN, Config, Kernel
+from constellation.config import Config, Kernel
 from constellation.coordizer.tokenizer import Tokenizer
 from constellation.decoding.sample import scored
+from constellation.roster import OCEAN
 from router.answer.kernels import AsyncKernels
 from router.answer.mixture import MIXED, Weights, combine, weights
 from router.answer.room import Room
