@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import multiprocessing
 import os
-import platform
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Executor, ProcessPoolExecutor, as_completed
@@ -36,6 +35,7 @@ from constellation.data.batches import Batches
 from constellation.data.cache import TokenCache, open_cache
 from constellation.errors import ConfigError
 from constellation.experiments.dense_report import analyse
+from constellation.experiments.harness import described
 from constellation.pipeline.prepare import (
     Plan,
     document_bytes,
@@ -145,12 +145,11 @@ def run(
     bits = _bits(runs, arms)
     dev = open_cache(runs[0].plan.dev)
     return {
-        "question": __doc__.splitlines()[0] if __doc__ else "",
+        **described(__doc__),
         "seeds": list(seeds),
         "tokens": config.train.tokens,
         "config": config.to_json(),
         "dense_overrides": dict(dense or {}),
-        "machine": {"processor": platform.processor() or platform.machine(), "cores": os.cpu_count()},
         "seconds": round(time.time() - began),
         "documents": [
             {"id": i, "domain": d, "bytes": int(b)} for i, d, b in zip(dev.ids, dev.domains, dev.byte_length)

@@ -15,9 +15,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
-import json
 import math
-import platform
 import statistics
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
@@ -32,6 +30,7 @@ from constellation.data.cache import open_cache
 from constellation.data.corpus import read_corpus
 from constellation.decoding.sample import Sampling
 from constellation.errors import DataError
+from constellation.experiments.harness import described
 from constellation.pipeline.prepare import document_bytes, open_plan
 from constellation.pipeline.serving import application, servable, service_of
 from constellation.roster import OCEAN
@@ -106,10 +105,10 @@ def run(
         rows[mode.name] = asyncio.run(_measure(service, kernels, mode, texts, prompts, tokens))
         say(_line(mode.name, rows[mode.name]))
     result: dict[str, Any] = {
-        "run": run.name, "preset": config.preset, "corpus": corpus.name if corpus else "held out by the run",
+        **described(__doc__), "run": run.name, "preset": config.preset,
+        "corpus": corpus.name if corpus else "held out by the run",
         "documents": len(texts), "bytes": sum(map(len, texts)), "prompts": len(prompts), "tokens": tokens,
         "every_bytes": config.router.every, "temperature": TEMPERATURE, "top_p": TOP_P, "worth_bits": WORTH,
-        "machine": {"processor": platform.processor(), "python": platform.python_version(), "torch": torch.__version__},
         "modes": rows, "wins": winner(rows),
     }  # fmt: skip
     say(f"wins for its cost: {result['wins']}")
@@ -260,7 +259,3 @@ def _line(name: str, row: Mapping[str, Any]) -> str:
     told = f"{row['bits_per_byte']:.4f} bits/byte, {row['tokens_per_s']:.0f} tokens/s"
     calls = f"{row['turns_per_token']:.2f} turns and {row['readings_per_token']:.2f} readings a token"
     return f"{name:<14}{told}, {calls}" + ("" if lost is None else f", {lost:+.2f} bits lost a hand-off")
-
-
-def save(result: Mapping[str, Any], out: Path) -> None:
-    out.write_text(json.dumps(result, indent=1) + "\n")

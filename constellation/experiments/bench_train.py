@@ -15,10 +15,8 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import json
 import multiprocessing
 import os
-import platform
 import resource
 import statistics
 import tempfile
@@ -37,6 +35,7 @@ from constellation.coordizer.tokenizer import Tokenizer
 from constellation.data.batches import Batches
 from constellation.data.cache import build_cache, open_cache
 from constellation.data.corpus import read_corpus
+from constellation.experiments.harness import described, finish, machine_line
 from constellation.experiments.nanogpt import NanoGPT
 from constellation.kernel.loss import linear_cross_entropy
 from constellation.kernel.model import KernelLM
@@ -60,10 +59,7 @@ def run(config: Config, *, seconds: float = 20.0, out: Path | None = None) -> di
         ray = _through_ray(config, cache, Path(scratch), steps)
     together = sum(r["tokens_per_s"] for r in all_at_once)
     result = {
-        "machine": platform.processor() or platform.machine(),
-        "cores": cores,
-        "torch": torch.__version__,
-        "instructions": processor.instructions(),
+        **described(__doc__),
         "precision": config.train.precision,
         "config": config.to_json(),
         "loop": loop,
@@ -72,19 +68,12 @@ def run(config: Config, *, seconds: float = 20.0, out: Path | None = None) -> di
         "cores_ratio": together / one["tokens_per_s"],
         "ray": ray,
     }
-    for line in report(result):
-        print(line)
-    if out:
-        out.write_text(json.dumps(result, indent=1) + "\n")
-    return result
+    return finish(result, report(result), out)
 
 
 def report(result: dict[str, Any]) -> list[str]:
     loop, ray, cores = result["loop"], result["ray"], result["cores"]
-    lines = [
-        f"{result['machine']}, {cores} cores, {result['instructions']}, torch {result['torch']}, one thread a model, "
-        f"{loop['parameters']:,} parameters"
-    ]
+    lines = [f"{machine_line(result)}; one thread a model, {loop['parameters']:,} parameters"]
 
     def row(what: str, speed: float, note: str, unit: str = "tokens/s") -> None:
         lines.append(f"{what:<34} {speed:>9,.0f} {unit:<14} {note}")
