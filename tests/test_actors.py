@@ -191,7 +191,7 @@ def test_a_machine_too_small_is_told_at_once_and_nothing_is_written(
 ) -> None:
     monkeypatch.setattr("actors.launch.inside", lambda: False)  # as in a fresh process, without the session's Ray
     (tmp_path / "empty").mkdir()  # a corpus that could not be read: it is not read before
-    with pytest.raises(PlacementError, match=r"needs 8 x \(CPU 0\.25, GPU 4\).*GPU 32; this machine has CPU \d+, GPU"):
+    with pytest.raises(PlacementError, match=r"needs 1 x \(CPU 0\.25, GPU 4\).*GPU 4; this machine has CPU \d+, GPU"):
         list(train(tmp_path / "run", tmp_path / "empty", override(micro, {"cluster.gpus_per_kernel": 4})))
     assert not (tmp_path / "run").exists()
 
