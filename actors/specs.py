@@ -15,7 +15,7 @@ from actors.router_actor import RouterActor
 from constellation.config import OCEAN, ROLES, Config
 
 if TYPE_CHECKING:
-    from constellation.train.loop import Job
+    from constellation.train.job import Job
 
 ROUTER = "router"
 
