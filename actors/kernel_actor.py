@@ -129,7 +129,7 @@ class Engine:
                         steps.close()
                         self.state = "stopped"
                         return
-            self.state = "done"
+            self.state = "done" if self._step >= job.steps else "stopped"  # a recovery may have asked for a pause
         except BaseException as error:
             self._fail(error)
 
