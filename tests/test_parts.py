@@ -189,11 +189,45 @@ def test_a_run_that_had_no_parts_may_be_given_some(corpus: tuple[Path, Path], pl
     assert regime.judged == STEPS - 7 and weights(tmp_path) == weights(plain), "advice without recovery is only told"
 
 
+@pytest.mark.parametrize("rate", [float("nan"), float("inf"), -1.0])
+def test_a_rate_that_is_none_is_refused(corpus: tuple[Path, Path], tmp_path: Path, rate: float) -> None:
+    class Stuck(Brake):
+        def rate(self, step: int, scheduled: float) -> float:
+            return rate
+
+    with pytest.raises(ConfigError, match=rf"the rate of step 0 is {rate}; it must be finite and at least 0"):
+        next(fit(job(corpus, tmp_path), governor=Stuck()))
+
+
 def test_what_is_no_json_cannot_be_remembered(corpus: tuple[Path, Path], tmp_path: Path) -> None:
     governor = Brake()
     governor.first = torch.ones(())  # type: ignore[assignment]
     with pytest.raises(ConfigError, match=r"^governor: its state\(\) must be text, numbers.*Tensor"):
         list(fit(job(corpus, tmp_path), governor=governor))
+
+
+@dataclasses.dataclass
+class Kappa(Norm):
+    """Says at its first measurement that the model is curved, and later that it is not."""
+
+    name: str = "kappa"
+    every: int = 4
+
+    def measure(self, training: Any) -> dict[str, float]:
+        self.before.append(50.0 if not self.before else 0.0)
+        return {"kappa_eff": self.before[-1]}
+
+
+def test_an_optimizer_that_wants_telemetry_is_told_what_was_measured_last_also_after_a_kill(
+    corpus: tuple[Path, Path], tmp_path: Path
+) -> None:
+    gate = {"kappa_every": 0, "max_overhead": 0.0, "force_ng_every_n_steps": 0}
+    changes = {f"optim__gate__{name}": value for name, value in gate.items()}
+    own = job(corpus, tmp_path, optim__name="adaptive_mixed_qig", train__checkpoint_every=6, **changes)
+    assert next(step for step in fit(own, probes=[Kappa()]) if step.step == 7)
+    list(fit(own, probes=[Kappa()]))
+    gate_memory = newest(tmp_path).state["optimizer"]["groups"][0]["gate"]
+    assert gate_memory["natural_steps"] == 4, "steps 5 to 8; the second sitting began at 6, after the measurement at 4"
 
 
 class Burst:

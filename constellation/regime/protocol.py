@@ -32,6 +32,8 @@ class Advice(Enum):
 
 
 class Regime(Resumable, Protocol):
+    """Judges how a run is doing."""
+
     def judge(self, seen: Mapping[str, float]) -> Advice:
         """Advice after a step.
 
@@ -75,6 +77,8 @@ class Recoverable(Training, Protocol):
 
 
 class Recovery(Resumable, Protocol):
+    """Acts on advice."""
+
     def act(self, training: Recoverable, advice: Advice) -> None:
         """Do what `advice` asks for: try something, and keep it or roll back."""
         ...

@@ -26,7 +26,7 @@ from constellation.artifacts import segments
 from constellation.artifacts.run import THETA_UP_TO, RunFolder, Trace
 from constellation.data.batches import Batches
 from constellation.data.cache import open_cache
-from constellation.errors import RunError
+from constellation.errors import ConfigError, RunError
 from constellation.kernel.model import KernelLM
 from constellation.optim.natural import wants
 from constellation.regime.protocol import Advice, Saved
@@ -136,6 +136,8 @@ class TrainState:
         lr = self.schedule.at(self.step)
         if self.parts.governor is not None:
             lr = self.parts.governor.rate(self.step, lr)
+            if not 0 <= lr < math.inf:
+                raise ConfigError(f"governor: the rate of step {self.step} is {lr}; it must be finite and at least 0")
         for group, rate in zip(self.optimizer.param_groups, self._rates, strict=True):
             group["lr"] = lr * rate
         self._theta = self._flat()
