@@ -34,7 +34,7 @@ if TYPE_CHECKING:  # torch is imported in the actor's process only
 
     from constellation.decoding.sample import Scored
     from constellation.telemetry.step import Step
-    from constellation.train.loop import Job
+    from constellation.train.job import Job
     from router.answer.turn import Answerer
 
 LOOK_EVERY_S = 0.05
@@ -129,7 +129,7 @@ class Engine:
                         steps.close()
                         self.state = "stopped"
                         return
-            self.state = "done"
+            self.state = "done" if self._step >= job.steps else "stopped"  # a recovery may have asked for a pause
         except BaseException as error:
             self._fail(error)
 

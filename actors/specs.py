@@ -15,7 +15,7 @@ from constellation.config import Config
 from constellation.roster import OCEAN
 
 if TYPE_CHECKING:
-    from constellation.train.loop import Job
+    from constellation.train.job import Job
 
 ROUTER = "router"
 

@@ -17,7 +17,7 @@ ROWS = [
     {"constellation.config"},
     {"constellation.geometry"},
     {"constellation.kernel", "constellation.coordizer", "constellation.optim", "constellation.telemetry"},
-    {"constellation.decoding", "constellation.data"},
+    {"constellation.decoding", "constellation.data", "constellation.regime"},
     {"constellation.artifacts", "constellation.presets"},
     {"constellation.train"},
     {"router.decide"},

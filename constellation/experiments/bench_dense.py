@@ -47,7 +47,8 @@ from constellation.pipeline.prepare import (
 )
 from constellation.roster import OCEAN, ROLES
 from constellation.train.checkpoint import folder_of, load_model, newest
-from constellation.train.loop import Job, fit, steps_for
+from constellation.train.job import Job, steps_for
+from constellation.train.loop import fit
 from constellation.train.score import score
 from router.decide.baselines import RandomRouter, TfidfRouter
 from router.decide.evaluate import Scores, answers

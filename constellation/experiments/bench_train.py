@@ -40,7 +40,8 @@ from constellation.experiments.nanogpt import NanoGPT
 from constellation.kernel.loss import linear_cross_entropy
 from constellation.kernel.model import KernelLM
 from constellation.storage.atomic import read_json
-from constellation.train.loop import Job, fit, resolve_precision
+from constellation.train.job import Job, resolve_precision
+from constellation.train.loop import fit
 
 TURN = 5  # steps of one contestant before the other one's turn
 

@@ -37,6 +37,9 @@ _TINY = 1e-30  # a curvature of 0 with eps = 0 has a long step, not an infinite 
 class CurvatureScaledSGD(precond.Scaled):
     """State per parameter: `step`, `looks`, `scale` = (m + eps)^-q, the curvature held and, if any, `momentum`."""
 
+    wants = ("logits", "targets")
+    state_kind = ("source",)
+
     def __init__(
         self,
         params: Any,

@@ -27,7 +27,7 @@ from constellation.pipeline.request import REQUEST, Plan, open_plan, open_reques
 from constellation.roster import OCEAN
 from constellation.storage.atomic import write_json
 from constellation.train import checkpoint
-from constellation.train.loop import Job, steps_for
+from constellation.train.job import Job, steps_for
 from router.decide import partition
 from router.decide.fisher_rao import Router
 from router.decide.fit import fit

@@ -65,7 +65,7 @@ def request(run: Path, corpus: Path | None, config: Config | None, resume: bool)
     """
     said = check_request(run, corpus, config, resume)
     if not (run / REQUEST).exists():
-        from constellation.train.loop import resolve_precision
+        from constellation.train.job import resolve_precision
 
         where = None if corpus is None else str(corpus.resolve())
         settings = resolve_precision(config or small()).to_json()
