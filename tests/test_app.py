@@ -15,7 +15,6 @@ from constellation.config import Router as RouterConfig
 from constellation.coordizer.tokenizer import Tokenizer
 from constellation.decoding.sample import Sampling
 from constellation.errors import RunError
-from router.answer.kernels import LocalAsyncKernels
 from router.answer.local import LocalKernels
 from router.answer.service import Service
 from router.answer.session import Request, generate
@@ -42,7 +41,7 @@ MODELS = {name: random_kernel(KERNEL, i) for i, name in enumerate((OCEAN, *NAMES
 MODES = ("route", "mixture", "barycenter", "heart", OCEAN)
 
 
-class Failing(LocalAsyncKernels):
+class Failing(LocalKernels):
     """Kernels that break down after some turns."""
 
     def __init__(self, kernels, turns):
@@ -58,7 +57,7 @@ class Failing(LocalAsyncKernels):
 
 def service(turns=None):
     local = LocalKernels(MODELS, TOKENIZER)
-    kernels = LocalAsyncKernels(local) if turns is None else Failing(local, turns)
+    kernels = local if turns is None else Failing(local, turns)
     return Service(CONFIG, POLICY, TOKENIZER, kernels, name="constellation", created=1_700_000_000)
 
 

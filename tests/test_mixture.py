@@ -16,10 +16,10 @@ from constellation.decoding.sample import Sampling, Settings, sample
 from constellation.errors import ConfigError
 from constellation.kernel.model import KernelLM
 from router.answer.local import LocalKernels
-from router.answer.mixture import BARYCENTER, MIXED, MIXTURE, combine, weights
 from router.answer.packet import Packet
 from router.answer.query import Ask, Life, Piece, Turn
 from router.answer.session import Answer, generate
+from router.decide.mixture import BARYCENTER, MIXED, MIXTURE, combine, weights
 from router.decide.policy import Choice
 
 NAMES = ("heart", "memory", "action")

@@ -18,7 +18,6 @@ import pytest
 from constellation.config import OCEAN
 from constellation.decoding.sample import Sampling
 from constellation.pipeline.serving import service_of
-from router.answer.kernels import LocalAsyncKernels
 from router.answer.local import LocalKernels
 from router.answer.packet import Packet
 from router.answer.query import Answer, Ask, Piece
@@ -57,10 +56,10 @@ def up(ray_session: None, run: Path) -> Iterator[str]:
 def on_ray(run: Path, name: str) -> Service:
     import ray
 
-    from actors.remote import AsyncRayKernels
+    from actors.remote import RayKernels
     from actors.supervisor_actor import namespace_of
 
-    return service_of(run, AsyncRayKernels(lambda role: ray.get_actor(role, namespace=namespace_of(name))))
+    return service_of(run, RayKernels(lambda role: ray.get_actor(role, namespace=namespace_of(name))))
 
 
 def untimed(answer: Answer) -> Answer:
@@ -81,7 +80,7 @@ async def answers(service: Service, hear: Any = lambda piece: None) -> list[Answ
 def test_a_kernel_killed_in_the_middle_of_a_stream_is_replaced_and_the_tokens_are_the_same(run: Path, up: str) -> None:
     from actors import lifecycle
 
-    local = asyncio.run(answers(service_of(run, LocalAsyncKernels(LocalKernels.from_run(run)))))
+    local = asyncio.run(answers(service_of(run, LocalKernels.from_run(run))))
     assert len({kernel for answer in local for kernel in answer.kernels}) > 2
     assert asyncio.run(answers(on_ray(run, up))) == local
     pids = {k.role: k.pid for k in lifecycle.status(run).kernels}
@@ -108,7 +107,7 @@ def test_texts_are_scored_and_decided_as_in_one_process(run: Path, up: str) -> N
             await service.decide("The import statement", [" binds", " is"], "mixture", 2),
         ]  # fmt: skip
 
-    local = asyncio.run(both(service_of(run, LocalAsyncKernels(LocalKernels.from_run(run)))))
+    local = asyncio.run(both(service_of(run, LocalKernels.from_run(run))))
     assert asyncio.run(both(on_ray(run, up))) == local
 
 
@@ -251,7 +250,7 @@ def test_the_same_application_runs_on_ray_serve(run: Path, up: str) -> None:
         serve_api.run(app({"run": str(run), "name": up}), name="constellation", route_prefix="/")
         url = f"http://127.0.0.1:{port}/v1/completions"
         text = asked(url, **BODY)["choices"][0]["text"]
-        local = asyncio.run(answers_of(service_of(run, LocalAsyncKernels(LocalKernels.from_run(run))), BODY))
+        local = asyncio.run(answers_of(service_of(run, LocalKernels.from_run(run)), BODY))
         assert text == local
     finally:
         serve_api.shutdown()

@@ -17,10 +17,9 @@ from constellation.decoding.batch import Reading
 from constellation.decoding.sample import Sampling
 from constellation.errors import ConfigError, RunError
 from router.answer import scoring
-from router.answer.kernels import LocalAsyncKernels
+from router.answer.concurrency import Room
 from router.answer.local import LocalKernels
 from router.answer.packet import COUNTS_BYTES, Packet
-from router.answer.room import Room
 from router.answer.service import Answer, Ask, Piece, Service, numbered
 from router.answer.session import generate
 from router.decide.fit import fit
@@ -42,7 +41,7 @@ MODELS = {name: random_kernel(KERNEL, i) for i, name in enumerate((OCEAN, *NAMES
 
 
 def service() -> Service:
-    return Service(CONFIG, POLICY, TOKENIZER, LocalAsyncKernels(LocalKernels(MODELS, TOKENIZER)))
+    return Service(CONFIG, POLICY, TOKENIZER, LocalKernels(MODELS, TOKENIZER))
 
 
 async def whole(made: Service, ask: Ask) -> tuple[list[Piece], Answer]:
@@ -267,7 +266,7 @@ class Held:
 
     def __init__(self) -> None:
         local = LocalKernels(MODELS, TOKENIZER)
-        self.service = Service(CONFIG, POLICY, TOKENIZER, LocalAsyncKernels(local))
+        self.service = Service(CONFIG, POLICY, TOKENIZER, local)
         self.engine = local.answerer("heart").engine
         self.inside, self.may_go = threading.Event(), threading.Event()
         self.engine.submit([Reading(tokens=[0], first=0, emit=self._hold)], lambda: None)
@@ -337,7 +336,7 @@ def test_two_requests_of_one_name_are_two_requests() -> None:
     assert untimed(found) == untimed(asyncio.run(whole(service(), ask))[1])
 
 
-class Weighed(LocalAsyncKernels):
+class Weighed(LocalKernels):
     """Kernels that count the log-probabilities they are asked for, in bytes."""
 
     def __init__(self) -> None:
@@ -424,7 +423,7 @@ def test_room_is_given_in_order_and_never_twice() -> None:
 
 
 def test_an_error_of_a_kernel_ends_the_stream_with_its_reason() -> None:
-    class Broken(LocalAsyncKernels):
+    class Broken(LocalKernels):
         async def turn(self, *call: object) -> Packet:
             raise RunError("heart's logits are not finite")
 

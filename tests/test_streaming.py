@@ -20,10 +20,9 @@ from constellation.config import Router as RouterConfig
 from constellation.coordizer.tokenizer import Tokenizer
 from constellation.decoding.sample import Sampling
 from constellation.errors import RunError
-from router.answer.kernels import LocalAsyncKernels
+from router.answer.concurrency import Post
 from router.answer.local import LocalKernels
 from router.answer.packet import Packet
-from router.answer.post import Post
 from router.answer.query import Ask, Life, Piece, Turn
 from router.answer.service import Answer, Service
 from router.answer.session import generate
@@ -198,7 +197,7 @@ def test_what_is_posted_while_the_loop_is_busy_arrives_together_and_in_order() -
 # -- over a socket -----------------------------------------------------------------------------------------------------
 
 
-class Held(LocalAsyncKernels):
+class Held(LocalKernels):
     """Kernels whose turns of more than `FIRST` bytes end when they are let."""
 
     def __init__(self) -> None:
@@ -215,7 +214,7 @@ class Held(LocalAsyncKernels):
 
 
 @contextlib.contextmanager
-def serving(kernels: LocalAsyncKernels) -> Iterator[str]:
+def serving(kernels: LocalKernels) -> Iterator[str]:
     with listening(make_app(Service(CONFIG, POLICY, TOKENIZER, kernels))) as url:
         yield url
 

@@ -24,8 +24,9 @@ from constellation.coordizer.tokenizer import Tokenizer
 from constellation.decoding.sample import Scored as KernelScored
 from constellation.errors import ConfigError
 from router.answer.certificate import Ledger
+from router.answer.concurrency import together
 from router.answer.encoding import encoded
-from router.answer.kernels import AsyncKernels
+from router.answer.kernels import Kernels
 from router.answer.query import (
     ROUTE,
     Answer,
@@ -42,7 +43,6 @@ from router.answer.query import (
     read_prompt,
 )
 from router.answer.scoring import Reader, Scored, panels
-from router.answer.together import together
 from router.answer.turn import Ear
 from router.answer.view import View
 from router.decide.fisher_rao import Router
@@ -66,7 +66,7 @@ class Service:
         config: Config,
         policy: Policy | None,
         tokenizer: Tokenizer,
-        kernels: AsyncKernels,
+        kernels: Kernels,
         *,
         name: str = "constellation",
         created: int = 0,
@@ -119,6 +119,12 @@ class Service:
                 if fetching and not fetching.done():
                     fetching.cancel()
                     await asyncio.gather(fetching, return_exceptions=True)
+
+    async def answer(self, ask: Ask) -> Answer:
+        """The answer alone, once it is whole."""
+        *_, answer = [step async for step in self.stream(ask)]
+        assert isinstance(answer, Answer)
+        return answer
 
     async def score(
         self, tokens: Sequence[int], mode: str = ROUTE, top: int = 0, top_k: int = 3
