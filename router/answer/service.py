@@ -85,8 +85,11 @@ class Service:
         check(ask, self.policy, self.kernels.names)
         Life("", ask, self.policy, self.tokenizer, self.config)
 
-    async def stream(self, ask: Ask) -> AsyncGenerator[Piece | Answer, None]:
-        """The pieces of the answer as they come, then the `Answer`. Leaving early frees what it took."""
+    async def stream(self, ask: Ask, early: bool = True) -> AsyncGenerator[Piece | Answer, None]:
+        """The pieces of the answer as they come, then the `Answer`. Leaving early frees what it took.
+
+        Pieces come while a turn is under way, or, unless `early`, at its end, which costs less.
+        """
         check(ask, self.policy, self.kernels.names)
         with self._working() as work:
             life = Life(ask.request or work, replace(ask, request=work), self.policy, self.tokenizer, self.config)
@@ -103,6 +106,9 @@ class Service:
                     if isinstance(step, Piece):
                         yield step
                         step = next(steps)
+                        continue
+                    if not early:
+                        step = steps.send(await self._fetch(step, None))
                         continue
                     fetching = asyncio.ensure_future(self._fetch(step, hear))
                     fetching.add_done_callback(lambda _: came.set())
@@ -122,7 +128,7 @@ class Service:
 
     async def answer(self, ask: Ask) -> Answer:
         """The answer alone, once it is whole."""
-        *_, answer = [step async for step in self.stream(ask)]
+        *_, answer = [step async for step in self.stream(ask, early=False)]
         assert isinstance(answer, Answer)
         return answer
 
@@ -209,7 +215,7 @@ class Service:
         finally:
             self._under_way.discard(work)
 
-    async def _fetch(self, calls: Sequence[Call], hear: Ear) -> list[Any]:
+    async def _fetch(self, calls: Sequence[Call], hear: Ear | None) -> list[Any]:
         """The results of all calls."""
         positions = sum(call.tail for call in calls if isinstance(call, Reading))
         if not positions:
@@ -217,7 +223,7 @@ class Service:
         async with self._reader.room(positions):
             return await together([self._call(call, hear) for call in calls])
 
-    async def _call(self, call: Call, hear: Ear) -> Any:
+    async def _call(self, call: Call, hear: Ear | None) -> Any:
         if isinstance(call, Turn):
             return await self.kernels.turn(call.kernel, call.packet, call.budget_bytes, None if call.draft else hear)
         if isinstance(call, Bits):
