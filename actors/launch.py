@@ -9,7 +9,6 @@ or lost its cluster is started again with `resume=True` and ends with the same w
 from __future__ import annotations
 
 import contextlib
-import shutil
 import signal
 import threading
 import time
@@ -23,9 +22,8 @@ from actors.placement import check, check_cluster, reserve, share
 from actors.specs import trainers
 from actors.supervisor import Supervisor
 from constellation.config import ROLES, Config
-from constellation.errors import ConfigError, DataError, PlacementError
 from constellation.pipeline.prepare import fit_router, kernel_job, ocean_job, prepare
-from constellation.pipeline.request import REQUEST, open_request, request
+from constellation.pipeline.request import open_request, request, withdrawn
 from constellation.pipeline.status import VIEW, done, finished, roots, summary, write_view
 from constellation.storage.atomic import read_json
 from constellation.storage.exclusive import exclusive
@@ -65,7 +63,7 @@ def train(
         config = open_request(run)[1]
         bundles = [share(config)] * len(roles)
         (run / VIEW).unlink(missing_ok=True)  # of an earlier sitting
-        with _withdrawn(run, fresh):  # too small a cluster is told before any work is done
+        with withdrawn(run, fresh):  # too small a cluster is told before any work is done
             if address is None and not inside():
                 if auth is None:
                     refuse_open()
@@ -125,14 +123,3 @@ def _ctrl_c() -> Iterator[threading.Event]:
         yield pressed
     finally:
         signal.signal(signal.SIGINT, before)
-
-
-@contextlib.contextmanager
-def _withdrawn(run: Path, fresh: bool) -> Iterator[None]:
-    """Takes the request for a new run back when it turns out to be impossible before anything was done."""
-    try:
-        yield
-    except (PlacementError, ConfigError, DataError):
-        if fresh and {file.name for file in run.iterdir()} <= {REQUEST, ".lock"}:
-            shutil.rmtree(run)
-        raise

@@ -90,14 +90,17 @@ def _in_this_process(
     run: Path, corpus: Path | None, config: Config | None, resume: bool, _: str | None, say: Callable[[str], None]
 ) -> Iterator[Step]:
     """What actors/launch.py does, one model after another."""
-    from constellation.pipeline.prepare import fit_router, kernel_job, ocean_job, prepare, request
+    from constellation.pipeline.prepare import fit_router, kernel_job, ocean_job, prepare
+    from constellation.pipeline.request import request, withdrawn
     from constellation.pipeline.status import done
     from constellation.storage.exclusive import exclusive
     from constellation.train.loop import fit
 
+    fresh = not run.exists()
     request(run, corpus, config, resume)
     with exclusive(run):
-        plan = prepare(run)
+        with withdrawn(run, fresh):
+            plan = prepare(run)
         if not done(plan.folder(OCEAN)):
             yield from fit(ocean_job(plan), say=say)
         fit_router(plan)
@@ -267,15 +270,17 @@ class Constellation:
 
         mode  "route": the kernel that the text belongs to, looked up again every W bytes; "mixture", "barycenter":
               the `top_k_kernels` (3) likeliest of them together; or the name of one kernel
-        how   `top_k_kernels`, and any other field of `Sampling` by its name: top_p (0.95, as on the command line),
-              top_k, min_p, repetition_penalty, stop, logit_bias ... ConfigError for one that is unknown or out of range
+        how   `top_k_kernels`, and any other setting of the sampler (constellation/decoding/sample.py) by its name:
+              top_p (0.95, as on the command line), top_k, min_p, repetition_penalty, stop, logit_bias, logprobs ...
+              ConfigError for one that is unknown or out of range
 
         Several prompts share the kernels' batches; an answer depends on its own prompt, settings and seed alone.
         """
-        prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+        several = isinstance(prompt, Sequence) and not isinstance(prompt, (str, bytes))
+        prompts: list[Any] = list(prompt) if several else [prompt]
         asks = [_ask(one, max_new_tokens, temperature, seed, mode, **how) for one in prompts]
         answers = self._loop.run(_answers(self.service, asks))
-        return answers[0] if isinstance(prompt, str) else answers
+        return answers if several else answers[0]
 
     def stream(
         self,
@@ -324,9 +329,10 @@ class Constellation:
     def bits_per_byte(
         self, texts: str | bytes | Sequence[str | bytes], mode: str = "route", top_k_kernels: int = 3
     ) -> float:
-        """Causal bits of all texts, and of the end of each, over their UTF-8 bytes, as `constellation eval` counts.
+        """Causal bits of all texts, and of the end of each, over their UTF-8 bytes: sum of nats / (ln 2 * bytes), >= 0.
 
-        sum of nats / (ln 2 * bytes), >= 0. ConfigError when there are no bytes.
+        What `constellation eval` reports, but for ids that no text holds: an answer cannot hold them either, so here
+        they have no probability, and the bits are a little fewer. ConfigError when there are no bytes.
         """
         given = _several(texts)
         if not (size := sum(len(_utf8(text)) for text in given)):
@@ -363,6 +369,8 @@ def _ask(
     from constellation.decoding.sample import Sampling
     from router.answer.query import Ask
 
+    if not isinstance(prompt, str):
+        raise ConfigError(f"prompt={prompt!r}: must be a text, or a list of texts")
     settings = {"max_new_tokens": max_new_tokens, "temperature": temperature, "seed": seed, "top_p": 0.95, **sampling}
     return Ask(prompt, Sampling.from_json(settings), mode, top_k_kernels)
 
@@ -414,6 +422,9 @@ class _Loop:
 
     def run(self, work: Coroutine[Any, Any, T]) -> T:
         """What `work` returns or raises. Whoever does not wait for it any more, by Ctrl-C, cancels it."""
+        if not self._thread.is_alive():
+            work.close()
+            raise ConfigError("this constellation is closed; open it again")
         future = asyncio.run_coroutine_threadsafe(work, self._loop)
         try:
             return future.result()

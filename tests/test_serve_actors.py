@@ -22,6 +22,7 @@ from router.answer.local import LocalKernels
 from router.answer.packet import Packet
 from router.answer.query import Answer, Ask, Piece
 from router.answer.service import Service
+from tests.asking import untimed
 from tests.waiting import wait_for
 
 pytestmark = pytest.mark.ray
@@ -60,10 +61,6 @@ def on_ray(run: Path, name: str) -> Service:
     from actors.supervisor_actor import namespace_of
 
     return service_of(run, RayKernels(lambda role: ray.get_actor(role, namespace=namespace_of(name))))
-
-
-def untimed(answer: Answer) -> Answer:
-    return dataclasses.replace(answer, request=0, seconds=0.0, seconds_per_token=0.0)
 
 
 async def answers(service: Service, hear: Any = lambda piece: None) -> list[Answer]:
@@ -169,10 +166,9 @@ def test_a_turn_in_another_process_is_told_while_it_is_under_way(run: Path, up: 
     told = asyncio.run(listen())
     assert [first for first, _, _ in heard] == [sum(len(t) for _, t, _ in heard[:i]) for i in range(len(heard))]
     assert all(len(tokens) == scores for _, tokens, scores in heard)
-    local = LocalKernels.from_run(run)
     short = dataclasses.replace(packet, sampling=dataclasses.replace(how, max_new_tokens=200))
-    (data,) = local.turns({"heart": [short.encode()]}, 10**9)["heart"]
-    assert told.startswith(service.tokenizer.decode(Packet.decode(data).tokens[-200:]))
+    after = LocalKernels.from_run(run).answerer("heart").begin(short, 10**9).result()
+    assert told.startswith(service.tokenizer.decode(after.tokens[-200:]))
 
 
 # -- fronts ------------------------------------------------------------------------------------------------------------
