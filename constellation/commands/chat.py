@@ -8,6 +8,7 @@ from pathlib import Path
 
 import click
 
+import constellation
 from constellation.commands import options
 
 
@@ -36,9 +37,7 @@ def command(
     The kernels are trained on text, not on dialogue: they continue what stands there. An empty line
     begins anew, end of input (Ctrl-D) leaves. From a pipe a line in gives an answer out, and nothing else.
     """
-    from constellation.api import open
-
-    with open(run, local=local, address=address) as constellation:
+    with constellation.open(run, local=local, address=address) as asked:
         said, turn, terminal = "", 0, sys.stdin.isatty()
         for line in _typed() if terminal else _piped():
             if not line:
@@ -50,7 +49,7 @@ def command(
                 max_new_tokens, temperature, top_k, top_p, min_p, repetition_penalty, seed + turn, stop
             )
             shown, answer = None, ""
-            for piece in constellation.stream(said, mode=mode, **vars(settings)):
+            for piece in asked.stream(said, mode=mode, **vars(settings)):
                 if terminal and piece.text and piece.kernel != shown:
                     click.secho(f"{piece.kernel}> ", nl=False, bold=True)
                     shown = piece.kernel

@@ -7,8 +7,9 @@ from pathlib import Path
 
 import click
 
+import constellation
 from constellation.commands import options
-from constellation.config import OCEAN, ROLES
+from constellation.config import OCEAN
 from constellation.presets import preset as make_preset
 
 PROMPT_BYTES = 96
@@ -47,18 +48,17 @@ def command(run: Path, preset: str) -> None:
 
 def _samples(run: Path) -> None:
     """For each kernel the beginning of a held-out document that is routed to it, and how it goes on."""
-    from constellation.api import open
     from constellation.data.cache import open_cache
     from constellation.pipeline.prepare import document_bytes, open_plan
 
-    with open(run, local=True) as constellation:
-        texts = document_bytes(open_cache(open_plan(run).dev), constellation.service.tokenizer)
+    with constellation.open(run, local=True) as asked:
+        texts = document_bytes(open_cache(open_plan(run).dev), asked.service.tokenizer)
         cut = [text[:PROMPT_BYTES].decode("utf-8", "ignore") for text in texts if len(text) > 4 * PROMPT_BYTES]
         first: dict[str, str] = {}
-        for prompt, choice in zip(cut, constellation.route(cut), strict=True):
+        for prompt, choice in zip(cut, asked.route(cut), strict=True):
             first.setdefault(choice.kernel, prompt)
-        prompts = [first[name] for name in (*ROLES, OCEAN) if name in first]
-        answers = constellation.generate(prompts, SAMPLE_TOKENS, temperature=0.7, top_p=0.9)
+        prompts = [first[name] for name in (*asked.kernels[1:], OCEAN) if name in first]
+        answers = asked.generate(prompts, SAMPLE_TOKENS, temperature=0.7, top_p=0.9)
         for prompt, answer in zip(prompts, answers, strict=True):
             click.secho(f"\n{' -> '.join(answer.kernels)}", bold=True)
             click.echo(click.style(prompt, dim=True) + answer.text)
