@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from router.decide.policy import Choice
 
 T = TypeVar("T")
-Path_ = str | os.PathLike[str]
+AnyPath = str | os.PathLike[str]
 
 
 def _on_stderr(text: str) -> None:
@@ -45,8 +45,8 @@ def _on_stderr(text: str) -> None:
 
 
 def train(
-    corpus: Path_ | Iterable[str | bytes | os.PathLike[str]] | None,
-    run: Path_,
+    corpus: AnyPath | Iterable[str | bytes | os.PathLike[str]] | None,
+    run: AnyPath,
     preset: str | Config | None = None,
     overrides: Mapping[str, Any] | None = None,
     *,
@@ -76,18 +76,20 @@ def train(
     begun = (folder / REQUEST).exists()
     if preset is not None or overrides or not begun:
         config = override(preset if isinstance(preset, Config) else make_preset(preset or "small"), overrides or {})
-    where: Path | None = None
-    if isinstance(corpus, (str, os.PathLike)):
-        where = Path(corpus)
-    elif corpus is not None:
+    where = Path(corpus) if isinstance(corpus, (str, os.PathLike)) else None
+    check_request(folder, where, config, begun)  # told before torch and Ray are imported
+    if corpus is not None and not isinstance(corpus, (str, os.PathLike)):
         where = folder.with_name(f"{folder.name}.texts.jsonl")
         _keep(corpus, where, config or Config(), begun)
-    check_request(folder, where, config, begun)  # told before torch and Ray are imported
-    return (_in_this_process if local else _on_ray)(folder, where, config, begun, address, say)
+    if local:
+        return _in_this_process(folder, where, config, begun, say)
+    from actors import launch
+
+    return launch.train(folder, where, config, address=address, resume=begun, say=say)
 
 
 def _in_this_process(
-    run: Path, corpus: Path | None, config: Config | None, resume: bool, _: str | None, say: Callable[[str], None]
+    run: Path, corpus: Path | None, config: Config | None, resume: bool, say: Callable[[str], None]
 ) -> Iterator[Step]:
     """What actors/launch.py does, one model after another."""
     from constellation.pipeline.prepare import fit_router, kernel_job, ocean_job, prepare
@@ -107,14 +109,6 @@ def _in_this_process(
         for role in ROLES:
             if not done(plan.folder(role)):
                 yield from fit(kernel_job(plan, role), say=say)
-
-
-def _on_ray(
-    run: Path, corpus: Path | None, config: Config | None, resume: bool, address: str | None, say: Callable[[str], None]
-) -> Iterator[Step]:
-    from actors import launch
-
-    yield from launch.train(run, corpus, config, address=address, resume=resume, say=say)
 
 
 def _keep(texts: Iterable[str | bytes | os.PathLike[str]], file: Path, config: Config, begun: bool) -> None:
@@ -142,7 +136,7 @@ def _keep(texts: Iterable[str | bytes | os.PathLike[str]], file: Path, config: C
         raise ConfigError(f"corpus: {file} does not hold these texts; leave the corpus out, or choose another run")
 
 
-def load_kernel(run: Path_, role: str) -> Module:
+def load_kernel(run: AnyPath, role: str) -> Module:
     """The model called `role`, "ocean" or a kernel, of its newest checkpoint: (B, T) int64 tokens to (B, T, V) logits.
 
     In evaluation mode, on the CPU. ConfigError for an unknown role, ArtifactError when it has no checkpoint.
@@ -159,7 +153,7 @@ def load_kernel(run: Path_, role: str) -> Module:
 
 
 def open(
-    run: Path_, *, local: bool = False, address: str | None = None, say: Callable[[str], None] = _on_stderr
+    run: AnyPath, *, local: bool = False, address: str | None = None, say: Callable[[str], None] = _on_stderr
 ) -> Constellation:
     """The constellation in the folder `run`, to be asked; close it, or use it in a `with` block.
 
