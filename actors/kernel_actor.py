@@ -4,7 +4,7 @@
     KernelActor  its mailbox: the control group answers at once while the thread works
 
 Every call may be repeated: `train` and `serve` of what is going on already do nothing, `report` only
-looks, a turn is a pure function of its packets.
+looks, a turn is a pure function of its packet.
 """
 
 from __future__ import annotations
@@ -197,11 +197,7 @@ class KernelMailbox:
         while self._engine.state == "training":
             await asyncio.sleep(LOOK_EVERY_S)
 
-    async def turn(self, packets: list[bytes], budget_bytes: int) -> list[bytes]:
-        """A turn on each of `packets`."""
-        return await asyncio.to_thread((await self._loaded()).turn, packets, budget_bytes)
-
-    async def answer(self, packet: bytes, budget_bytes: int, listener: str = "", request: str = "") -> bytes:
+    async def turn(self, packet: bytes, budget_bytes: int, listener: str = "", request: str = "") -> bytes:
         """A turn on one packet, which joins whatever is going on; a listener is told of it as `request`."""
         ear = self._told.ear(listener, request)
         return await asyncio.wrap_future((await self._loaded()).submit(packet, budget_bytes, ear))

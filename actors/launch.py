@@ -9,7 +9,6 @@ or lost its cluster is started again with `resume=True` and ends with the same w
 from __future__ import annotations
 
 import contextlib
-import shutil
 import signal
 import threading
 import time
@@ -22,9 +21,8 @@ from actors.memory import check_memory, free_bytes
 from actors.placement import check, check_cluster, reserve, resident, share
 from actors.supervisor import Supervisor
 from constellation.config import Config
-from constellation.errors import ConfigError, DataError, PlacementError
 from constellation.pipeline.prepare import fit_router, kernel_job, ocean_job, prepare
-from constellation.pipeline.request import REQUEST, open_request, request
+from constellation.pipeline.request import open_request, request, withdrawn
 from constellation.pipeline.status import VIEW, done, finished, roots, summary, write_view
 from constellation.storage.atomic import read_json
 from constellation.storage.exclusive import exclusive
@@ -64,7 +62,7 @@ def train(
         config = open_request(run)[1]
         roles = config.kernels if roles is None else roles
         (run / VIEW).unlink(missing_ok=True)  # of an earlier sitting
-        with _withdrawn(run, fresh):  # too small a cluster is told before any work is done
+        with withdrawn(run, fresh):  # too small a cluster is told before any work is done
             if address is None and not inside():
                 if auth is None:
                     refuse_open()
@@ -127,14 +125,3 @@ def _ctrl_c() -> Iterator[threading.Event]:
         yield pressed
     finally:
         signal.signal(signal.SIGINT, before)
-
-
-@contextlib.contextmanager
-def _withdrawn(run: Path, fresh: bool) -> Iterator[None]:
-    """Takes the request for a new run back when it turns out to be impossible before anything was done."""
-    try:
-        yield
-    except (PlacementError, ConfigError, DataError):
-        if fresh and {file.name for file in run.iterdir()} <= {REQUEST, ".lock"}:
-            shutil.rmtree(run)
-        raise

@@ -80,17 +80,9 @@ def micro_corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def micro_run(tmp_path_factory: pytest.TempPathFactory, micro_corpus: Path, micro: Config) -> Path:
     """A whole run of `micro`, trained by the plain loop in this process: no Ray, left alone. Read it, copy it."""
-    from constellation.pipeline.prepare import fit_router, kernel_job, ocean_job, prepare, request
-    from constellation.roster import ROLES
-    from constellation.train.loop import fit
+    import constellation
 
     run = tmp_path_factory.mktemp("runs") / "alone"
-    request(run, micro_corpus, micro, resume=False)
-    plan = prepare(run)
-    for _ in fit(ocean_job(plan)):
+    for _ in constellation.train(micro_corpus, run, micro, local=True):
         pass
-    fit_router(plan)
-    for role in ROLES:
-        for _ in fit(kernel_job(plan, role)):
-            pass
     return run

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import dataclasses
 import json
 import math
@@ -20,6 +21,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+import constellation
 from actors import connect, lifecycle
 from actors import record as records
 from actors.launch import summary, train
@@ -34,6 +36,7 @@ from constellation.pipeline.status import folder_status
 from constellation.presets import m100
 from constellation.roster import OCEAN, ROLES, root_name
 from constellation.storage.exclusive import exclusive, is_held
+from tests import asking
 from tests.waiting import wait_for
 
 THREE = ROLES[:3]
@@ -346,22 +349,24 @@ def test_the_driver_tells_of_a_damaged_checkpoint_and_the_older_one_ends_in_the_
 
 
 def answers(kernels: Any, run: Path, between: Callable[[], None] = lambda: None) -> list[Any]:
-    from constellation.coordizer.tokenizer import Tokenizer
     from constellation.decoding.sample import Sampling
-    from constellation.pipeline.prepare import open_plan
-    from router.answer.session import Answer, Request, generate
-    from router.decide.fisher_rao import Router
+    from constellation.pipeline.serving import service_of
+    from router.answer.query import Answer, Ask
 
-    plan = open_plan(run)
     how = Sampling(temperature=0.9, top_p=0.95, seed=7, max_new_tokens=120)
-    requests = [Request("The import statement binds", how), Request("Operators: << and", how), Request("x", how, OCEAN)]
-    found = []
-    for piece in generate(Router.load(plan.router), kernels, Tokenizer.load(plan.tokenizer), requests, plan.config):
-        if isinstance(piece, Answer):
-            found.append(dataclasses.replace(piece, seconds=0, seconds_per_token=0))
-        else:
+    asks = [Ask("The import statement binds", how), Ask("Operators: << and", how), Ask("x", how, OCEAN)]
+    service = service_of(run, kernels)
+
+    async def one(ask: Ask) -> Any:
+        async for step in service.stream(ask):
+            if isinstance(step, Answer):
+                return asking.untimed(step)
             between()
-    return found
+
+    async def all_of_them() -> list[Any]:
+        return await asyncio.gather(*map(one, asks))
+
+    return asyncio.run(all_of_them())
 
 
 @pytest.mark.ray
@@ -375,13 +380,13 @@ def test_local_and_ray_answers_are_equal_even_if_an_actor_is_killed_on_the_way(
     assert len(local) == 3 and all(answer.completion_tokens for answer in local)
     with open_kernels(micro_run, say=silent) as kernels:
         assert answers(kernels, micro_run) == local
-        victims = list(kernels._actors)
+        import ray
+
+        victims = [ray.get(actor.report.remote(0)).pid for actor in kernels._actors.values()]
 
         def kill_one() -> None:
             if victims:
-                import ray
-
-                os.kill(ray.get(kernels._actors[victims.pop()].report.remote(0)).pid, signal.SIGKILL)
+                os.kill(victims.pop(), signal.SIGKILL)
 
         assert answers(kernels, micro_run, between=kill_one) == local
 
@@ -396,7 +401,7 @@ def test_a_damaged_model_is_told_and_not_waited_for(ray_session: None, micro_run
         file.write_bytes(b"\0" + file.read_bytes()[1:])
     said: list[str] = []
     with pytest.raises(ArtifactError, match="checksum"), open_kernels(run, say=said.append) as kernels:
-        kernels.turns({OCEAN: []}, 64)
+        asyncio.run(kernels.bits(OCEAN, b"", 1))
     assert not any("restarting" in text for text in said)
 
 
@@ -409,7 +414,6 @@ def test_a_constellation_stays_up_heals_and_goes_down(
 
     from actors.remote import RayKernels, open_kernels
     from actors.supervisor_actor import namespace_of
-    from constellation.commands.answering import Answering
     from constellation.pipeline.status import newest_step
     from router.answer.local import LocalKernels
     from router.decide.fisher_rao import Router
@@ -424,14 +428,28 @@ def test_a_constellation_stays_up_heals_and_goes_down(
     assert all(k.state == "serving" and k.health == "ok" and k.node for k in status.kernels)
     said: list[str] = []
     assert lifecycle.up(run, say=said.append).name == unique and "is up already" in said[0]
-    with Answering(run, local=False, address=None) as asked:
-        assert isinstance(asked.kernels, RayKernels) and not asked.unfinished, "who is up is asked"
-        assert asked.kernels.steps() == {role: newest_step(run / role) for role in (OCEAN, *ROLES)}
-    with Answering(run, local=True, address=None) as asked:
-        assert isinstance(asked.kernels, LocalKernels)
+    prompts, how = ["The import statement binds", "x"], {"seed": 7, "temperature": 0.9, "max_new_tokens": 120}
+    with constellation.open(run, say=said.append) as asked:
+        kernels = asked.service.kernels
+        assert isinstance(kernels, RayKernels) and not asked.unfinished, "who is up is asked"
+        assert asyncio.run(kernels.steps()) == {role: newest_step(run / role) for role in (OCEAN, *ROLES)}
+        on_ray = [asking.untimed(answer) for answer in asked.generate(prompts, **how)]
+        stream = asked.stream(prompts[0], **how)
+        assert "".join(piece.text for piece in stream) == on_ray[0].text
+    with constellation.open(run, local=True) as asked:
+        assert isinstance(asked.service.kernels, LocalKernels)
+        assert [asking.untimed(answer) for answer in asked.generate(prompts, **how)] == on_ray
     with open_kernels(run, say=silent) as kernels:
         assert answers(kernels, run) == local
-        assert kernels.route(texts) == [c.to_json(ROLES) for c in Router.load(run / "router").route(texts)]
+        assert [c.to_json() for c in asyncio.run(kernels.route(texts))] == [
+            c.to_json() for c in Router.load(run / "router").route(texts)
+        ]
+    command = [sys.executable, "-m", "constellation", "route", "--run", str(run), "--json", "--address"]
+    asked_by_hand = [*command, status.address or ""]
+    printed = subprocess.run(asked_by_hand, input=b"\n".join(texts), capture_output=True, check=True).stdout
+    assert [json.loads(line) for line in printed.splitlines()] == [
+        c.to_json(ROLES) for c in Router.load(run / "router").route(texts)
+    ]
     heal(run, {k.role: k.pid for k in status.kernels}, killed=("supervisor", ROLES[0]))
     endless, ended = asked_for_ever(run), []
     next(endless)
@@ -468,7 +486,7 @@ def asked_for_ever(run: Path) -> Iterator[None]:
     assert record is not None
     with kernels_of(run, record, silent) as kernels:
         while True:
-            kernels.route([b"def f(x): return x"])
+            asyncio.run(kernels.route([b"def f(x): return x"]))
             yield
 
 

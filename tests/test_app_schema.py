@@ -13,7 +13,6 @@ from constellation.config import Config, Kernel
 from constellation.coordizer.tokenizer import Tokenizer
 from constellation.kernel.model import KernelLM
 from constellation.roster import OCEAN
-from router.answer.kernels import LocalAsyncKernels
 from router.answer.local import LocalKernels
 from router.answer.service import Service
 from router.app import Settings, make_app
@@ -34,7 +33,7 @@ def service():
     halves = [text.encode() for text in TEXTS]
     policy = fit(halves, CONFIG.router, seed=0, names=NAMES, validation=halves)
     models = {name: KernelLM(KERNEL, seed=i) for i, name in enumerate((OCEAN, *NAMES))}
-    return Service(CONFIG, policy, TOKENIZER, LocalAsyncKernels(LocalKernels(models, TOKENIZER)))
+    return Service(CONFIG, policy, TOKENIZER, LocalKernels(models, TOKENIZER))
 
 
 torch.set_num_threads(1)
