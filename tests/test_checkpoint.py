@@ -76,6 +76,21 @@ def test_the_generator_comes_back(tmp_path: Path) -> None:
     assert torch.equal(torch.rand(3), expected)
 
 
+@pytest.mark.parametrize("name", ["kronecker_ng", "diagonal_ng", "adamw"])
+def test_a_snapshot_may_be_restored_again_and_again(name: str) -> None:
+    model, optimizer = trained(name)
+    torch.manual_seed(5)
+    held = checkpoint.Snapshot.of(model, optimizer)
+    ends = []
+    for _ in range(3):
+        for i in range(3, 6):
+            step(model, optimizer, i)
+        ends.append([p.detach().clone() for p in model.parameters()] + [torch.rand(3)])
+        held.restore(model, optimizer)
+    for again in ends[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(ends[0], again, strict=True))
+
+
 def test_load_model_equals_the_saved_one(tmp_path: Path) -> None:
     model, optimizer = trained()
     save(tmp_path, 3, model, optimizer)
