@@ -238,7 +238,7 @@ def test_a_cluster_too_small_and_a_busy_one_are_told(
     from ray.util.placement_group import placement_group, remove_placement_group
 
     with pytest.raises(PlacementError, match=r"needs 8 x .*the cluster has CPU 4, GPU 0; lower"):
-        list(train(tmp_path / "run", micro_corpus, override(micro, {"connect.cpus_per_kernel": 1})))
+        list(train(tmp_path / "run", micro_corpus, override(micro, {"cluster.cpus_per_kernel": 1})))
     with pytest.raises(ConfigError, match="connected to the Ray at"):
         list(train(tmp_path / "run", micro_corpus, micro, address="127.0.0.1:1"))
     assert not (tmp_path / "run").exists()
@@ -247,7 +247,7 @@ def test_a_cluster_too_small_and_a_busy_one_are_told(
     ray.get(hog.ready())
     said: list[str] = []
     try:
-        impatient = override(micro, {"connect.placement_timeout_s": 1})
+        impatient = override(micro, {"cluster.placement_timeout_s": 1})
         with pytest.raises(PlacementError, match=r"no room within 1 s.*has CPU 4, GPU 0, free CPU 0\.5"):
             list(train(tmp_path / "busy", micro_corpus, impatient, say=said.append))
     finally:
