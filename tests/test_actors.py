@@ -76,7 +76,7 @@ def test_what_does_not_fit_is_told_with_both_numbers() -> None:
         check([{"CPU": 0.25, "GPU": 1.0}] * 8, [{"CPU": 2.0, "GPU": 1.0}, {"CPU": 4.0, "GPU": 1.0}], "the cluster")
     text = str(told.value)
     assert "needs 8 x (CPU 0.25, GPU 1), in all CPU 2, GPU 8" in text
-    assert "the cluster has CPU 6, GPU 2 on 2 nodes" in text and "connect.gpus_per_kernel" in text
+    assert "the cluster has CPU 6, GPU 2 on 2 nodes" in text and "cluster.gpus_per_kernel" in text
 
 
 def test_an_actor_without_a_gpu_sees_none_and_one_with_a_gpu_is_left_to_ray() -> None:
@@ -194,7 +194,7 @@ def test_a_machine_too_small_is_told_at_once_and_nothing_is_written(
     monkeypatch.setattr("actors.launch.inside", lambda: False)  # as in a fresh process, without the session's Ray
     (tmp_path / "empty").mkdir()  # a corpus that could not be read: it is not read before
     with pytest.raises(PlacementError, match=r"needs 8 x \(CPU 0\.25, GPU 4\).*GPU 32; this machine has CPU \d+, GPU"):
-        list(train(tmp_path / "run", tmp_path / "empty", override(micro, {"connect.gpus_per_kernel": 4})))
+        list(train(tmp_path / "run", tmp_path / "empty", override(micro, {"cluster.gpus_per_kernel": 4})))
     assert not (tmp_path / "run").exists()
 
 
