@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from constellation.errors import ConfigError
 from constellation.optim.adaptive import AdaptiveMixedQIG
 from constellation.optim.gate import AdaptiveConfig
-from constellation.optim.hybrid import HybridGeometricOptimizer
 from constellation.optim.ledger import Ledger
+from constellation.optim.mixed import HybridGeometricOptimizer
 
 X = torch.randint(0, 12, (20, 3), generator=torch.Generator().manual_seed(0))
 Y = X.sum(1) % 4

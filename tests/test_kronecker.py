@@ -1,7 +1,6 @@
 """KroneckerNG against the singular value decomposition, published trajectories and torch's Muon."""
 
 import copy
-import dataclasses
 import io
 import math
 from typing import Any
@@ -461,7 +460,7 @@ def test_build_gives_every_parameter_to_one_group_and_embeddings_to_the_diagonal
     from constellation.kernel.model import KernelLM
 
     model = KernelLM(tiny().kernel)
-    kronecker, diagonal = build(dataclasses.replace(tiny().optim, name="kronecker_ng"), model).param_groups
+    kronecker, diagonal = build(tiny().optim, model).param_groups
     seen = [id(p) for g in (kronecker, diagonal) for p in g["params"]]
     assert sorted(seen) == sorted(id(p) for p in model.parameters())
     assert len(kronecker["params"]) == 4 * len(model.blocks)

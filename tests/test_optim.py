@@ -1,7 +1,6 @@
 """DiagonalNG and QIGDiagonalNG against closed forms and torch's own optimizers."""
 
 import copy
-import dataclasses
 from typing import Any
 
 import pytest
@@ -327,11 +326,12 @@ def test_parameters_without_gradient_stay() -> None:
 
 
 def test_build_puts_every_parameter_in_one_group_and_decays_matrices_alone() -> None:
+    from constellation.config import override
     from constellation.kernel.model import KernelLM
     from constellation.presets import tiny
 
     model = KernelLM(tiny().kernel)
-    groups = build(dataclasses.replace(tiny().optim, name="diagonal_ng"), model).param_groups
+    groups = build(override(tiny(), {"optim.name": "diagonal_ng"}).optim, model).param_groups
     seen = [id(p) for g in groups for p in g["params"]]
     assert sorted(seen) == sorted(id(p) for p in model.parameters())
     assert all(p.dim() >= 2 for p in groups[0]["params"]) and groups[1]["weight_decay"] == 0

@@ -188,7 +188,7 @@ CASES += [
     ),
     *(
         Case(
-            "constellation.optim.hybrid", "HybridGeometricOptimizer", GROUPED, groups=hybrid(method),
+            "constellation.optim.mixed", "HybridGeometricOptimizer", GROUPED, groups=hybrid(method),
             inner=("lr", "weight_decay", "maximize", *more), fixed=more, sees=method == "exact", plain=False,
             id=f"HybridGeometricOptimizer-{method}", errors=[({"rest_optimizer": "any"}, "rest_optimizer='any'")],
         )

@@ -28,7 +28,9 @@ from torch import Tensor
 
 from constellation.errors import ConfigError
 from constellation.optim.elementwise import adamw_step, diagonal_step
+from constellation.optim.kinds import decayed
 from constellation.optim.natural import NaturalOptimizer, check_range
+from constellation.optim.registry import DiagonalSettings, QIGDiagonalSettings
 
 __all__ = ["DiagonalNG", "QIGDiagonalNG", "adamw_step", "diagonal_step", "exact_diagonal", "sampled_diagonal"]
 
@@ -145,6 +147,19 @@ class QIGDiagonalNG(DiagonalNG):
             compile=compile, maximize=maximize, capturable=capturable, differentiable=differentiable,
             check_finite=check_finite,
         )  # fmt: skip
+
+
+def build(settings: DiagonalSettings, model: torch.nn.Module) -> DiagonalNG:
+    s = settings
+    return DiagonalNG(
+        decayed(model, s.weight_decay), lr=s.lr, alpha=s.fisher_decay, eps=s.damping, momentum=s.momentum, power=s.power
+    )
+
+
+def build_qig(settings: QIGDiagonalSettings, model: torch.nn.Module) -> QIGDiagonalNG:
+    s = settings
+    groups = decayed(model, s.weight_decay)
+    return QIGDiagonalNG(groups, lr=s.lr, alpha=s.fisher_decay, eps=s.damping, momentum=s.momentum)
 
 
 def sampled_diagonal(logits: Tensor, params: Sequence[Tensor], generator: torch.Generator) -> list[Tensor]:

@@ -42,6 +42,7 @@ from constellation.optim.elementwise import diagonal_step
 from constellation.optim.kinds import kinds_of, matrix_shape
 from constellation.optim.natural import NaturalOptimizer, check_range
 from constellation.optim.polar import NEWTON_SCHULZ, NEWTON_SCHULZ_STEPS, polar, polar_single, polars
+from constellation.optim.registry import KroneckerSettings
 from constellation.optim.whiten import WHITENED, whitened_step
 
 __all__ = ["KroneckerNG", "kronecker_step", "polar"]
@@ -153,6 +154,21 @@ class KroneckerNG(NaturalOptimizer):
         super().__setstate__(state)
         for group in self.param_groups:
             group["method"] = OLD_NAMES.get(group["method"], group["method"])
+
+
+def build(settings: KroneckerSettings, model: torch.nn.Module) -> KroneckerNG:
+    """Linear weights by Kronecker factors; embeddings and vectors by the diagonal."""
+    s = settings
+    matrices = [module.weight for module in model.modules() if isinstance(module, torch.nn.Linear)]
+    taken = {id(p) for p in matrices}
+    groups = [
+        {"params": matrices, "method": "kron", "weight_decay": s.weight_decay},
+        {"params": [p for p in model.parameters() if id(p) not in taken], "method": "diag", "weight_decay": 0.0},
+    ]
+    return KroneckerNG(
+        groups, lr=s.lr, momentum=s.kronecker_momentum, alpha=s.fisher_decay, eps=s.damping,
+        diagonal_momentum=s.momentum, variant=s.variant, ns_precision=s.ns_precision,
+    )  # fmt: skip
 
 
 def settled(precision: str, params: Sequence[Tensor]) -> str:

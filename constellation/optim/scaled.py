@@ -28,7 +28,9 @@ from constellation.errors import ConfigError
 from constellation.geometry.fisher import twice_differentiable
 from constellation.optim import precond
 from constellation.optim.curvature import UNITS, Curvature, ema_grad2, from_likelihood
+from constellation.optim.kinds import decayed
 from constellation.optim.natural import check_range, finite, state_like
+from constellation.optim.registry import ScaledSettings
 
 SEED_STRIDE = 1_000_003  # seeds of two runs meet after as many steps
 _TINY = 1e-30  # a curvature of 0 with eps = 0 has a long step, not an infinite one
@@ -249,3 +251,12 @@ class CurvatureScaledSGD(precond.Scaled):
         ArtifactError when the file is damaged or was saved for other parameters or another source.
         """
         precond.load(self, path)
+
+
+def build(settings: ScaledSettings, model: torch.nn.Module) -> CurvatureScaledSGD:
+    s = settings
+    lr = s.lr * (1 - s.momentum)  # momentum sums gradients here, `lr` is meant for their average
+    return CurvatureScaledSGD(
+        decayed(model, s.weight_decay), lr, s.exponent, source=s.curvature, eps=s.damping, momentum=s.momentum,
+        refresh=s.refresh, probes=s.probes,
+    )  # fmt: skip

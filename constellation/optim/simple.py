@@ -16,7 +16,9 @@ import torch
 from torch import Tensor
 
 from constellation.errors import ConfigError
+from constellation.optim.kinds import decayed
 from constellation.optim.natural import NaturalOptimizer, check_range
+from constellation.optim.registry import SimpleSettings
 
 
 class SimpleFisherOptimizer(NaturalOptimizer):
@@ -51,6 +53,10 @@ class SimpleFisherOptimizer(NaturalOptimizer):
                     _one(p, group)
             elif params:
                 _all(params, group)
+
+
+def build(settings: SimpleSettings, model: torch.nn.Module) -> SimpleFisherOptimizer:
+    return SimpleFisherOptimizer(decayed(model, settings.weight_decay), lr=settings.lr, eps=settings.damping)
 
 
 def _one(p: Tensor, group: dict[str, Any]) -> None:

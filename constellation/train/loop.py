@@ -10,7 +10,6 @@ weights, optimizer, generator and history are in the checkpoint.
 
 from __future__ import annotations
 
-import dataclasses
 import inspect
 import math
 import time
@@ -27,7 +26,7 @@ from numpy.typing import NDArray
 from constellation import optim, processor
 from constellation.artifacts import segments
 from constellation.artifacts.run import THETA_UP_TO, RunFolder, Trace
-from constellation.config import OCEAN, Config
+from constellation.config import OCEAN, Config, override
 from constellation.coordizer.tokenizer import Tokenizer
 from constellation.data.batches import Batches
 from constellation.data.cache import TokenCache, open_cache
@@ -81,11 +80,8 @@ def resolve_precision(config: Config) -> Config:
     """
     device = "cuda" if torch.cuda.is_available() else "cpu"
     found = "bf16" if config.cluster.gpus_per_kernel > 0 else processor.precision(device)
-    if config.train.precision == "auto":
-        config = dataclasses.replace(config, train=dataclasses.replace(config.train, precision=found))
-    if config.optim.ns_precision == "auto":
-        config = dataclasses.replace(config, optim=dataclasses.replace(config.optim, ns_precision=found))
-    return config
+    asked = {"train.precision": config.train.precision, "optim.ns_precision": getattr(config.optim, "ns_precision", "")}
+    return override(config, {name: found for name, precision in asked.items() if precision == "auto"})
 
 
 def inherit(source: checkpoint.Checkpoint, model: torch.nn.Module, optimizer: torch.optim.Optimizer | None) -> None:

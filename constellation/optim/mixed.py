@@ -32,6 +32,7 @@ from constellation.optim.diagonal import DiagonalNG
 from constellation.optim.elementwise import adamw_step, diagonal_step
 from constellation.optim.kronecker import KRON, LARGEST_NORM, KroneckerNG, kronecker_step, settled
 from constellation.optim.natural import NaturalOptimizer, check_range
+from constellation.optim.registry import MixedSettings
 from constellation.optim.whiten import WHITENED
 
 BASIN = ("*basin*", "*embed*")
@@ -170,7 +171,28 @@ class HybridGeometricOptimizer(NaturalOptimizer):
                 group.setdefault(name, value)
 
 
-MixedQIGOptimizer = HybridGeometricOptimizer  # the seeds' other name
+def build(settings: MixedSettings, model: torch.nn.Module) -> HybridGeometricOptimizer:
+    return HybridGeometricOptimizer(model, **arguments(settings))
+
+
+def arguments(settings: MixedSettings) -> dict[str, Any]:
+    """What the settings say to the optimizers of this kind."""
+    s = settings
+    diagonal = {"alpha": s.fisher_decay, "eps": s.damping, "momentum": s.momentum, "power": s.power}
+    rest = {
+        "adamw": {"betas": (s.momentum, s.fisher_decay), "eps": max(s.damping, 1e-8)},
+        "diagonal_ng": diagonal,
+        "kron": {
+            "variant": s.variant, "momentum": s.kronecker_momentum, "alpha": s.fisher_decay, "eps": s.damping,
+            "ns_precision": s.ns_precision,
+        },
+    }  # fmt: skip
+    return {
+        "lr_ng": s.lr_ng, "lr_rest": s.lr, "cg_iters": s.cg_iters, "damping": s.cg_damping,
+        "use_exact_ng": s.use_exact_ng, "rest_optimizer": s.rest_optimizer, "weight_decay": s.weight_decay,
+        "basin": s.basin.split(","), "basin_options": {} if s.use_exact_ng else diagonal,
+        "rest_options": rest[s.rest_optimizer],
+    }  # fmt: skip
 
 
 def _groups(
