@@ -167,7 +167,7 @@ def from_json(data: Mapping[str, Any]) -> Config:
     flat = dict(_flat(data))
     roles = flat.pop("roles", {})
     config = _with_optimizer(Config(), flat)
-    config = merged(config, _nested(_own(flat, config)))
+    config = merged(config, _own(flat, config))
     return replace(config, roles={role: _own(own, config) for role, own in roles.items()})
 
 
@@ -225,7 +225,7 @@ def _changed(config: Config, changes: Mapping[str, Any], role: str = "") -> Conf
             raise _unknown(name, known, f"{role}." if role else "", config.optim.name)
         if role and not name.startswith(("optim.", "train.")):
             raise ConfigError(f"{role}.{name}: a role may change optim.* and train.* only; kernels share the rest")
-    return merged(config, _nested(changes))
+    return merged(config, changes)
 
 
 def _unknown(name: str, known: list[str], prefix: str, optimizer: str) -> ConfigError:
@@ -284,15 +284,3 @@ def _flat(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]
             yield from _flat(value, f"{prefix}{key}.")
         else:
             yield prefix + key, value
-
-
-def _nested(changes: Mapping[str, Any]) -> dict[str, Any]:
-    """`{"optim.lr": 1}` -> `{"optim": {"lr": 1}}`."""
-    tree: dict[str, Any] = {}
-    for name, value in changes.items():
-        *parents, last = name.split(".")
-        place = tree
-        for parent in parents:
-            place = place.setdefault(parent, {})
-        place[last] = value
-    return tree

@@ -17,10 +17,10 @@ import types
 import typing
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, TypeVar
 
 import msgspec
-from msgspec import Meta
+from msgspec import Meta, inspect
 
 from constellation.errors import ConfigError
 
@@ -33,7 +33,10 @@ NotNegative = Annotated[float, Meta(ge=0)]
 Part = Annotated[float, Meta(ge=0, le=1)]
 
 _WORDS = {"true": True, "1": True, "false": False, "0": False}
-_KINDS = {int: "a whole number", float: "a finite number", bool: "true or false", str: "text"}
+_KINDS: dict[Any, str] = {
+    inspect.IntType: "a whole number", inspect.FloatType: "a finite number", inspect.BoolType: "true or false",
+    inspect.StrType: "text",
+}  # fmt: skip
 
 
 def says(meaning: str) -> Meta:
@@ -52,44 +55,32 @@ class Setting:
 
     name: str
     hint: Any  # the whole annotation
-    kind: Any  # without Annotated and None: int, float, bool, str, Literal[...], or something larger
+    kind: Any  # what msgspec reads there, without the meaning and None: an IntType, a LiteralType ...
     default: Any
     meaning: str
-    above: float | None  # bounds; None: unbounded
-    least: float | None
-    below: float | None
-    most: float | None
-
-    @property
-    def choices(self) -> tuple[str, ...]:
-        """The values of a Literal; of other kinds none."""
-        return typing.get_args(self.kind) if typing.get_origin(self.kind) is Literal else ()
+    high: float | None  # the greatest value, also beyond the 63 bits of msgspec
 
     @property
     def wanted(self) -> str:
         """What a value must be, in words: "a whole number from 0 to 64"."""
-        if self.choices:
-            return f"one of {', '.join(self.choices)}"
-        low = f"above {self.above:g}" if self.above is not None else ""
-        high = f"below {self.below:g}" if self.below is not None else ""
-        if self.least is not None and self.most is not None:
-            bounds = f"from {_number(self.least)} to {_number(self.most)}"
-        else:
-            low = low or (f"of at least {_number(self.least)}" if self.least is not None else "")
-            high = high or (f"at most {_number(self.most)}" if self.most is not None else "")
-            bounds = " and ".join(filter(None, (low, high)))
-        return f"{_KINDS.get(self.kind, 'of another form')} {bounds}".strip()
+        if isinstance(self.kind, inspect.LiteralType):
+            return f"one of {', '.join(map(str, self.kind.values))}"
+        kind = _KINDS.get(type(self.kind), "of another form")
+        above, low, below = (getattr(self.kind, bound, None) for bound in ("gt", "ge", "lt"))
+        if low is not None and self.high is not None:
+            return f"{kind} from {low} to {self.high}"
+        bounds = {"above": above, "of at least": low, "below": below, "at most": self.high}
+        said = " and ".join(f"{words} {bound}" for words, bound in bounds.items() if bound is not None)
+        return f"{kind} {said}".strip()
 
     def parse(self, value: Any) -> Any:
         """`value`, or what its text says, as the field's type; what is neither stays for `check` to refuse."""
         try:
-            if self.kind is bool:
+            if isinstance(self.kind, inspect.BoolType):
                 return _WORDS.get(str(value).lower(), value)
-            if isinstance(value, bool):
-                return value
-            if self.kind is float:
+            if isinstance(self.kind, inspect.FloatType) and not isinstance(value, bool):
                 return float(value)
-            if self.kind is int:
+            if isinstance(self.kind, inspect.IntType) and isinstance(value, (str, float)):
                 return _whole(value)
         except (ValueError, TypeError, OverflowError):
             pass
@@ -97,49 +88,56 @@ class Setting:
 
     def admits(self, value: Any, finite: bool = True) -> bool:
         """Whether the field may have `value`."""
-        if isinstance(value, (int, float)) and not isinstance(value, bool) and self.kind is float:
-            if not -math.inf < value < math.inf and (finite or math.isnan(value)):
+        if isinstance(value, (int, float)) and not isinstance(value, bool):
+            if value != value or (finite and abs(value) == math.inf) or (self.high is not None and value > self.high):
                 return False
-            value = float(value)
+            if isinstance(self.kind, inspect.FloatType):
+                value = float(value)  # numpy's is one too
         try:
-            converted = msgspec.convert(value, self.hint)
+            return bool(msgspec.convert(value, self.hint) == value)  # a list would become a tuple
         except msgspec.ValidationError:
             return False
-        most = self.most if self.kind is int and value is not None else None  # beyond msgspec's 63 bits
-        return bool(converted == value) and (most is None or value <= most)  # a list would become a tuple
 
     def check(self, value: Any, place: str = "", finite: bool = True) -> None:
         """ConfigError unless the field may have `value`; `place` stands before its name."""
         if value is self.default or self.admits(value, finite):
             return
         shown = repr(value) if len(repr(value)) <= 80 else repr(value)[:77] + "..."
-        such = f", such as {self.default}" if self.kind in (int, float, bool) and self.default is not None else ""
+        such = f", such as {self.default}" if isinstance(self.default, (int, float)) else ""
         raise ConfigError(f"{place}{self.name}={shown}: must be {self.wanted}{such} ({self.meaning})")
 
 
 @functools.cache
 def settings_of(record: Any) -> Mapping[str, Setting]:
-    """The fields of a record that are settings, by name: all but those that hold records."""
+    """The fields of a dataclass that are settings, by name: all but those that hold records."""
     hints = typing.get_type_hints(record, include_extras=True)
     found = {}
     for field in dataclasses.fields(record):
-        default = field.default
-        if default is dataclasses.MISSING and field.default_factory is not dataclasses.MISSING:
-            default = field.default_factory()
+        default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
         if not dataclasses.is_dataclass(default):
             found[field.name] = _setting(field.name, hints[field.name], default)
     return types.MappingProxyType(found)
 
 
+def _setting(name: str, hint: Any, default: Any) -> Setting:
+    found = inspect.type_info(hint)
+    if isinstance(found, inspect.UnionType):
+        found = next(one for one in found.types if not isinstance(one, inspect.NoneType))
+    if not isinstance(found, inspect.Metadata):
+        return Setting(name, hint, found, default, "", getattr(found, "le", None))
+    schema, extra = found.extra_json_schema or {}, found.extra or {}
+    high = extra.get("le", getattr(found.type, "le", None))
+    return Setting(name, hint, found.type, default, schema.get("description", ""), high)
+
+
 def leaves(record: Any, place: str = "") -> Iterator[tuple[str, Setting, Any]]:
     """(dotted name, setting, value) of a record and of the records it holds, in reading order."""
     settings = settings_of(type(record))  # type: ignore[arg-type]
-    for field in dataclasses.fields(record):
-        value = getattr(record, field.name)
-        if field.name in settings:
-            yield place + field.name, settings[field.name], value
+    for name, value in vars(record).items():
+        if name in settings:
+            yield place + name, settings[name], value
         else:
-            yield from leaves(value, f"{place}{field.name}.")
+            yield from leaves(value, f"{place}{name}.")
 
 
 def check(record: Any, place: str = "", finite: bool = True) -> None:
@@ -152,42 +150,25 @@ def check(record: Any, place: str = "", finite: bool = True) -> None:
 
 
 def merged(record: R, changes: Mapping[str, Any]) -> R:
-    """`record` with the fields in `changes`, parsed; a mapping changes the record of its name. Names are known."""
+    """`record` with the settings of these dotted names, which it has, parsed and replaced together."""
     settings = settings_of(type(record))  # type: ignore[arg-type]
-    return dataclasses.replace(record, **{  # type: ignore[type-var]
-        name: settings[name].parse(value) if name in settings else merged(getattr(record, name), value)
-        for name, value in changes.items()
-    })  # fmt: skip
-
-
-def _setting(name: str, hint: Any, default: Any) -> Setting:
-    kind, metas = hint, list[Meta]()
-    while True:
-        if typing.get_origin(kind) is Annotated:
-            metas, kind = [*kind.__metadata__, *metas], kind.__origin__
-        elif isinstance(kind, types.UnionType) and types.NoneType in kind.__args__ and len(kind.__args__) == 2:
-            kind = next(k for k in kind.__args__ if k is not types.NoneType)
+    new: dict[str, Any] = {}
+    inside: dict[str, dict[str, Any]] = {}
+    for name, value in changes.items():
+        head, dot, rest = name.partition(".")
+        if dot:
+            inside.setdefault(head, {})[rest] = value
         else:
-            break
-
-    def said(what: str) -> Any:
-        values = [getattr(meta, what) for meta in metas] + [(meta.extra or {}).get(what) for meta in metas]
-        return next((value for value in reversed(values) if value is not None), None)
-
-    return Setting(name, hint, kind, default, said("description") or "", said("gt"), said("ge"), said("lt"), said("le"))
+            new[name] = settings[name].parse(value)
+    new |= {head: merged(getattr(record, head), own) for head, own in inside.items()}
+    return dataclasses.replace(record, **new)  # type: ignore[type-var]
 
 
-def _whole(value: Any) -> int:
+def _whole(value: str | float) -> int:
     """A whole number, also as 5e6 or 5_000_000."""
-    if isinstance(value, str):
-        try:
-            return int(value)
-        except ValueError:
-            value = float(value)
-    if value != int(value):
+    if isinstance(value, str) and value.replace("_", "").strip().lstrip("+-").isdecimal():
+        return int(value)
+    number = float(value)
+    if number != int(number):
         raise ValueError
-    return int(value)
-
-
-def _number(bound: float) -> str:
-    return str(bound) if isinstance(bound, int) else f"{bound:g}"
+    return int(number)

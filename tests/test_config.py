@@ -74,7 +74,7 @@ def test_a_record_put_together_by_hand_is_held_to_the_same_ranges() -> None:
         ({"kernel.layers": "2.5"}, "whole number"),
         ({"kernel.heads": "3"}, "even"),
         ({"kernel.vocab_size": "100"}, "272"),
-        ({"kernel.metric": "cosine"}, "fidelity, dot"),
+        ({"kernel.metric": "cosine"}, "dot, fidelity"),
         ({"train.ocean_share": "1"}, "below 1"),
         ({"train.accumulation": "3"}, "multiple"),
         ({"data.dev_fraction": "0.9"}, "0.5"),

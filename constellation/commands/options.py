@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import click
+from msgspec import inspect
 
 from constellation.config import OCEAN, ROLES
 from constellation.decoding.sampling import Sampling
@@ -61,9 +62,10 @@ class Settings:
 def setting(record: type, name: str, **options: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """The option --name of a field of `record`: its range, meaning and, unless `options` say another, its default."""
     field = settings_of(record)[name]
-    low, high = (a if b is None else b for a, b in ((field.least, field.above), (field.most, field.below)))
-    kind: Any = click.IntRange if field.kind is int else click.FloatRange
-    bounds = kind(low, high, min_open=field.above is not None, max_open=field.below is not None)
+    above, low, below = (getattr(field.kind, bound, None) for bound in ("gt", "ge", "lt"))
+    range_of: Any = click.IntRange if isinstance(field.kind, inspect.IntType) else click.FloatRange
+    low, high = (a if b is None else b for a, b in ((low, above), (field.high, below)))
+    bounds = range_of(low, high, min_open=above is not None, max_open=below is not None)
     options = {"default": field.default, "help": field.meaning, "type": bounds, **options}
     return click.option(f"--{name.replace('_', '-')}", **options)
 

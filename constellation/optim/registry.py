@@ -197,16 +197,15 @@ class Row:
 
 OPTIMIZERS = {row.settings.name: row for row in (
     Row(KroneckerSettings(), "constellation.optim.kronecker:build",
-        "Kronecker factors on linear layers, the diagonal on embeddings and vectors; `variant`"),
-    Row(DiagonalSettings(), "constellation.optim.diagonal:build", "the Fisher diagonal, `power`"),
+        "Kronecker factors on linear layers, the diagonal elsewhere"),
+    Row(DiagonalSettings(), "constellation.optim.diagonal:build", "the Fisher diagonal"),
     Row(QIGDiagonalSettings(), "constellation.optim.diagonal:build_qig", "RMSprop, as in the original design"),
     Row(BasinSettings(), "constellation.optim.basin:build", "the exact Fisher matrix of the whole model as one block"),
     Row(MixedSettings(), "constellation.optim.mixed:build",
-        "a natural step on the parameters `basin` names, `rest_optimizer` on the others"),
-    Row(AdaptiveSettings(), "constellation.optim.adaptive:build", "mixed_qig behind a `gate`; `phase`"),
+        "a natural step where `basin` says, `rest_optimizer` elsewhere"),
+    Row(AdaptiveSettings(), "constellation.optim.adaptive:build", "mixed_qig behind a `gate`"),
     Row(SimpleSettings(), "constellation.optim.simple:build", "a soft sign of the gradient, a baseline"),
-    Row(ScaledSettings(), "constellation.optim.scaled:build",
-        "a learning rate for every parameter from a `curvature` diagonal"),
+    Row(ScaledSettings(), "constellation.optim.scaled:build", "a rate for every parameter from a curvature diagonal"),
     Row(AdamWSettings(), "constellation.optim.adamw:build", "torch's own, the control"),
 )}  # fmt: skip
 
