@@ -1,9 +1,10 @@
 """A run as frozen data on one page: no torch, no ray, nothing happens here.
 
-Every field says meaning, unit and range. A preset (presets.py) is a function that returns a
-`Config`; the one way to change it is dotted names, `override(config, {"optim.lr": "1e-3"})`, the
-same dictionary for the command line, a sweep's search space and the diff in summary.json.
-A name that begins with a role (`heart.optim.lr=1e-3`) changes that role alone.
+Every field says meaning, unit and range (settings.py), and a Config that exists is valid. A preset (presets.py)
+is a function that returns one; the one way to change it is dotted names, `override(config, {"optim.lr": "1e-3"})`,
+the same dictionary for the command line, a sweep's search space and the diff in summary.json. Names under `optim.`
+are those of the optimizer that `optim.name` chooses (optim/registry.py); a name that begins with a role
+(`heart.optim.lr=1e-3`) changes that role alone.
 """
 
 from __future__ import annotations
@@ -127,6 +128,8 @@ class Cluster:
 
 @dataclass(frozen=True)
 class Config:
+    """A whole run."""
+
     preset: Annotated[str, says("the preset it began as")] = "small"
     kernel: Kernel = field(default_factory=Kernel)
     optim: registry.Settings = field(default_factory=registry.KroneckerSettings)
