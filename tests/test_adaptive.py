@@ -98,7 +98,7 @@ def test_a_gate_that_never_opens_is_the_cheap_optimizer_bit_for_bit(exact: bool,
             matrices, vectors = matrices[1:], [matrices[0], *vectors]
         groups = [
             {"params": matrices, "method": method, "weight_decay": 0.01},
-            {"params": vectors, "method": other, "alpha": 0.95, "eps": 1e-8},
+            {"params": vectors, "method": other, "fisher_decay": 0.95, "damping": 1e-8},
         ]
         cheap = HybridGeometricOptimizer(groups, lr_rest=0.02)
     assert train(ours, gated, 10) == train(theirs, cheap, 10)

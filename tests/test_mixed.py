@@ -72,7 +72,7 @@ def test_every_part_moves_as_its_own_optimizer_to_the_bit(exact: bool, rest: str
     ours, theirs = Model(), Model()
     hybrid = HybridGeometricOptimizer(ours, 0.05, 0.02, cg_iters=6, use_exact_ng=exact, rest_optimizer=rest)
     block, matrices, vectors = parts(theirs)
-    natural: torch.optim.Optimizer = DiagonalNG(block, 0.05, power=0.5, eps=1e-8)
+    natural: torch.optim.Optimizer = DiagonalNG(block, 0.05, power=0.5, damping=1e-8)
     if exact:
         natural = BasinNaturalGrad(block, 0.05, 6, 1e-3)
     cheap: torch.optim.Optimizer
@@ -80,7 +80,7 @@ def test_every_part_moves_as_its_own_optimizer_to_the_bit(exact: bool, rest: str
     if rest == "adamw":
         cheap = torch.optim.AdamW(groups, 0.02, fused=True)
     elif rest == "diagonal_ng":
-        cheap = DiagonalNG(groups, 0.02, power=0.5, eps=1e-8)
+        cheap = DiagonalNG(groups, 0.02, power=0.5, damping=1e-8)
     else:
         groups[1]["method"] = "diag"
         cheap = KroneckerNG(groups, 0.02)

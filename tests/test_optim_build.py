@@ -1,5 +1,6 @@
 """Every optimizer by its name in a config: it trains a kernel, is stopped anywhere and goes on with the same bits."""
 
+import copy
 import dataclasses
 import inspect
 import json
@@ -95,6 +96,40 @@ def test_every_optimizer_trains_and_resumes_bit_for_bit_through_fit(case: str, t
         said = json.loads((alone.folder / "summary.json").read_text())["optimizer"]
         assert said["ng_applications"] == gates[0]["natural_steps"] and said["natural_seconds"] > 0
     assert groups[0] == groups[1]
+
+
+@pytest.mark.parametrize("name", [name for name in OPTIMIZERS if name not in ("basin_ng", "adamw")])
+def test_a_state_of_the_first_release_goes_on_with_the_same_bits(name: str) -> None:
+    """Its options were called alpha and eps, those of torch's AdamW still are."""
+    settings = override(tiny(), {**MICRO, "optim.name": name, "optim.fisher_decay": 0.8, "optim.damping": 1e-3}
+                        if "fisher_decay" in OPTIMIZERS[name].names else {**MICRO, "optim.name": name})  # fmt: skip
+
+    def step(optimizer: Any, model: KernelLM, i: int) -> None:
+        x, y = (torch.from_numpy(a) for a in Text().at(i))
+        optimizer.zero_grad()
+        torch.nn.functional.cross_entropy(model(x).flatten(0, 1), y.flatten()).backward()
+        optimizer.step()
+
+    def made() -> tuple[KernelLM, Any]:
+        model = KernelLM(settings.kernel, seed=1)
+        return model, build(settings.optim, model)
+
+    model, optimizer = made()
+    step(optimizer, model, 0)
+    old = copy.deepcopy(optimizer.state_dict())
+    for group in old["param_groups"]:
+        for new, before in (("fisher_decay", "alpha"), ("damping", "eps")):
+            if new in group and "betas" not in group:
+                group[before] = group.pop(new)
+    other, its = made()
+    for group in its.param_groups:
+        group |= {name: 0.5 for name in ("fisher_decay", "damping") if name in group}  # the saved ones hold
+    other.load_state_dict(model.state_dict())
+    its.load_state_dict(old)
+    assert its.state_dict()["param_groups"] == optimizer.state_dict()["param_groups"]
+    for chosen, weights in ((optimizer, model), (its, other)):
+        step(chosen, weights, 1)
+    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), other.parameters(), strict=True))
 
 
 @pytest.mark.gpu

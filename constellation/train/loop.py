@@ -33,6 +33,7 @@ from constellation.data.cache import TokenCache, open_cache
 from constellation.errors import RunError
 from constellation.kernel.loss import linear_cross_entropy
 from constellation.kernel.model import KernelLM
+from constellation.optim.natural import renamed
 from constellation.telemetry.step import Step
 from constellation.train import checkpoint, score
 
@@ -94,7 +95,7 @@ def inherit(source: checkpoint.Checkpoint, model: torch.nn.Module, optimizer: to
     def kind(groups: list[dict[str, Any]]) -> list[tuple[Any, ...]]:
         return [(len(g["params"]), *(g.get(name) for name in ("method", "variant", "source"))) for g in groups]
 
-    saved = source.state["optimizer"]["groups"]
+    saved = [renamed(group) for group in source.state["optimizer"]["groups"]]
     if (
         optimizer is None
         or kind(saved) != kind(optimizer.param_groups)
