@@ -6,6 +6,7 @@ import inspect
 import json
 import subprocess
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -19,10 +20,10 @@ import constellation.optim
 from constellation.config import Config, from_json, override
 from constellation.errors import ConfigError
 from constellation.kernel.model import KernelLM
-from constellation.optim import build, registry
+from constellation.optim import build, curvature, kronecker, mixed, registry
 from constellation.optim.registry import OPTIMIZERS, Row, Settings
 from constellation.presets import tiny
-from constellation.settings import Part, says
+from constellation.settings import Part, says, settings_of
 from constellation.train import checkpoint
 from constellation.train.loop import Job, fit
 
@@ -177,6 +178,17 @@ def test_a_row_is_called_as_its_settings_and_says_what_it_is(name: str) -> None:
     row = OPTIMIZERS[name]
     assert row.settings.name == name and row.words
     assert all(setting.meaning for own, setting, _ in registry.leaves(row.settings)), "a setting without a meaning"
+
+
+@pytest.mark.parametrize(
+    ("name", "setting", "known"),
+    [
+        ("kronecker_ng", "variant", kronecker.VARIANTS), ("kronecker_ng", "ns_precision", kronecker.PRECISIONS),
+        ("mixed_qig", "rest_optimizer", mixed.REST), ("curvature_sgd", "curvature", curvature.UNITS),
+    ],
+)  # fmt: skip
+def test_a_setting_has_the_choices_that_its_optimizer_knows(name: str, setting: str, known: Iterable[str]) -> None:
+    assert set(settings_of(type(OPTIMIZERS[name].settings))[setting].kind.values) == set(known)
 
 
 @dataclasses.dataclass(frozen=True)
