@@ -26,14 +26,18 @@ NAMESPACE = "constellation"
 OBJECT_STORE_BYTES = 100 * 2**20  # packets are small, weights travel as files
 ANSWER_S = 5.0  # a Ray that exists answers within
 STARTS_WITHIN = "RAY_raylet_start_wait_time_s"  # Ray's own patience with its start; 30 s is short on a busy machine
-START_S = 600.0
+START_S = 120.0
+STARTS = 3  # a raylet gives up when its agents need more than 15 s, as on a busy machine, and tells nobody
 
 
-def machine(num_cpus: int | None = None) -> dict[str, float]:
-    """Logical resources of a Ray started here: at least 2 CPUs, for nobody else counts on this Ray's accounts."""
+def machine(num_cpus: int | None = None, kernels: int = 8) -> dict[str, float]:
+    """Logical resources of a Ray started here: CPUs for `kernels` at their default share at least, 2 for eight.
+
+    Nobody else counts on this Ray's accounts.
+    """
     import torch
 
-    return {"CPU": num_cpus or max(2, cores()), "GPU": torch.cuda.device_count()}
+    return {"CPU": num_cpus or max(2, cores(), -(-kernels // 4)), "GPU": torch.cuda.device_count()}
 
 
 def where(address: str | None) -> str | None:
@@ -93,14 +97,18 @@ def _embedded(num_cpus: int | None, namespace: str, auth: str | None) -> Iterato
     logs_wanted = False
     try:
         with _loopback():
-            try:
-                ray.init(
-                    "local", num_cpus=int(size["CPU"]), num_gpus=int(size["GPU"]), include_dashboard=False,
-                    object_store_memory=OBJECT_STORE_BYTES, _temp_dir=str(folder / "ray"), **_common(namespace),
-                )  # fmt: skip
-            except Exception as error:  # Ray raises it bare when the machine is too busy
-                told = str(error).strip().partition("\n")[0]
-                raise RunError(f"Ray did not start on this machine: {told} Its logs: {folder}") from None
+            for start in range(1, STARTS + 1):
+                try:
+                    ray.init(
+                        "local", num_cpus=int(size["CPU"]), num_gpus=int(size["GPU"]), include_dashboard=False,
+                        object_store_memory=OBJECT_STORE_BYTES, _temp_dir=str(folder / "ray"), **_common(namespace),
+                    )  # fmt: skip
+                    break
+                except Exception as error:  # Ray raises it bare
+                    ray.shutdown()
+                    if start == STARTS:
+                        told = str(error).strip().partition("\n")[0]
+                        raise RunError(f"Ray did not start on this machine: {told} Its logs: {folder}") from None
         yield
     except Exception:
         logs_wanted = True

@@ -4,7 +4,7 @@
     KernelActor  its mailbox: the control group answers at once while the thread works
 
 Every call may be repeated: `train` and `serve` of what is going on already do nothing, `report` only
-looks, a turn is a pure function of its packets.
+looks, a turn is a pure function of its packet.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ if TYPE_CHECKING:  # torch is imported in the actor's process only
 
     from constellation.decoding.sample import Scored
     from constellation.telemetry.step import Step
-    from constellation.train.loop import Job
+    from constellation.train.job import Job
     from router.answer.turn import Answerer
 
 LOOK_EVERY_S = 0.05
@@ -129,7 +129,7 @@ class Engine:
                         steps.close()
                         self.state = "stopped"
                         return
-            self.state = "done"
+            self.state = "done" if self._step >= job.steps else "stopped"  # a recovery may have asked for a pause
         except BaseException as error:
             self._fail(error)
 
@@ -197,11 +197,7 @@ class KernelMailbox:
         while self._engine.state == "training":
             await asyncio.sleep(LOOK_EVERY_S)
 
-    async def turn(self, packets: list[bytes], budget_bytes: int) -> list[bytes]:
-        """A turn on each of `packets`."""
-        return await asyncio.to_thread((await self._loaded()).turn, packets, budget_bytes)
-
-    async def answer(self, packet: bytes, budget_bytes: int, listener: str = "", request: str = "") -> bytes:
+    async def turn(self, packet: bytes, budget_bytes: int, listener: str = "", request: str = "") -> bytes:
         """A turn on one packet, which joins whatever is going on; a listener is told of it as `request`."""
         ear = self._told.ear(listener, request)
         return await asyncio.wrap_future((await self._loaded()).submit(packet, budget_bytes, ear))

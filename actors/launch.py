@@ -1,4 +1,4 @@
-"""The driver: trains a constellation, from a corpus to eight kernels.
+"""The driver: trains a constellation, from a corpus to its kernels.
 
     for step in train(run, corpus, config): ...
 
@@ -9,7 +9,6 @@ or lost its cluster is started again with `resume=True` and ends with the same w
 from __future__ import annotations
 
 import contextlib
-import shutil
 import signal
 import threading
 import time
@@ -19,13 +18,11 @@ from types import FrameType
 
 from actors.connect import connected, inside, machine, refuse_open, where
 from actors.memory import check_memory, free_bytes
-from actors.placement import check, check_cluster, reserve, share
-from actors.specs import trainers
+from actors.placement import check, check_cluster, reserve, resident, share
 from actors.supervisor import Supervisor
-from constellation.config import ROLES, Config
-from constellation.errors import ConfigError, DataError, PlacementError
+from constellation.config import Config
 from constellation.pipeline.prepare import fit_router, kernel_job, ocean_job, prepare
-from constellation.pipeline.request import REQUEST, open_request, request
+from constellation.pipeline.request import open_request, request, withdrawn
 from constellation.pipeline.status import VIEW, done, finished, roots, summary, write_view
 from constellation.storage.atomic import read_json
 from constellation.storage.exclusive import exclusive
@@ -45,14 +42,14 @@ def train(
     auth: str | None = None,
     resume: bool = False,
     num_cpus: int | None = None,
-    roles: Sequence[str] = ROLES,
+    roles: Sequence[str] | None = None,
     say: Callable[[str], None] = print,
 ) -> Iterator[Step]:
     """Train the constellation in `run`; yields the steps of all its models as they come.
 
     `config` None is the run's own when resuming, else the preset small; `address` None is a Ray of our own, as open as
-    `auth` says (cluster.py); `roles` are the kernels to train in this sitting. Closing the iterator, or Ctrl-C, stops
-    every actor after its step; `resume` goes on.
+    `auth` says (cluster.py); `roles` are the kernels to train in this sitting, all if None. Closing the iterator, or
+    Ctrl-C, stops every actor after its step; `resume` goes on.
     """
     fresh = not run.exists()
     if note := request(run, corpus, config, resume):
@@ -63,15 +60,18 @@ def train(
     address = where(address)
     with exclusive(run), contextlib.ExitStack() as stack:
         config = open_request(run)[1]
-        bundles = [share(config)] * len(roles)
+        roles = config.kernels if roles is None else roles
         (run / VIEW).unlink(missing_ok=True)  # of an earlier sitting
-        with _withdrawn(run, fresh):  # too small a cluster is told before any work is done
+        with withdrawn(run, fresh):  # too small a cluster is told before any work is done
             if address is None and not inside():
                 if auth is None:
                     refuse_open()
-                check(bundles, [machine(num_cpus)], "this machine")
-                check_memory(config, len(roles), free_bytes())
+                size = machine(num_cpus, config.constellation.kernels)
+                num_cpus, bundles = int(size["CPU"]), [share(config)] * resident(config, len(roles), size["GPU"])
+                check(bundles, [size], "this machine")
+                check_memory(config, len(bundles), free_bytes())
             else:
+                bundles = [share(config)] * (min(config.cluster.resident, len(roles)) or len(roles))
                 stack.enter_context(connected(address))
                 check_cluster(bundles)
             plan = prepare(run)
@@ -85,12 +85,12 @@ def train(
         stack.callback(supervisor.dismiss)  # runs first: actors die before their room goes
 
         jobs = [job for job in [ocean_job(plan)] if not done(job.folder)]
-        yield from supervisor.train(trainers(placement, jobs))
+        yield from supervisor.train(jobs)
         say("fitting the router")
         fit_router(plan)
         supervisor.roots = roots(run)
         jobs = [job for role in roles if not done((job := kernel_job(plan, role)).folder)]
-        yield from supervisor.train(trainers(placement, jobs))
+        yield from supervisor.train(jobs)
 
 
 def _view_of(run: Path, interrupted: threading.Event) -> Callable[[Supervisor], None]:
@@ -125,14 +125,3 @@ def _ctrl_c() -> Iterator[threading.Event]:
         yield pressed
     finally:
         signal.signal(signal.SIGINT, before)
-
-
-@contextlib.contextmanager
-def _withdrawn(run: Path, fresh: bool) -> Iterator[None]:
-    """Takes the request for a new run back when it turns out to be impossible before anything was done."""
-    try:
-        yield
-    except (PlacementError, ConfigError, DataError):
-        if fresh and {file.name for file in run.iterdir()} <= {REQUEST, ".lock"}:
-            shutil.rmtree(run)
-        raise

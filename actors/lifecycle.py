@@ -25,9 +25,8 @@ from actors.connect import connected, inside, machine, where
 from actors.placement import check, check_cluster, share
 from actors.ray_head import start_head, stop_head
 from actors.record import Record
-from actors.specs import ROUTER, options_of
+from actors.specs import options_of
 from actors.supervisor_actor import SUPERVISOR, SupervisorActor, namespace_of
-from constellation.config import OCEAN, ROLES
 from constellation.errors import ConfigError, RunError
 from constellation.pipeline.serving import servable
 from constellation.pipeline.status import ClusterStatus, folder_status
@@ -51,7 +50,7 @@ def up(
     Up already is no error. A failure on the way leaves nothing behind.
     """
     config = servable(run, changes)
-    name, bundles = name or run.resolve().name, [share(config)] * len(ROLES)
+    name, bundles = name or run.resolve().name, [share(config)] * len(config.kernels)
     with records.locked(run):
         now = status(run)
         if now.state in ("up", "starting"):
@@ -60,9 +59,10 @@ def up(
         _forget(run)
         head, address = None, where(address)
         if address is None and not inside():
-            check(bundles, [machine(num_cpus)], "this machine")
+            size = machine(num_cpus, config.constellation.kernels)
+            check(bundles, [size], "this machine")
             say("starting a Ray on this machine that stays")
-            head = start_head(num_cpus)
+            head = start_head(int(size["CPU"]))
         record = None
         try:
             with connected(head.address if head else address, token=head.token if head else None):
@@ -187,9 +187,10 @@ def _end_actors(name: str) -> bool:
         with contextlib.suppress(RayError):
             ray.get(supervisor.shutdown.remote(), timeout=DOWN_S)
         ray.kill(supervisor)
-    for role in (ROUTER, OCEAN, *ROLES):
-        with contextlib.suppress(ValueError):
-            ray.kill(ray.get_actor(role, namespace=namespace_of(name)))
+    for actor in ray.util.list_named_actors(all_namespaces=True):
+        if actor["namespace"] == namespace_of(name):
+            with contextlib.suppress(ValueError):
+                ray.kill(ray.get_actor(actor["name"], namespace=actor["namespace"]))
     with contextlib.suppress(ValueError):
         remove_placement_group(get_placement_group(namespace_of(name)))
     return supervisor is not None

@@ -27,6 +27,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from constellation.config import Config
 from constellation.errors import ConfigError, PlacementError
+from constellation.processor import cores
 
 Resources = dict[str, float]
 KINDS = ("CPU", "GPU")
@@ -65,6 +66,17 @@ def share(config: Config) -> Resources:
     if wanted["GPU"] > 1 and wanted["GPU"] != int(wanted["GPU"]):
         raise ConfigError(f"cluster.gpus_per_kernel={wanted['GPU']}: a part of one GPU, or whole GPUs")
     return {kind: amount for kind, amount in wanted.items() if amount}
+
+
+def resident(config: Config, kernels: int, gpus: float) -> int:
+    """How many of `kernels` train at once on a machine of our own: cluster.resident, else what its GPUs or cores hold.
+
+    More processes than cores share caches and take turns: measured in `constellation bench train`, they are slower
+    together than one after another, and their memory is that of all.
+    """
+    each = config.cluster.gpus_per_kernel
+    fit = gpus // each if each else cores() // config.train.threads
+    return min(kernels, config.cluster.resident or max(1, int(fit)))
 
 
 def halves(whole: Resources) -> tuple[Resources, Resources]:

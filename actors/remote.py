@@ -1,7 +1,7 @@
-"""Kernels that are actors: `RayKernels` behind router/answer/session.py, `AsyncRayKernels` behind a service.
+"""Kernels that are actors, behind a service (router/answer/kernels.py).
 
-A turn is a pure function of its packets, so a turn whose actor dies is asked again of its replacement,
-and the answer is the one that was lost.
+A turn is a pure function of its packet, so a turn whose actor dies is asked again of its replacement, and the answer is
+the one that was lost.
 """
 
 from __future__ import annotations
@@ -10,14 +10,14 @@ import asyncio
 import contextlib
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import ray
 from numpy.typing import NDArray
-from ray.exceptions import GetTimeoutError, RayError, RayTaskError
+from ray.exceptions import RayError, RayTaskError
 
 from actors import record as records
 from actors.connect import connected, find, where
@@ -27,14 +27,15 @@ from actors.specs import servers
 from actors.supervisor import Supervisor
 from actors.supervisor_actor import SUPERVISOR, namespace_of
 from actors.turn_stream import Listening
-from constellation.config import OCEAN, ROLES
 from constellation.errors import ConstellationError, RunError
 from constellation.pipeline.request import open_plan
+from constellation.pipeline.status import models_of
 
 if TYPE_CHECKING:
     from constellation.decoding.sample import Scored
     from router.answer.packet import Packet
     from router.answer.turn import Ear
+    from router.decide.policy import Choice
 
 LOOK_S = 0.2  # between two looks at whether the constellation was taken down
 TURN_S = 120.0  # one turn of one kernel on one batch
@@ -64,9 +65,9 @@ def open_kernels(
     config = open_plan(run).config
     with contextlib.ExitStack() as stack:
         stack.enter_context(connected(where(address), num_cpus=num_cpus))
-        placement = reserve([share(config)] * len(ROLES), config.cluster.placement_timeout_s, say)
+        placement = reserve([share(config)] * len(config.kernels), config.cluster.placement_timeout_s, say)
         stack.callback(placement.release)
-        yield RayKernels(stack.enter_context(_on_demand(Supervisor(config, placement, say), run)), say)
+        yield RayKernels(config.models, stack.enter_context(_on_demand(Supervisor(config, placement, say), run)), say)
 
 
 @contextlib.contextmanager
@@ -77,7 +78,7 @@ def kernels_of(run: Path, record: Record, say: Callable[[str], None] = print) ->
         return ray.get_actor(role, namespace=namespace_of(record.name))
 
     with records.in_use(run, record), record.connected():
-        yield RayKernels(actor, say, lambda: records.check_up(run, record))
+        yield RayKernels(models_of(run), actor, say, lambda: records.check_up(run, record))
 
 
 @contextlib.contextmanager
@@ -112,119 +113,37 @@ def _on_demand(supervisor: Supervisor, run: Path) -> Iterator[Callable[[str], An
 
 
 class RayKernels:
-    """The actors of a constellation that is up; `find` gives an actor's handle by its name, ValueError when absent.
+    """The actors of a constellation, for many askers at once; `find` gives an actor's handle by its name, ValueError
+    when there is none.
 
-    `check` raises when nobody will answer any more.
+    Every call waits for itself alone. One whose actor is lost is asked again of the replacement, for `RECOVER_S` at
+    most, and `say` tells of it; one that is left, or took too long, is cancelled in its actor too. `check` raises when
+    nobody will answer any more.
     """
 
     def __init__(
         self,
+        names: Sequence[str],
         find: Callable[[str], Any],
         say: Callable[[str], None] = lambda text: None,
-        check: Callable[[], None] = lambda: None,
+        check: Callable[[], None] | None = None,
     ):
-        self.find, self._say, self._check = find, say, check
-        self._actors: dict[str, Any] = {}
-
-    @property
-    def names(self) -> tuple[str, ...]:
-        return (OCEAN, *ROLES)
-
-    def turns(self, work: Mapping[str, Sequence[bytes]], budget_bytes: int) -> dict[str, list[bytes]]:
-        """One turn of every kernel in `work`, all at the same time, one call each."""
-        return self._ask({name: ("turn", list(packets), budget_bytes) for name, packets in work.items()})
-
-    def bits(self, kernel: str, packet: bytes, count: int) -> float:
-        return float(self._ask({kernel: ("bits", packet, count)})[kernel])
-
-    def log_probs(self, kernel: str, windows: Sequence[Sequence[int]], tail: int) -> NDArray[np.float32]:
-        found: NDArray[np.float32] = self._ask({kernel: ("log_probs", windows, tail)})[kernel]
-        return found
-
-    def route(self, texts: Sequence[bytes]) -> list[dict[str, Any]]:
-        """The router actor's decisions, as `Choice.to_json`."""
-        found: list[dict[str, Any]] = self._ask({"router": ("route", list(texts))})["router"]
-        return found
-
-    def _ask(self, calls: Mapping[str, tuple[Any, ...]]) -> dict[str, Any]:
-        """The answers by actor; whoever is out of reach is asked again until the supervisor has replaced it."""
-        answers: dict[str, Any] = {}
-        began = said = time.monotonic()
-        while True:
-            left = [name for name in calls if name not in answers]
-            refs = {name: self._call(name, *calls[name]) for name in left}
-            why = {name: self._take(name, ref, answers) for name, ref in refs.items()}
-            lost = [name for name, reason in why.items() if reason]
-            if not lost:
-                return answers
-            self._check()
-            now = time.monotonic()
-            if now - began > RECOVER_S:
-                raise RunError(
-                    f"{lost[0]} does not answer since {RECOVER_S:g} s ({why[lost[0]]}); constellation status"
-                )
-            if now - said > SAY_EVERY_S:
-                said = now
-                self._say(f"waiting for {', '.join(lost)} to come back ({now - began:.0f} s)")
-            time.sleep(RETRY_EVERY_S)
-
-    def steps(self) -> dict[str, int]:
-        """The step that each kernel of a constellation which is up has loaded."""
-        status = self._ask({SUPERVISOR: ("status",)})[SUPERVISOR]
-        return {kernel.role: kernel.step for kernel in status.kernels if kernel.role in self.names}
-
-    def _call(self, name: str, method: str, *arguments: Any) -> Any:
-        try:
-            if name not in self._actors:
-                self._actors[name] = self.find(name)
-        except ValueError:
-            return None
-        return getattr(self._actors[name], method).remote(*arguments)
-
-    def _take(self, name: str, ref: Any, answers: dict[str, Any]) -> str | None:
-        """Put the answer where it belongs; the reason if there is none yet."""
-        if ref is None:
-            return "no such actor"
-        try:
-            until = time.monotonic() + TURN_S
-            while not ray.wait([ref], timeout=LOOK_S)[0] and time.monotonic() < until:
-                self._check()
-            answers[name] = ray.get(ref, timeout=LOOK_S)
-            return None
-        except RayTaskError as error:  # it ran, and raised: it would again
-            cause = error.cause if isinstance(error.cause, ConstellationError) else RunError(f"{name}: {error.cause!r}")
-            raise cause from None
-        except (RayError, GetTimeoutError) as error:
-            self._actors.pop(name, None)  # its replacement has another handle
-            return type(error).__name__
-
-
-class AsyncRayKernels:
-    """The actors of a constellation that is up, for many askers at once; `find` as for `RayKernels`.
-
-    Every call waits for itself alone. One whose actor is lost is asked again of the replacement; one that is left, or
-    took too long, is cancelled in its actor too.
-    """
-
-    def __init__(self, find: Callable[[str], Any]):
-        self._find = find
+        self.names = tuple(names)
+        self._find, self._say, self._check = find, say, check
+        self._said = self._checked = 0.0  # when something was said, and looked at, last
         self._actors: dict[str, Any] = {}
         self._heard: dict[str, Listening] = {}
-
-    @property
-    def names(self) -> tuple[str, ...]:
-        return (OCEAN, *ROLES)
 
     async def turn(self, kernel: str, packet: Packet, budget_bytes: int, ear: Ear | None = None) -> Packet:
         from router.answer.packet import Packet
 
         if ear is None:
-            return Packet.decode(await self._ask(kernel, "answer", packet.encode(), budget_bytes))
+            return Packet.decode(await self._ask(kernel, "turn", packet.encode(), budget_bytes))
         listening = await self._listening(kernel)
         listening.ears[packet.request] = ear
         try:
             call = packet.encode(), budget_bytes, listening.name, packet.request
-            return Packet.decode(await self._ask(kernel, "answer", *call))
+            return Packet.decode(await self._ask(kernel, "turn", *call))
         finally:
             del listening.ears[packet.request]
 
@@ -240,6 +159,16 @@ class AsyncRayKernels:
     ) -> list[list[Scored]]:
         found: list[list[Scored]] = await self._ask(kernel, "score", windows, top, tail)
         return found
+
+    async def route(self, texts: Sequence[bytes]) -> list[Choice]:
+        """The router actor's decision on each text."""
+        found: list[Choice] = await self._ask("router", "route", list(texts))
+        return found
+
+    async def steps(self) -> dict[str, int]:
+        """The step that each kernel of a constellation which is up has loaded."""
+        status = await self._ask(SUPERVISOR, "status")
+        return {kernel.role: kernel.step for kernel in status.kernels if kernel.role in self.names}
 
     async def stats(self) -> dict[str, dict[str, Any]]:
         """What each kernel says within STATS_S; {"state": "unreachable"} for one that says nothing."""
@@ -271,24 +200,43 @@ class AsyncRayKernels:
             actor = None
             try:
                 actor = await self._actor(name)
-                return await _answer_of(getattr(actor, method).remote(*arguments))
+                return await self._answer_of(getattr(actor, method).remote(*arguments))
             except RayTaskError as error:  # it ran, and raised: it would again
                 cause = error.cause
                 raise cause if isinstance(cause, ConstellationError) else RunError(f"{name}: {cause!r}") from None
+            except ConstellationError:
+                raise
             except (RayError, ValueError, TimeoutError) as error:
                 if self._actors.get(name) is actor:
                     self._actors.pop(name, None)  # its replacement has another handle
-                if time.monotonic() - began > RECOVER_S:
+                self._still_up()
+                now = time.monotonic()
+                if now - began > RECOVER_S:
                     why = f"does not answer since {RECOVER_S:g} s ({type(error).__name__})"
                     raise RunError(f"{name} {why}; constellation status") from None
+                if now - max(began, self._said) > SAY_EVERY_S:
+                    self._said = now
+                    self._say(f"waiting for {name} to come back ({now - began:.0f} s)")
                 await asyncio.sleep(RETRY_EVERY_S)
 
+    def _still_up(self) -> None:
+        """What `check` raises; all callers together look every LOOK_S."""
+        if self._check and time.monotonic() - self._checked > LOOK_S:
+            self._checked = time.monotonic()
+            self._check()
 
-async def _answer_of(ref: Any) -> Any:
-    """The answer that `ref` stands for; whoever does not wait for it any more takes it out of the actor."""
-    try:
-        return await asyncio.wait_for(ref, TURN_S)
-    except (asyncio.CancelledError, TimeoutError):
-        with contextlib.suppress(RayError):
-            ray.cancel(ref)
-        raise
+    async def _answer_of(self, ref: Any) -> Any:
+        """The answer that `ref` stands for; whoever does not wait for it any more takes it out of the actor."""
+        answer, until = asyncio.ensure_future(ref), time.monotonic() + TURN_S
+        try:
+            while not answer.done():
+                if time.monotonic() > until:
+                    raise TimeoutError
+                await asyncio.wait([answer], timeout=LOOK_S if self._check else TURN_S)
+                self._still_up()
+            return answer.result()
+        finally:
+            if not answer.done():
+                answer.cancel()
+                with contextlib.suppress(RayError):
+                    ray.cancel(ref)

@@ -5,11 +5,14 @@ from __future__ import annotations
 import asyncio
 import os
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import ray
 
 from actors.messages import Report
+
+if TYPE_CHECKING:
+    from router.decide.policy import Choice
 
 
 class RouterMailbox:
@@ -20,10 +23,9 @@ class RouterMailbox:
 
         self._router = Router.load(folder)
 
-    async def route(self, texts: list[bytes]) -> list[dict[str, Any]]:
-        """One decision per text, `Choice.to_json` with the kernels' names; ask for many at once."""
-        choices = await asyncio.to_thread(self._router.route, texts)
-        return [choice.to_json(self._router.names) for choice in choices]
+    async def route(self, texts: list[bytes]) -> list[Choice]:
+        """One decision per text; ask for many at once."""
+        return await asyncio.to_thread(self._router.route, texts)
 
     @ray.method(concurrency_group="control")
     async def report(self, since: int, patience_s: float = 0.0) -> Report:

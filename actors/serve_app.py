@@ -62,8 +62,9 @@ def app(args: Mapping[str, str]) -> Any:
 
 def front_of(run: Path, name: str, keys: Path | None, front: Front | None = None) -> FastAPI:
     """The application over the kernels of the constellation called `name`, for a process that is part of its Ray."""
-    from actors.remote import AsyncRayKernels
+    from actors.remote import RayKernels
     from constellation.pipeline.serving import application
+    from constellation.pipeline.status import models_of
 
-    kernels = AsyncRayKernels(lambda role: ray.get_actor(role, namespace=namespace_of(name)))
+    kernels = RayKernels(models_of(run), lambda role: ray.get_actor(role, namespace=namespace_of(name)))
     return application(run, kernels, keys, front)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,10 +11,11 @@ import ray
 from actors.kernel_actor import KernelActor
 from actors.placement import Placement, Resources, halves
 from actors.router_actor import RouterActor
-from constellation.config import OCEAN, ROLES, Config
+from constellation.config import Config
+from constellation.roster import OCEAN
 
 if TYPE_CHECKING:
-    from constellation.train.loop import Job
+    from constellation.train.job import Job
 
 ROUTER = "router"
 
@@ -53,24 +53,21 @@ class Hire:
         return False
 
 
-def trainers(placement: Placement, jobs: Sequence[Job]) -> list[Hire]:
-    """An actor per job, each with a bundle of its own."""
-    hires = []
-    for number, job in enumerate(jobs):
-        t, part = job.config.train, placement.bundles[number]
-        threads = t.ocean_threads if job.role == OCEAN else t.threads
-        arguments = (job.role, part.get("GPU", 0.0))
-        options = options_of(part, threads, placement.strategy(number))
-        hires.append(Hire(job.role, KernelActor, arguments, options, ("train", job), job.steps))
-    return hires
+def trainer(placement: Placement, number: int, job: Job) -> Hire:
+    """An actor for `job` in bundle `number`."""
+    t, part = job.config.train, placement.bundles[number]
+    threads = t.ocean_threads if job.role == OCEAN else t.threads
+    arguments = (job.role, part.get("GPU", 0.0))
+    options = options_of(part, threads, placement.strategy(number))
+    return Hire(job.role, KernelActor, arguments, options, ("train", job), job.steps)
 
 
 def servers(placement: Placement, run: Path, config: Config, namespace: str | None = None) -> list[Hire]:
-    """The router and all nine models of `run`; detached and named by role if there is a `namespace`."""
+    """The router and all models of `run`; detached and named by role if there is a `namespace`."""
     threads = config.train.threads
-    with_heart, with_ocean = halves(placement.bundles[0])
-    rooms = {role: (number, placement.bundles[number]) for number, role in enumerate(ROLES)}
-    rooms |= {ROLES[0]: (0, with_heart), OCEAN: (0, with_ocean)}
+    with_first, with_ocean = halves(placement.bundles[0])
+    rooms = {role: (number, placement.bundles[number]) for number, role in enumerate(config.kernels)}
+    rooms |= {config.kernels[0]: (0, with_first), OCEAN: (0, with_ocean)}
     hires = [Hire(ROUTER, RouterActor, (run / ROUTER,), options_of({}, 1, "DEFAULT"), ("report", 0))]
     for role, (number, part) in rooms.items():
         options = options_of(part, threads, placement.strategy(number))

@@ -16,6 +16,7 @@ The lock of exclusive.py keeps an old actor that is cut off but alive from writi
 from __future__ import annotations
 
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -25,11 +26,12 @@ from ray.exceptions import ActorDiedError, GetTimeoutError, RayError, RayTaskErr
 
 from actors.messages import BUSY, Report
 from actors.placement import Placement, nodes, total
-from actors.specs import Hire
+from actors.specs import Hire, trainer
 from constellation.config import Config
 from constellation.errors import ConstellationError, PlacementError, RunError
 from constellation.pipeline.status import KernelStatus
 from constellation.telemetry.step import Step
+from constellation.train.loop import Job
 
 BEAT_S = 1.0  # how long an actor collects news before it answers
 HEALTH_S = 5.0  # a question this old is asked again
@@ -116,13 +118,20 @@ class Supervisor:
             member.start()
             self.members[one.role] = member  # started: another thread may be at beat()
 
-    def train(self, hires: Sequence[Hire]) -> Iterator[Step]:
-        """Let actors train at the same time; yields every step of each once and in order, then dismisses them.
+    def train(self, jobs: Sequence[Job]) -> Iterator[Step]:
+        """Train every job in an actor of its own, as many at once as there are bundles, the next when one is done.
 
-        RunError, with the reason, when one of them fails or dies more than `cluster.max_restarts` times.
+        Yields every step of each once and in order. RunError, with the reason, when one of them fails or dies more
+        than `cluster.max_restarts` times.
         """
-        self.hire(hires)
-        while any(member.at_work for member in self.members.values()):
+        waiting, free = deque(jobs), deque(range(len(self.placement.bundles)))
+        place: dict[str, int] = {}
+        while True:
+            while waiting and free:
+                place[waiting[0].role] = free.popleft()
+                self.hire([trainer(self.placement, place[waiting[0].role], waiting.popleft())])
+            if not self.members:
+                return
             for member, report in self.beat():
                 for step in report.steps:
                     if step.step > member.seen:
@@ -130,7 +139,10 @@ class Supervisor:
                         yield step
                 if report.state == "failed":
                     raise RunError(f"{report.error}")
-        self.dismiss()
+                if not member.at_work:
+                    ray.kill(member.actor)
+                    del self.members[member.role]
+                    free.append(place[member.role])
 
     def beat(self, wait_s: float = BEAT_S) -> list[tuple[Member, Report]]:
         """News of the next `wait_s` seconds; whoever died, hangs or lost its node is replaced on the way."""

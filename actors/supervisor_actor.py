@@ -18,7 +18,7 @@ import ray
 from actors.placement import reserve, share
 from actors.specs import servers
 from actors.supervisor import Supervisor
-from constellation.config import ROLES, Config
+from constellation.config import Config
 from constellation.errors import ConstellationError
 from constellation.pipeline.status import ClusterStatus, KernelStatus, roots
 
@@ -63,7 +63,7 @@ class SupervisorMailbox:
     def _watch(self) -> None:
         try:
             with contextlib.ExitStack() as stack:
-                bundles = [share(self._config)] * len(ROLES)
+                bundles = [share(self._config)] * len(self._config.kernels)
                 timeout_s = self._config.cluster.placement_timeout_s
                 placement = reserve(bundles, timeout_s, self._say, namespace_of(self._name))
                 stack.callback(placement.release)

@@ -1,8 +1,8 @@
 """What a kernel's turns write while they are under way, told to a front in another process.
 
-    answer(packet, budget, listener)   a turn, as ever: one call, whose result is all that counts
-    listen(listener)                   one stream of messages for all turns of that listener: what they wrote since the
-                                       last message, at most one message every `GATHER_S`
+    turn(packet, budget, listener)   one call, whose result is all that counts
+    listen(listener)                 one stream of messages for all turns of that listener: what they wrote since the
+                                     last message, at most one message every `GATHER_S`
 
 So the messages do not grow with the number of requests, and nothing depends on them: one that is lost, with its actor
 or because it came after its turn's end, is text that is seen a little later.
@@ -43,7 +43,7 @@ class Told:
 
     async def messages(self, listener: str) -> AsyncIterator[list[News]]:
         """The first one, which is empty, says that the listener is known."""
-        from router.answer.post import Post
+        from router.answer.concurrency import Post
 
         waiting, came, post = deque[News](), asyncio.Event(), Post(asyncio.get_running_loop())
 

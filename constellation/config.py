@@ -16,12 +16,18 @@ from typing import Annotated, Any, Literal
 
 from msgspec import Meta
 
+from constellation import roster
 from constellation.errors import ConfigError
 from constellation.optim import registry
+from constellation.roster import OCEAN
 from constellation.settings import Count, NotNegative, Part, Positive, Whole, check, leaves, merged, says
 
-ROLES = ("heart", "perception", "memory", "action", "prediction", "ethics", "meta", "integration")
-OCEAN = "ocean"
+
+@dataclass(frozen=True)
+class Constellation:
+    """Which kernels there are (constellation/roster.py)."""
+
+    kernels: Annotated[int, Meta(ge=roster.FEWEST, le=roster.MOST), says("how many; their names and roots follow")] = 8
 
 
 @dataclass(frozen=True)
@@ -124,6 +130,7 @@ class Cluster:
     gpus_per_kernel: Annotated[NotNegative, says("GPUs of one kernel actor, fractions allowed")] = 0.0
     placement_timeout_s: Annotated[Positive, says("how long to wait for a cluster that could fit but is busy")] = 60.0
     max_restarts: Annotated[Count, says("of one kernel actor before the run fails")] = 20
+    resident: Annotated[Whole, says("kernels that train at once; 0: one a core here, all on a cluster")] = 0
 
 
 @dataclass(frozen=True)
@@ -131,6 +138,7 @@ class Config:
     """A whole run."""
 
     preset: Annotated[str, says("the preset it began as")] = "small"
+    constellation: Constellation = field(default_factory=Constellation)
     kernel: Kernel = field(default_factory=Kernel)
     optim: registry.Settings = field(default_factory=registry.KroneckerSettings)
     train: Train = field(default_factory=Train)
@@ -153,6 +161,16 @@ class Config:
                 raise ConfigError(f"train.{name}={size}: must be a multiple of train.accumulation={t.accumulation}")
         if self.router.min_prefix > self.router.max_prefix:
             raise ConfigError("router.min_prefix: must not exceed router.max_prefix")
+
+    @property
+    def kernels(self) -> tuple[str, ...]:
+        """Names of the kernels, in the order of their numbers."""
+        return roster.names(self.constellation.kernels)
+
+    @property
+    def models(self) -> tuple[str, ...]:
+        """OCEAN and the kernels."""
+        return (OCEAN, *self.kernels)
 
     def for_role(self, role: str) -> Config:
         """This configuration as the given role sees it."""
@@ -189,12 +207,15 @@ def override(config: Config, changes: Mapping[str, Any]) -> Config:
     roles = {role: dict(own) for role, own in config.roles.items()}
     for name, value in _spread_phases(changes).items():
         head, _, rest = name.partition(".")
-        if head in ROLES:
+        if roster.is_kernel(head):
             roles.setdefault(head, {})[rest] = value
         else:
             plain[name] = value
     changed = _changed(config, plain)
     for role, own in roles.items():
+        if role not in changed.kernels:
+            kernels = changed.constellation.kernels
+            raise ConfigError(f"{role}.{next(iter(own))}: a constellation of {kernels} kernels has none called {role}")
         seen = dict(_leaves(_changed(changed, own, role)))  # a role's changes must be valid together with the rest
         roles[role] = {name: seen[name] for name in own}
     return replace(changed, roles=roles)

@@ -44,6 +44,7 @@ PRESETS: dict[str, Callable[[], Config]] = {"tiny": tiny, "small": small, "23m":
 
 
 def preset(name: str) -> Config:
+    """The configuration called `name`, tiny | small | 23m | 100m; ConfigError for another name."""
     if name not in PRESETS:
         raise ConfigError(f"unknown preset {name!r}; choose one of {', '.join(PRESETS)}")
     return PRESETS[name]()

@@ -53,8 +53,9 @@ def unique() -> str:
 @pytest.fixture(scope="session")
 def micro() -> Config:
     """18 thousand parameters a kernel; OCEAN takes 34 steps of 50 ms, three kernels 90 of 20 ms, the others 8."""
-    from constellation.config import ROLES, override
+    from constellation.config import override
     from constellation.presets import tiny
+    from constellation.roster import ROLES
 
     return override(tiny(), {
         "kernel.vocab_size": 288, "train.tokens": 807_000, "train.ocean_share": 0.0867, "train.batch": 32,
@@ -79,17 +80,9 @@ def micro_corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def micro_run(tmp_path_factory: pytest.TempPathFactory, micro_corpus: Path, micro: Config) -> Path:
     """A whole run of `micro`, trained by the plain loop in this process: no Ray, left alone. Read it, copy it."""
-    from constellation.config import ROLES
-    from constellation.pipeline.prepare import fit_router, kernel_job, ocean_job, prepare, request
-    from constellation.train.loop import fit
+    import constellation
 
     run = tmp_path_factory.mktemp("runs") / "alone"
-    request(run, micro_corpus, micro, resume=False)
-    plan = prepare(run)
-    for _ in fit(ocean_job(plan)):
+    for _ in constellation.train(micro_corpus, run, micro, local=True):
         pass
-    fit_router(plan)
-    for role in ROLES:
-        for _ in fit(kernel_job(plan, role)):
-            pass
     return run

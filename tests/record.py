@@ -24,10 +24,12 @@ from pathlib import Path
 from typing import Any
 
 COMMAND = (sys.executable, "-m", "constellation")
-SETTINGS = ("train.tokens=600_000", "train.sample_bytes=0", "train.precision=fp32", "optim.ns_precision=fp32")
+SETTINGS = ("train.sample_bytes=0", "train.precision=fp32", "optim.ns_precision=fp32")
 MODES = ("route", "mixture", "barycenter", "ocean", "heart", "integration")
 PROMPTS = ("The import statement", "def add(a, b):\n    return", "A complex number is")
-VOLATILE = {"id", "created", "seconds", "seconds_per_token", "request", "run", "system_fingerprint", "usage_seconds"}
+VOLATILE = {"created", "seconds", "seconds_per_token", "request", "run", "system_fingerprint", "usage_seconds"}
+
+IDS = ("cmpl-", "chatcmpl-", "dec-", "req-")  # a new one for every request
 
 
 def run(*words: str, text: str | None = None) -> str:
@@ -65,7 +67,8 @@ def arrays(folder: Path) -> dict[str, str]:
 def steady(value: Any) -> Any:
     """`value` without what differs from call to call."""
     if isinstance(value, dict):
-        return {key: steady(own) for key, own in value.items() if key not in VOLATILE}
+        kept = {key: own for key, own in value.items() if key not in VOLATILE and not str(own).startswith(IDS)}
+        return {key: steady(own) for key, own in kept.items()}
     return [steady(own) for own in value] if isinstance(value, list) else value
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import dataclasses
 import json
 import math
@@ -20,6 +21,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+import constellation
 from actors import connect, lifecycle
 from actors import record as records
 from actors.launch import summary, train
@@ -28,11 +30,13 @@ from actors.placement import Placement, check, halves, pack
 from actors.processes import of_session
 from actors.ray_head import Head
 from actors.specs import options_of, servers
-from constellation.config import OCEAN, ROLES, Config, override
+from constellation.config import Config, override
 from constellation.errors import ArtifactError, ConfigError, DataError, PlacementError, RunError
-from constellation.pipeline.status import folder_status, root_name
+from constellation.pipeline.status import folder_status
 from constellation.presets import m100
+from constellation.roster import OCEAN, ROLES, root_name
 from constellation.storage.exclusive import exclusive, is_held
+from tests import asking
 from tests.waiting import wait_for
 
 THREE = ROLES[:3]
@@ -73,7 +77,7 @@ def test_what_does_not_fit_is_told_with_both_numbers() -> None:
         check([{"CPU": 0.25, "GPU": 1.0}] * 8, [{"CPU": 2.0, "GPU": 1.0}, {"CPU": 4.0, "GPU": 1.0}], "the cluster")
     text = str(told.value)
     assert "needs 8 x (CPU 0.25, GPU 1), in all CPU 2, GPU 8" in text
-    assert "the cluster has CPU 6, GPU 2 on 2 nodes" in text and "connect.gpus_per_kernel" in text
+    assert "the cluster has CPU 6, GPU 2 on 2 nodes" in text and "cluster.gpus_per_kernel" in text
 
 
 def test_an_actor_without_a_gpu_sees_none_and_one_with_a_gpu_is_left_to_ray() -> None:
@@ -190,8 +194,8 @@ def test_a_machine_too_small_is_told_at_once_and_nothing_is_written(
 ) -> None:
     monkeypatch.setattr("actors.launch.inside", lambda: False)  # as in a fresh process, without the session's Ray
     (tmp_path / "empty").mkdir()  # a corpus that could not be read: it is not read before
-    with pytest.raises(PlacementError, match=r"needs 8 x \(CPU 0\.25, GPU 4\).*GPU 32; this machine has CPU \d+, GPU"):
-        list(train(tmp_path / "run", tmp_path / "empty", override(micro, {"connect.gpus_per_kernel": 4})))
+    with pytest.raises(PlacementError, match=r"needs 1 x \(CPU 0\.25, GPU 4\).*GPU 4; this machine has CPU \d+, GPU"):
+        list(train(tmp_path / "run", tmp_path / "empty", override(micro, {"cluster.gpus_per_kernel": 4})))
     assert not (tmp_path / "run").exists()
 
 
@@ -235,7 +239,7 @@ def test_a_cluster_too_small_and_a_busy_one_are_told(
     from ray.util.placement_group import placement_group, remove_placement_group
 
     with pytest.raises(PlacementError, match=r"needs 8 x .*the cluster has CPU 4, GPU 0; lower"):
-        list(train(tmp_path / "run", micro_corpus, override(micro, {"connect.cpus_per_kernel": 1})))
+        list(train(tmp_path / "run", micro_corpus, override(micro, {"cluster.cpus_per_kernel": 1})))
     with pytest.raises(ConfigError, match="connected to the Ray at"):
         list(train(tmp_path / "run", micro_corpus, micro, address="127.0.0.1:1"))
     assert not (tmp_path / "run").exists()
@@ -244,7 +248,7 @@ def test_a_cluster_too_small_and_a_busy_one_are_told(
     ray.get(hog.ready())
     said: list[str] = []
     try:
-        impatient = override(micro, {"connect.placement_timeout_s": 1})
+        impatient = override(micro, {"cluster.placement_timeout_s": 1})
         with pytest.raises(PlacementError, match=r"no room within 1 s.*has CPU 4, GPU 0, free CPU 0\.5"):
             list(train(tmp_path / "busy", micro_corpus, impatient, say=said.append))
     finally:
@@ -345,22 +349,24 @@ def test_the_driver_tells_of_a_damaged_checkpoint_and_the_older_one_ends_in_the_
 
 
 def answers(kernels: Any, run: Path, between: Callable[[], None] = lambda: None) -> list[Any]:
-    from constellation.coordizer.tokenizer import Tokenizer
     from constellation.decoding.sample import Sampling
-    from constellation.pipeline.prepare import open_plan
-    from router.answer.session import Answer, Request, generate
-    from router.decide.fisher_rao import Router
+    from constellation.pipeline.serving import service_of
+    from router.answer.query import Answer, Ask
 
-    plan = open_plan(run)
     how = Sampling(temperature=0.9, top_p=0.95, seed=7, max_new_tokens=120)
-    requests = [Request("The import statement binds", how), Request("Operators: << and", how), Request("x", how, OCEAN)]
-    found = []
-    for piece in generate(Router.load(plan.router), kernels, Tokenizer.load(plan.tokenizer), requests, plan.config):
-        if isinstance(piece, Answer):
-            found.append(dataclasses.replace(piece, seconds=0, seconds_per_token=0))
-        else:
+    asks = [Ask("The import statement binds", how), Ask("Operators: << and", how), Ask("x", how, OCEAN)]
+    service = service_of(run, kernels)
+
+    async def one(ask: Ask) -> Any:
+        async for step in service.stream(ask):
+            if isinstance(step, Answer):
+                return asking.untimed(step)
             between()
-    return found
+
+    async def all_of_them() -> list[Any]:
+        return await asyncio.gather(*map(one, asks))
+
+    return asyncio.run(all_of_them())
 
 
 @pytest.mark.ray
@@ -374,13 +380,13 @@ def test_local_and_ray_answers_are_equal_even_if_an_actor_is_killed_on_the_way(
     assert len(local) == 3 and all(answer.completion_tokens for answer in local)
     with open_kernels(micro_run, say=silent) as kernels:
         assert answers(kernels, micro_run) == local
-        victims = list(kernels._actors)
+        import ray
+
+        victims = [ray.get(actor.report.remote(0)).pid for actor in kernels._actors.values()]
 
         def kill_one() -> None:
             if victims:
-                import ray
-
-                os.kill(ray.get(kernels._actors[victims.pop()].report.remote(0)).pid, signal.SIGKILL)
+                os.kill(victims.pop(), signal.SIGKILL)
 
         assert answers(kernels, micro_run, between=kill_one) == local
 
@@ -395,7 +401,7 @@ def test_a_damaged_model_is_told_and_not_waited_for(ray_session: None, micro_run
         file.write_bytes(b"\0" + file.read_bytes()[1:])
     said: list[str] = []
     with pytest.raises(ArtifactError, match="checksum"), open_kernels(run, say=said.append) as kernels:
-        kernels.turns({OCEAN: []}, 64)
+        asyncio.run(kernels.bits(OCEAN, b"", 1))
     assert not any("restarting" in text for text in said)
 
 
@@ -408,7 +414,6 @@ def test_a_constellation_stays_up_heals_and_goes_down(
 
     from actors.remote import RayKernels, open_kernels
     from actors.supervisor_actor import namespace_of
-    from constellation.commands.answering import Answering
     from constellation.pipeline.status import newest_step
     from router.answer.local import LocalKernels
     from router.decide.fisher_rao import Router
@@ -423,14 +428,28 @@ def test_a_constellation_stays_up_heals_and_goes_down(
     assert all(k.state == "serving" and k.health == "ok" and k.node for k in status.kernels)
     said: list[str] = []
     assert lifecycle.up(run, say=said.append).name == unique and "is up already" in said[0]
-    with Answering(run, local=False, address=None) as asked:
-        assert isinstance(asked.kernels, RayKernels) and not asked.unfinished, "who is up is asked"
-        assert asked.kernels.steps() == {role: newest_step(run / role) for role in (OCEAN, *ROLES)}
-    with Answering(run, local=True, address=None) as asked:
-        assert isinstance(asked.kernels, LocalKernels)
+    prompts, how = ["The import statement binds", "x"], {"seed": 7, "temperature": 0.9, "max_new_tokens": 120}
+    with constellation.open(run, say=said.append) as asked:
+        kernels = asked.service.kernels
+        assert isinstance(kernels, RayKernels) and not asked.unfinished, "who is up is asked"
+        assert asyncio.run(kernels.steps()) == {role: newest_step(run / role) for role in (OCEAN, *ROLES)}
+        on_ray = [asking.untimed(answer) for answer in asked.generate(prompts, **how)]
+        stream = asked.stream(prompts[0], **how)
+        assert "".join(piece.text for piece in stream) == on_ray[0].text
+    with constellation.open(run, local=True) as asked:
+        assert isinstance(asked.service.kernels, LocalKernels)
+        assert [asking.untimed(answer) for answer in asked.generate(prompts, **how)] == on_ray
     with open_kernels(run, say=silent) as kernels:
         assert answers(kernels, run) == local
-        assert kernels.route(texts) == [c.to_json(ROLES) for c in Router.load(run / "router").route(texts)]
+        assert [c.to_json() for c in asyncio.run(kernels.route(texts))] == [
+            c.to_json() for c in Router.load(run / "router").route(texts)
+        ]
+    command = [sys.executable, "-m", "constellation", "route", "--run", str(run), "--json", "--address"]
+    asked_by_hand = [*command, status.address or ""]
+    printed = subprocess.run(asked_by_hand, input=b"\n".join(texts), capture_output=True, check=True).stdout
+    assert [json.loads(line) for line in printed.splitlines()] == [
+        c.to_json(ROLES) for c in Router.load(run / "router").route(texts)
+    ]
     heal(run, {k.role: k.pid for k in status.kernels}, killed=("supervisor", ROLES[0]))
     endless, ended = asked_for_ever(run), []
     next(endless)
@@ -467,7 +486,7 @@ def asked_for_ever(run: Path) -> Iterator[None]:
     assert record is not None
     with kernels_of(run, record, silent) as kernels:
         while True:
-            kernels.route([b"def f(x): return x"])
+            asyncio.run(kernels.route([b"def f(x): return x"]))
             yield
 
 

@@ -10,15 +10,15 @@ import httpx
 import numpy as np
 import pytest
 
-from constellation.config import OCEAN, Config, Kernel
+from constellation.config import Config, Kernel
 from constellation.config import Router as RouterConfig
 from constellation.coordizer.tokenizer import Tokenizer
 from constellation.decoding.sample import Sampling
 from constellation.errors import RunError
-from router.answer.kernels import LocalAsyncKernels
+from constellation.roster import OCEAN
 from router.answer.local import LocalKernels
+from router.answer.query import Ask
 from router.answer.service import Service
-from router.answer.session import Request, generate
 from router.app import Settings, make_app
 from router.decide.fit import fit
 from router.http import keys
@@ -26,6 +26,7 @@ from router.http.chat import render
 from router.http.keys import Keys, Limits
 from router.http.limits import Front
 from router.http.requests import Message
+from tests import asking
 from tests.kernels import random_kernel
 
 NAMES = ("heart", "memory", "action")
@@ -42,11 +43,11 @@ MODELS = {name: random_kernel(KERNEL, i) for i, name in enumerate((OCEAN, *NAMES
 MODES = ("route", "mixture", "barycenter", "heart", OCEAN)
 
 
-class Failing(LocalAsyncKernels):
+class Failing(LocalKernels):
     """Kernels that break down after some turns."""
 
-    def __init__(self, kernels, turns):
-        super().__init__(kernels)
+    def __init__(self, turns):
+        super().__init__(MODELS, TOKENIZER)
         self.turns_left = turns
 
     async def turn(self, kernel, *call):
@@ -57,8 +58,7 @@ class Failing(LocalAsyncKernels):
 
 
 def service(turns=None):
-    local = LocalKernels(MODELS, TOKENIZER)
-    kernels = LocalAsyncKernels(local) if turns is None else Failing(local, turns)
+    kernels = LocalKernels(MODELS, TOKENIZER) if turns is None else Failing(turns)
     return Service(CONFIG, POLICY, TOKENIZER, kernels, name="constellation", created=1_700_000_000)
 
 
@@ -103,11 +103,9 @@ HI = [{"role": "user", "content": "the quick brown fox number 3"}]
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_a_completion_is_what_the_session_generates(mode):
-    (*_, expected) = generate(
-        POLICY, LocalKernels(MODELS, TOKENIZER), TOKENIZER,
-        [Request("the quick brown fox number 3", Sampling(seed=5, top_p=0.9, max_new_tokens=60), mode)], CONFIG,
-    )  # fmt: skip
+def test_a_completion_is_what_the_service_answers(mode):
+    ask = Ask("the quick brown fox number 3", Sampling(seed=5, top_p=0.9, max_new_tokens=60), mode)
+    (expected,) = asking.answers(service(), [ask])
     body = {"prompt": "the quick brown fox number 3", "max_tokens": 60, "seed": 5, "top_p": 0.9, "mode": mode}
     reply = CLIENT.post(COMPLETIONS, **body, return_token_ids=True)
     (choice,) = reply["choices"]

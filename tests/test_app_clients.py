@@ -25,10 +25,9 @@ import openai
 import pydantic
 import pytest
 
-from constellation.config import ROLES
 from constellation.coordizer.tokenizer import Tokenizer
 from constellation.pipeline.prepare import open_plan
-from router.answer.kernels import LocalAsyncKernels
+from constellation.roster import ROLES
 from router.answer.local import LocalKernels
 from router.answer.service import Ask, Service
 from router.app import make_app
@@ -46,7 +45,7 @@ class Running:
 
     def __init__(self, run: Path):
         plan = open_plan(run)
-        kernels = LocalAsyncKernels(LocalKernels.from_run(run))
+        kernels = LocalKernels.from_run(run)
         self.service = Service(plan.config, Router.load(plan.router), Tokenizer.load(plan.tokenizer), kernels)
         self.server = Server(make_app(self.service), port=0)
         self.thread = threading.Thread(target=self.server.run, daemon=True)

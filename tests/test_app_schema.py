@@ -9,10 +9,10 @@ from hypothesis import HealthCheck, settings
 from schemathesis.checks import not_a_server_error
 from schemathesis.specs.openapi.checks import response_schema_conformance
 
-from constellation.config import OCEAN, Config, Kernel
+from constellation.config import Config, Kernel
 from constellation.coordizer.tokenizer import Tokenizer
 from constellation.kernel.model import KernelLM
-from router.answer.kernels import LocalAsyncKernels
+from constellation.roster import OCEAN
 from router.answer.local import LocalKernels
 from router.answer.service import Service
 from router.app import Settings, make_app
@@ -33,7 +33,7 @@ def service():
     halves = [text.encode() for text in TEXTS]
     policy = fit(halves, CONFIG.router, seed=0, names=NAMES, validation=halves)
     models = {name: KernelLM(KERNEL, seed=i) for i, name in enumerate((OCEAN, *NAMES))}
-    return Service(CONFIG, policy, TOKENIZER, LocalAsyncKernels(LocalKernels(models, TOKENIZER)))
+    return Service(CONFIG, policy, TOKENIZER, LocalKernels(models, TOKENIZER))
 
 
 torch.set_num_threads(1)

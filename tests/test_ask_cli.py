@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 
 from constellation.cli import run as cli
-from constellation.config import OCEAN, ROLES
 from constellation.pipeline.status import newest_step
+from constellation.roster import OCEAN, ROLES
 from constellation.storage.atomic import SEAL
 
 HALF = ROLES[1]

@@ -28,14 +28,13 @@ def url(micro_run: Path) -> Iterator[str]:
     """A real service of the small run, in this process."""
     from constellation.coordizer.tokenizer import Tokenizer
     from constellation.pipeline.prepare import open_plan
-    from router.answer.kernels import LocalAsyncKernels
     from router.answer.local import LocalKernels
     from router.answer.service import Service
     from router.app import make_app
     from router.decide.fisher_rao import Router
 
     plan = open_plan(micro_run)
-    kernels = LocalAsyncKernels(LocalKernels.from_run(micro_run))
+    kernels = LocalKernels.from_run(micro_run)
     service = Service(plan.config, Router.load(plan.router), Tokenizer.load(plan.tokenizer), kernels)
     with listening(make_app(service)) as where:
         yield where

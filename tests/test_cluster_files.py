@@ -13,8 +13,8 @@ import yaml
 from actors.placement import GROWS, check, pack, share
 from constellation import presets
 from constellation.cli import main
-from constellation.config import ROLES
 from constellation.errors import ConfigError
+from constellation.roster import ROLES
 
 ROOT = Path(__file__).parent.parent
 KUBERAY = sorted((ROOT / "deploy" / "kuberay").glob("*.yaml"))

@@ -5,11 +5,12 @@ from typing import Any
 
 import pytest
 
-from constellation.config import ROLES, Config, difference, from_json, names, override, parse_assignments
+from constellation.config import Config, difference, from_json, names, override, parse_assignments
 from constellation.errors import ConfigError
 from constellation.kernel.model import KernelLM, parameter_count
 from constellation.optim.registry import OPTIMIZERS, PHASES, AdaptiveConfig, KroneckerSettings
 from constellation.presets import PRESETS, preset, small
+from constellation.roster import ROLES
 from constellation.settings import leaves
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from constellation.config import OCEAN, ROLES
+from constellation.roster import OCEAN, ROLES
 
 pytestmark = pytest.mark.ray
 

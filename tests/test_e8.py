@@ -9,7 +9,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from constellation.config import ROLES
 from constellation.errors import ConfigError
 from constellation.geometry import e8
 
@@ -123,33 +122,6 @@ def test_a_batch_gives_what_a_loop_gives():
     found = e8.nearest_root(x)
     assert found.shape == (3, 5) and found.dtype == torch.int64
     assert found.tolist() == [[int(e8.nearest_root(point)) for point in row] for row in x]
-
-
-# --- roles
-
-
-def test_roles_are_the_simple_roots_in_order():
-    assert [e8.role_root(role) for role in ROLES] == list(e8.simple_indices())
-    assert len({e8.role_root(role) for role in ROLES}) == 8
-
-
-@pytest.mark.parametrize(
-    "alias, role",
-    [
-        ("Mnemosyne", "memory"),
-        ("Apollo", "prediction"),
-        ("Lightning", "perception"),
-        ("Chronos", "integration"),
-        ("HEART", "heart"),
-    ],
-)
-def test_names_from_the_seeds_are_understood(alias, role):
-    assert e8.role_named(alias) == role and e8.role_root(alias) == e8.role_root(role)
-
-
-def test_an_unknown_role_is_refused_with_the_known_ones():
-    with pytest.raises(ConfigError, match=r"'zeus'.*heart.*mnemosyne"):
-        e8.role_named("zeus")
 
 
 # --- addresses

@@ -4,8 +4,11 @@ import math
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from router.decide.evaluate import Scores, answers, look_in_force, mix, report, top_k_log_weights
+from router.decide.evaluate import Scores, answers, look_in_force, mix, report
+from router.decide.mixture import MIXTURE, combine, weight_table, weights
 from router.decide.partition import assign, segments
 from router.decide.policy import ABSTAINED, Trajectory
 
@@ -80,12 +83,33 @@ def test_a_mixture_of_all_is_the_dense_mixture_and_of_one_is_the_routed_answer(s
     assert np.allclose(found["mixture_3"], np.where(at < 0, scores.ocean_N, dense), atol=1e-5)
 
 
-def test_weights_sum_to_one_and_keep_the_likeliest() -> None:
-    posterior = np.random.default_rng(2).dirichlet(np.ones(8), 50)
-    for k in (1, 3, 8):
-        weights = np.exp(top_k_log_weights(posterior, k))
-        assert np.allclose(weights.sum(1), 1) and ((weights > 0).sum(1) == k).all()
-        assert (weights.argmax(1) == posterior.argmax(1)).all()
+def test_of_equal_posteriors_an_evaluation_asks_those_who_would_be_served() -> None:
+    """Posterior .4 .2 .2 .2 and two kernels: the likeliest, and the first by name of the others."""
+    names, posterior = ("d", "c", "b", "a"), np.array([[0.4, 0.2, 0.2, 0.2], [0.25, 0.25, 0.25, 0.25]], np.float32)
+    table = weight_table(names, posterior, 2)
+    assert (table > 0).tolist() == [[True, False, False, True], [False, False, True, True]]
+    assert table[0] == pytest.approx([2 / 3, 0, 0, 1 / 3]) and table[1].tolist() == [0, 0, 0.5, 0.5]
+
+
+@given(st.lists(st.lists(st.integers(1, 4), min_size=5, max_size=5), min_size=1, max_size=6), st.integers(1, 6))
+def test_evaluated_is_served_ties_included(shares: list[list[int]], k: int) -> None:
+    """Of each token the probability is that of the served distribution, whose weights are the served ones."""
+    names, posterior = tuple("edcba"), np.array([np.float32(row) / np.float32(sum(row)) for row in shares])
+    log_p = np.log(np.random.default_rng(0).dirichlet(np.ones(4), (5, len(shares)))).astype(np.float32)
+    nats_KN = -log_p[:, :, 0]  # each look is followed by one token, the first of four, of 3 bytes after `EVERY`
+    numbers = np.arange(len(shares))
+    scores = Scores(names, nats_KN[0], nats_KN, numbers, np.full(len(shares), EVERY), np.full(len(shares), 11),
+                    (None,) * len(shares))  # fmt: skip
+    looks = [Trajectory(np.array([EVERY]), row[None], np.zeros(1, np.float32), np.zeros(1, bool)) for row in posterior]
+    found = answers(scores, looks, 0.0, (k,))[f"mixture_{k}"]
+    for n, row in enumerate(posterior):
+        panel = weights(names, row, k)
+        served = combine(MIXTURE, np.stack([log_p[names.index(name), n : n + 1] for name, _ in panel]),
+                         [weight for _, weight in panel])  # fmt: skip
+        assert found[n] == pytest.approx(-served[0, 0], abs=1e-6)
+        assert {name: weight for name, weight in zip(names, weight_table(names, row[None], k)[0]) if weight} == dict(
+            panel
+        )
 
 
 def test_permuting_the_kernels_changes_no_mixture(scores: Scores) -> None:

@@ -22,9 +22,10 @@ import pytest
 from actors import launch, supervisor
 from actors.launch import train
 from actors.processes import of_session
-from constellation.config import OCEAN, ROLES, Config, override
+from constellation.config import Config, override
 from constellation.errors import ConfigError
 from constellation.pipeline.status import VIEW, done, folder_status
+from constellation.roster import OCEAN, ROLES
 from tests.waiting import wait_for
 
 pytestmark = pytest.mark.ray

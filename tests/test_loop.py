@@ -22,7 +22,9 @@ from constellation.data.corpus import Document
 from constellation.errors import RunError
 from constellation.presets import tiny
 from constellation.train import checkpoint
-from constellation.train.loop import Job, fit, learning_rate, steps_for
+from constellation.train.job import Job, steps_for
+from constellation.train.loop import fit
+from constellation.train.schedule import learning_rate
 
 STEPS = 30
 

@@ -1,6 +1,5 @@
 """Kernels that answer together: the laws of DEFINITIONS, and drafts that change nothing but the cost."""
 
-import dataclasses
 import itertools
 
 import numpy as np
@@ -9,18 +8,19 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from constellation.config import OCEAN, Config, Kernel
+from constellation.config import Config, Kernel
 from constellation.config import Router as RouterConfig
 from constellation.coordizer.tokenizer import Tokenizer
 from constellation.decoding.sample import Sampling, Settings, sample
 from constellation.errors import ConfigError
 from constellation.kernel.model import KernelLM
+from constellation.roster import OCEAN
 from router.answer.local import LocalKernels
-from router.answer.mixture import BARYCENTER, MIXED, MIXTURE, combine, weights
-from router.answer.packet import Packet
-from router.answer.query import Ask, Life, Piece, Turn
-from router.answer.session import Answer, generate
+from router.answer.query import Ask
+from router.answer.service import Service
+from router.decide.mixture import BARYCENTER, MIXED, MIXTURE, combine, weights
 from router.decide.policy import Choice
+from tests import asking
 
 NAMES = ("heart", "memory", "action")
 TEXTS = [f"the quick brown fox {i} jumps over the lazy dog, naïve café {i}: x = {i} + 1\n" for i in range(40)]
@@ -141,18 +141,13 @@ class Counted(LocalKernels):
         super().__init__(models, TOKENIZER)
         self.turned = self.read = 0
 
-    def turns(self, work, budget_bytes):
-        self.turned += sum(map(len, work.values()))
-        return super().turns(work, budget_bytes)
+    async def turn(self, *call):
+        self.turned += 1
+        return await super().turn(*call)
 
-    def do(self, call):
-        if isinstance(call, Turn):
-            return Packet.decode(self.turns({call.kernel: [call.packet.encode()]}, call.budget_bytes)[call.kernel][0])
-        return self.log_probs(call.kernel, [call.window], call.tail)[0]
-
-    def log_probs(self, kernel, windows, tail):
+    async def log_probs(self, *call):
         self.read += 1
-        return super().log_probs(kernel, windows, tail)
+        return await super().log_probs(*call)
 
 
 def ask(prompt="the quick brown fox", mode=MIXTURE, top_k=2, draft=True, **sampling):
@@ -160,11 +155,7 @@ def ask(prompt="the quick brown fox", mode=MIXTURE, top_k=2, draft=True, **sampl
 
 
 def answers(asks, policy=None, kernels=None):
-    found = {}
-    for step in generate(policy or ByteSums(), kernels or Counted(), TOKENIZER, asks, CONFIG):
-        if isinstance(step, Answer):
-            found[step.request] = dataclasses.replace(step, request=0, seconds=0.0, seconds_per_token=0.0)
-    return [found[i] for i in range(len(asks))]
+    return asking.answers(Service(CONFIG, policy or ByteSums(), TOKENIZER, kernels or Counted()), asks)
 
 
 HOW = [
@@ -186,17 +177,8 @@ def test_what_is_drafted_and_read_at_once_is_what_is_drawn_token_by_token(mode: 
 
 
 def test_each_token_of_a_mixture_is_told_with_its_own_probability() -> None:
-    pieces = []
-    life = Life(0, ask(seed=1, logprobs=2, max_new_tokens=30), ByteSums(), TOKENIZER, CONFIG)
-    steps, kernels, results = life.live(), Counted(), None
-    with pytest.raises(StopIteration):
-        while True:
-            step = steps.send(results)
-            results = None
-            if isinstance(step, Piece):
-                pieces.append(step)
-            else:
-                results = [kernels.do(call) for call in step]
+    service = Service(CONFIG, ByteSums(), TOKENIZER, Counted())
+    ((pieces, _),) = asking.streams(service, [ask(seed=1, logprobs=2, max_new_tokens=30)])
     for piece in pieces:
         assert piece.logprobs is not None and len(piece.logprobs) == len(piece.token_ids)
         for own, top in piece.logprobs:

@@ -21,11 +21,14 @@ from constellation.config import Config, from_json, override
 from constellation.errors import ConfigError
 from constellation.kernel.model import KernelLM
 from constellation.optim import build, curvature, kronecker, mixed, registry
+from constellation.optim.natural import may_inherit, wants
 from constellation.optim.registry import OPTIMIZERS, Row, Settings
 from constellation.presets import tiny
 from constellation.settings import Part, says, settings_of
 from constellation.train import checkpoint
-from constellation.train.loop import Job, fit
+from constellation.train.job import Job
+from constellation.train.loop import fit
+from constellation.train.state import TOLD
 
 STEPS, STOP = 8, 5  # checkpoints at 3 and 6
 MICRO = {
@@ -152,7 +155,7 @@ def test_every_optimizer_trains_and_is_reloaded_on_a_gpu(case: str, precision: t
             loss = torch.nn.functional.cross_entropy(model(x).flatten(0, 1).float(), y.flatten())
             loss.backward()
             losses.append(float(loss.detach()))
-            if "logits" in inspect.signature(optimizer.step).parameters:
+            if "logits" in getattr(optimizer, "wants", ()):
                 optimizer.step(logits=lambda x=x: model(x[:2]).flatten(0, 1), targets=y[:2].flatten())
             else:
                 optimizer.step()
@@ -277,6 +280,43 @@ def test_a_role_with_another_optimizer_starts_with_an_empty_one_and_its_own_sett
         assert {float(v) for k, v in state.items() if k.endswith(".step")} <= {steps, 1.0}
         if role == "memory":
             assert held.state["optimizer"]["groups"][0]["diagonal_momentum"] == 0.5
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_what_a_step_wants_to_be_told_is_what_it_can_be_told(case: str) -> None:
+    optimizer = build(config(case).optim, KernelLM(config(case).kernel))
+    assert set(wants(optimizer, TOLD)) <= set(inspect.signature(optimizer.step).parameters)
+    assert ("telemetry" in wants(optimizer, TOLD)) == ("adaptive" in case)
+
+
+def test_a_step_that_wants_what_nobody_knows_is_refused() -> None:
+    class Oracle(torch.optim.SGD):
+        wants = ("logits", "future")
+
+    with pytest.raises(ConfigError, match=r"Oracle: step wants 'future'; it can be told logits, targets, telemetry"):
+        wants(Oracle([torch.zeros(1)]), TOLD)
+
+
+@pytest.mark.parametrize(
+    ("saved", "mine", "may"),
+    [
+        ({}, {"optim.kronecker_momentum": 0.5}, True),  # a setting
+        ({}, {"optim.variant": "soap"}, False),  # another state
+        ({}, {"optim.name": "diagonal_ng"}, False),  # other options
+        ({"optim.name": "diagonal_ng"}, {"optim.name": "qig_diagonal_ng"}, True),
+        ({"optim.name": "curvature_sgd"}, {"optim.name": "curvature_sgd", "optim.curvature": "gauss_newton"}, False),
+        ({"optim.name": "mixed_qig"}, {"optim.name": "mixed_qig", "optim.rest_optimizer": "kron"}, False),
+        ({"optim.name": "mixed_qig"}, {"optim.name": "mixed_qig", "optim.basin": "*attention*"}, False),  # other groups
+        ({"optim.name": "adamw"}, {"optim.name": "adamw", "optim.lr": 1.0}, True),
+        ({"optim.name": "adamw"}, {}, False),
+    ],
+)
+def test_a_branch_inherits_state_that_means_the_same_to_it(
+    saved: dict[str, object], mine: dict[str, object], may: bool
+) -> None:
+    model = KernelLM(tiny().kernel)
+    theirs, own = (build(override(tiny(), changes).optim, model) for changes in (saved, mine))
+    assert may_inherit(own, theirs.state_dict()["param_groups"]) is may
 
 
 def test_the_public_names_are_optimizers_and_load_no_torch_before_they_are_used() -> None:

@@ -19,7 +19,8 @@ from constellation.optim.mixed import HybridGeometricOptimizer
 from constellation.pipeline.prepare import request
 from constellation.presets import tiny
 from constellation.train import checkpoint
-from constellation.train.loop import Job, fit, resolve_precision
+from constellation.train.job import Job, resolve_precision
+from constellation.train.loop import fit
 
 MICRO = {
     "kernel.vocab_size": 272, "kernel.width": 16, "kernel.hidden": 24, "kernel.layers": 1, "kernel.context": 16,

@@ -9,8 +9,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from constellation.config import ROLES
+from constellation import roster
 from constellation.geometry import e8
+from constellation.roster import ROLES
 from router.decide.fisher_rao import Router
 from router.http import page
 
@@ -51,7 +52,7 @@ def test_the_map_says_where_kernels_and_edges_are(router: Router) -> None:
     assert len(edges) == 240 * 56 // 2 and (edges[:, 0] < edges[:, 1]).all()
     np.testing.assert_allclose((e8.roots()[edges[:, 0]] * e8.roots()[edges[:, 1]]).sum(1), 1)
     assert [kernel["name"] for kernel in drawn["kernels"]] == list(ROLES)
-    assert [kernel["root"] for kernel in drawn["kernels"]] == [e8.role_root(role) for role in ROLES]
+    assert [kernel["root"] for kernel in drawn["kernels"]] == [roster.root_index(role) for role in ROLES]
     np.testing.assert_allclose(drawn["roots"], e8.roots() @ page.coxeter_plane().T, atol=1e-5)
 
 

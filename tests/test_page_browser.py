@@ -15,7 +15,7 @@ import httpx
 import numpy as np
 import pytest
 
-from constellation.config import ROLES
+from constellation.roster import ROLES
 from router.decide.fisher_rao import Router
 from router.http import keys, page
 from tests.waiting import wait_for
@@ -106,14 +106,13 @@ def serving(run: Path, **settings: Any) -> Iterator[str]:
     """The URL of the whole service of a run, answering from another thread."""
     from constellation.coordizer.tokenizer import Tokenizer
     from constellation.pipeline.prepare import open_plan
-    from router.answer.kernels import LocalAsyncKernels
     from router.answer.local import LocalKernels
     from router.answer.service import Service
     from router.app import Settings, make_app
     from router.http.server import Server
 
     plan = open_plan(run)
-    kernels = LocalAsyncKernels(LocalKernels.from_run(run))
+    kernels = LocalKernels.from_run(run)
     service = Service(plan.config, Router.load(plan.router), Tokenizer.load(plan.tokenizer), kernels)
     server = Server(make_app(service, Settings(**settings)), port=0)
     thread = threading.Thread(target=server.run)

@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from constellation import config
-from constellation.config import OCEAN, ROLES
 from constellation.errors import ArtifactError, ConfigError
+from constellation.roster import OCEAN, ROLES
 from router.decide.baselines import RandomRouter, TfidfRouter
 from router.decide.partition import loads, partition
 from router.decide.policy import Policy, Trajectory, decide, looks

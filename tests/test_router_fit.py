@@ -12,10 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.optimize import linear_sum_assignment
 
-from constellation import config
-from constellation.config import ROLES
+from constellation import config, roster
 from constellation.errors import ConfigError, DataError
 from constellation.geometry import e8, sphere
+from constellation.roster import ROLES
 from router.decide import counts
 from router.decide.clustering import anticipate, balance, in_force, pool, refine, sample, spherical, window_weights
 from router.decide.fisher_rao import corpus_mean
@@ -184,7 +184,7 @@ def test_a_centre_is_the_frechet_mean_of_its_texts():
 def test_roles_keep_their_simple_roots_and_others_get_distinct_ones(planted):
     router = planted[2]
     assert router.names == ROLES
-    assert [tuple(r) for r in router.roots] == [tuple(e8.roots()[e8.role_root(name)]) for name in ROLES]
+    assert [tuple(r) for r in router.roots] == [tuple(e8.roots()[roster.root_index(name)]) for name in ROLES]
     texts, _ = sources(48, 0)
     named = fit(texts, SETTINGS, seed=0, names=[f"k{i:03d}" for i in range(12)], validation=texts)
     assert len({tuple(r) for r in named.roots}) == 12 and np.allclose((named.roots**2).sum(1), 2)

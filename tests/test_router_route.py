@@ -13,9 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from constellation import config
-from constellation.config import OCEAN
 from constellation.errors import ArtifactError
 from constellation.geometry import e8, sphere
+from constellation.roster import OCEAN
 from router.decide.counts import count
 from router.decide.fisher_rao import Calibration, Router, corpus_mean
 from router.decide.policy import ABSTAINED, Policy, Trajectory, decide, looks

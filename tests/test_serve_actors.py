@@ -15,14 +15,14 @@ from typing import Any
 
 import pytest
 
-from constellation.config import OCEAN
 from constellation.decoding.sample import Sampling
 from constellation.pipeline.serving import service_of
-from router.answer.kernels import LocalAsyncKernels
+from constellation.roster import OCEAN, ROLES
 from router.answer.local import LocalKernels
 from router.answer.packet import Packet
 from router.answer.query import Answer, Ask, Piece
 from router.answer.service import Service
+from tests.asking import untimed
 from tests.waiting import wait_for
 
 pytestmark = pytest.mark.ray
@@ -57,14 +57,10 @@ def up(ray_session: None, run: Path) -> Iterator[str]:
 def on_ray(run: Path, name: str) -> Service:
     import ray
 
-    from actors.remote import AsyncRayKernels
+    from actors.remote import RayKernels
     from actors.supervisor_actor import namespace_of
 
-    return service_of(run, AsyncRayKernels(lambda role: ray.get_actor(role, namespace=namespace_of(name))))
-
-
-def untimed(answer: Answer) -> Answer:
-    return dataclasses.replace(answer, request=0, seconds=0.0, seconds_per_token=0.0)
+    return service_of(run, RayKernels((OCEAN, *ROLES), lambda role: ray.get_actor(role, namespace=namespace_of(name))))
 
 
 async def answers(service: Service, hear: Any = lambda piece: None) -> list[Answer]:
@@ -81,7 +77,7 @@ async def answers(service: Service, hear: Any = lambda piece: None) -> list[Answ
 def test_a_kernel_killed_in_the_middle_of_a_stream_is_replaced_and_the_tokens_are_the_same(run: Path, up: str) -> None:
     from actors import lifecycle
 
-    local = asyncio.run(answers(service_of(run, LocalAsyncKernels(LocalKernels.from_run(run)))))
+    local = asyncio.run(answers(service_of(run, LocalKernels.from_run(run))))
     assert len({kernel for answer in local for kernel in answer.kernels}) > 2
     assert asyncio.run(answers(on_ray(run, up))) == local
     pids = {k.role: k.pid for k in lifecycle.status(run).kernels}
@@ -108,7 +104,7 @@ def test_texts_are_scored_and_decided_as_in_one_process(run: Path, up: str) -> N
             await service.decide("The import statement", [" binds", " is"], "mixture", 2),
         ]  # fmt: skip
 
-    local = asyncio.run(both(service_of(run, LocalAsyncKernels(LocalKernels.from_run(run)))))
+    local = asyncio.run(both(service_of(run, LocalKernels.from_run(run))))
     assert asyncio.run(both(on_ray(run, up))) == local
 
 
@@ -170,10 +166,9 @@ def test_a_turn_in_another_process_is_told_while_it_is_under_way(run: Path, up: 
     told = asyncio.run(listen())
     assert [first for first, _, _ in heard] == [sum(len(t) for _, t, _ in heard[:i]) for i in range(len(heard))]
     assert all(len(tokens) == scores for _, tokens, scores in heard)
-    local = LocalKernels.from_run(run)
     short = dataclasses.replace(packet, sampling=dataclasses.replace(how, max_new_tokens=200))
-    (data,) = local.turns({"heart": [short.encode()]}, 10**9)["heart"]
-    assert told.startswith(service.tokenizer.decode(Packet.decode(data).tokens[-200:]))
+    after = LocalKernels.from_run(run).answerer("heart").begin(short, 10**9).result()
+    assert told.startswith(service.tokenizer.decode(after.tokens[-200:]))
 
 
 # -- fronts ------------------------------------------------------------------------------------------------------------
@@ -251,7 +246,7 @@ def test_the_same_application_runs_on_ray_serve(run: Path, up: str) -> None:
         serve_api.run(app({"run": str(run), "name": up}), name="constellation", route_prefix="/")
         url = f"http://127.0.0.1:{port}/v1/completions"
         text = asked(url, **BODY)["choices"][0]["text"]
-        local = asyncio.run(answers_of(service_of(run, LocalAsyncKernels(LocalKernels.from_run(run))), BODY))
+        local = asyncio.run(answers_of(service_of(run, LocalKernels.from_run(run)), BODY))
         assert text == local
     finally:
         serve_api.shutdown()

@@ -1,4 +1,4 @@
-"""The service without HTTP: the answers of session.py, many at once, and what it frees when it is left."""
+"""The service without HTTP: many at once, and what it frees when it is left."""
 
 import asyncio
 import dataclasses
@@ -10,20 +10,20 @@ import numpy as np
 import pytest
 import torch
 
-from constellation.config import OCEAN, Config, Kernel
+from constellation.config import Config, Kernel
 from constellation.config import Router as RouterConfig
 from constellation.coordizer.tokenizer import Tokenizer
 from constellation.decoding.batch import Reading
 from constellation.decoding.sample import Sampling
 from constellation.errors import ConfigError, RunError
+from constellation.roster import OCEAN
 from router.answer import scoring
-from router.answer.kernels import LocalAsyncKernels
+from router.answer.concurrency import Room
 from router.answer.local import LocalKernels
-from router.answer.packet import COUNTS_BYTES, Packet
-from router.answer.room import Room
-from router.answer.service import Answer, Ask, Piece, Service, numbered
-from router.answer.session import generate
+from router.answer.packet import Packet
+from router.answer.service import Answer, Ask, Service, numbered
 from router.decide.fit import fit
+from tests.asking import answers, streams, untimed, whole
 from tests.kernels import random_kernel
 
 NAMES = ("heart", "memory", "action")
@@ -42,17 +42,7 @@ MODELS = {name: random_kernel(KERNEL, i) for i, name in enumerate((OCEAN, *NAMES
 
 
 def service() -> Service:
-    return Service(CONFIG, POLICY, TOKENIZER, LocalAsyncKernels(LocalKernels(MODELS, TOKENIZER)))
-
-
-async def whole(made: Service, ask: Ask) -> tuple[list[Piece], Answer]:
-    *pieces, answer = [step async for step in made.stream(ask)]
-    assert isinstance(answer, Answer)
-    return pieces, answer
-
-
-def untimed(answer: Answer) -> Answer:
-    return dataclasses.replace(answer, request=0, seconds=0.0, seconds_per_token=0.0)
+    return Service(CONFIG, POLICY, TOKENIZER, LocalKernels(MODELS, TOKENIZER))
 
 
 ASKS = [
@@ -64,19 +54,10 @@ ASKS = [
 ]
 
 
-def test_many_at_once_get_the_answers_of_a_batch_in_one_thread() -> None:
-    expected = [
-        untimed(a)
-        for ask in ASKS
-        for a in generate(POLICY, LocalKernels(MODELS, TOKENIZER), TOKENIZER, [ask], CONFIG)
-        if isinstance(a, Answer)
-    ]
-
-    async def ask_all() -> list[tuple[list[Piece], Answer]]:
-        made = service()
-        return list(await asyncio.gather(*(whole(made, ask) for ask in ASKS)))
-
-    found = asyncio.run(ask_all())
+def test_many_at_once_streamed_or_not_get_the_answers_of_each_alone() -> None:
+    expected = [one for ask in ASKS for one in answers(service(), [ask])]
+    assert answers(service(), ASKS) == expected
+    found = streams(service(), ASKS)
     assert [untimed(answer) for _, answer in found] == expected
     assert any(a.hand_offs for a in expected) and all(h.bits_lost is not None for h in expected[1].hand_offs)
     for pieces, answer in found:
@@ -88,11 +69,10 @@ def test_tokens_of_a_text_are_asked_like_the_text() -> None:
     text = ASKS[0].prompt
     assert isinstance(text, str)
     tokens = tuple(TOKENIZER.encode(text))
-    answers = [
-        asyncio.run(whole(service(), dataclasses.replace(ASKS[0], prompt=p)))[1] for p in (text, tokens, (0, *tokens))
-    ]
-    assert untimed(answers[0]) == untimed(answers[1])
-    assert answers[2].token_ids == answers[0].token_ids and answers[2].prompt_tokens == len(tokens) + 1
+    asks = [dataclasses.replace(ASKS[0], prompt=prompt) for prompt in (text, tokens, (0, *tokens))]
+    as_text, as_tokens, opened = answers(service(), asks)
+    assert as_text == as_tokens
+    assert opened.token_ids == as_text.token_ids and opened.prompt_tokens == len(tokens) + 1
 
 
 def test_several_answers_to_one_question_differ_and_can_be_repeated() -> None:
@@ -197,41 +177,6 @@ def test_a_question_that_cannot_be_answered_is_refused_before_anything_is_decode
             service().check(ask)
 
 
-def test_a_packet_that_would_outgrow_its_bound_at_the_end_of_a_long_answer_is_refused_at_its_beginning(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    """And one that is let in keeps to it however long the answer becomes, and whatever its text is."""
-    wishes: dict[str, Any] = {
-        "temperature": 0.123, "top_k": 2**31 - 1, "top_p": 0.9, "min_p": 0.1, "repetition_penalty": 1.5, "index": 127,
-        "presence_penalty": 1.1, "frequency_penalty": 1.2, "min_tokens": 65_535, "max_new_tokens": 65_536,
-        "ignore_eos": True, "logprobs": 20, "stop_token_ids": tuple(2**32 - 1 - i for i in range(64)),
-        "seed": 2**64 - 1,
-    }  # fmt: skip
-    found = set()
-    for length in range(1, 31):
-        stop = tuple(f"{i:x}" * length for i in range(16))
-        begun = Packet("f" * 32, "heart", (17,), Sampling(**wishes, stop=stop), z=bytes(256), posterior=bytes(32))
-        begun.encode()
-        grown = dataclasses.replace(
-            begun, kernel="integration", position=65_536, pending=b"x" * (length - 1), finish="length", tail=b"xx",
-            text_bytes=2**31, counts=bytes(1 + COUNTS_BYTES),
-        )  # fmt: skip
-        try:
-            begun.check(("heart", "integration"))
-        except ConfigError as refused:
-            assert "may grow to" in str(refused)
-            found.add("refused")
-        else:
-            assert grown.encode()
-            found.add("let in")
-    assert found == {"refused", "let in"}
-    monkeypatch.setattr(
-        "router.answer.packet.BODY_BYTES", 2048
-    )  # room for what the answer begins with, not for its end
-    with pytest.raises(ConfigError, match="may grow to"):
-        asyncio.run(whole(service(), ASKS[0]))
-
-
 def test_the_service_lists_its_models_and_explains_a_route() -> None:
     made = service()
     assert made.models() == ["constellation", *(f"constellation/{n}" for n in (OCEAN, *NAMES))]
@@ -267,7 +212,7 @@ class Held:
 
     def __init__(self) -> None:
         local = LocalKernels(MODELS, TOKENIZER)
-        self.service = Service(CONFIG, POLICY, TOKENIZER, LocalAsyncKernels(local))
+        self.service = Service(CONFIG, POLICY, TOKENIZER, local)
         self.engine = local.answerer("heart").engine
         self.inside, self.may_go = threading.Event(), threading.Event()
         self.engine.submit([Reading(tokens=[0], first=0, emit=self._hold)], lambda: None)
@@ -337,11 +282,11 @@ def test_two_requests_of_one_name_are_two_requests() -> None:
     assert untimed(found) == untimed(asyncio.run(whole(service(), ask))[1])
 
 
-class Weighed(LocalAsyncKernels):
+class Weighed(LocalKernels):
     """Kernels that count the log-probabilities they are asked for, in bytes."""
 
     def __init__(self) -> None:
-        super().__init__(LocalKernels(MODELS, TOKENIZER))
+        super().__init__(MODELS, TOKENIZER)
         self.under_way, self.most, self.calls = 0, 0, 0
 
     async def log_probs(self, kernel: str, windows: Sequence[Sequence[int]], tail: int) -> Any:
@@ -424,12 +369,12 @@ def test_room_is_given_in_order_and_never_twice() -> None:
 
 
 def test_an_error_of_a_kernel_ends_the_stream_with_its_reason() -> None:
-    class Broken(LocalAsyncKernels):
+    class Broken(LocalKernels):
         async def turn(self, *call: object) -> Packet:
             raise RunError("heart's logits are not finite")
 
     async def ask() -> None:
-        made = Service(CONFIG, POLICY, TOKENIZER, Broken(LocalKernels(MODELS, TOKENIZER)))
+        made = Service(CONFIG, POLICY, TOKENIZER, Broken(MODELS, TOKENIZER))
         with pytest.raises(RunError, match="not finite"):
             await whole(made, ASKS[0])
         assert (await made.health())["requests"] == 0

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import dataclasses
 import json
 import threading
 from collections.abc import Iterator
@@ -15,22 +14,22 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from constellation.config import OCEAN, Config, Kernel
+from constellation.config import Config, Kernel
 from constellation.config import Router as RouterConfig
 from constellation.coordizer.tokenizer import Tokenizer
 from constellation.decoding.sample import Sampling
 from constellation.errors import RunError
-from router.answer.kernels import LocalAsyncKernels
+from constellation.roster import OCEAN
+from router.answer.concurrency import Post
 from router.answer.local import LocalKernels
 from router.answer.packet import Packet
-from router.answer.post import Post
-from router.answer.query import Ask, Life, Piece, Turn
+from router.answer.query import Ask, Life, Piece, Reading, Turn
 from router.answer.service import Answer, Service
-from router.answer.session import generate
 from router.answer.turn import SOON_TOKENS, Answerer, Ear
 from router.app import make_app
 from router.decide.fit import fit
 from router.decide.policy import FIRST
+from tests.asking import answers, untimed
 from tests.kernels import random_kernel
 from tests.listening import listening
 
@@ -54,14 +53,10 @@ def local() -> LocalKernels:
     return LocalKernels(MODELS, TOKENIZER)
 
 
-def untimed(answer: Answer) -> Answer:
-    return dataclasses.replace(answer, request=0, seconds=0.0, seconds_per_token=0.0)
-
-
 def plain(ask: Ask) -> Answer:
-    """The answer of the driver that hears of nothing before a turn has ended."""
-    (answer,) = [a for a in generate(POLICY, local(), TOKENIZER, [ask], CONFIG) if isinstance(a, Answer)]
-    return untimed(answer)
+    """The answer of a service that hears of nothing before a turn has ended."""
+    (answer,) = answers(Service(CONFIG, POLICY, TOKENIZER, local()), [ask])
+    return answer
 
 
 HOW = [
@@ -96,10 +91,10 @@ def told_life(ask: Ask, cuts: list[int], again: bool) -> tuple[list[Piece], Answ
         results = []
         for call in step:
             if not isinstance(call, Turn):
-                results.append(kernels.log_probs(call.kernel, [call.window], call.tail)[0])  # type: ignore[union-attr]
+                assert isinstance(call, Reading)
+                results.append(kernels.answerer(call.kernel).submit_log_probs([call.window], call.tail).result()[0])
                 continue
-            (data,) = kernels.turns({call.kernel: [call.packet.encode()]}, call.budget_bytes)[call.kernel]
-            after = Packet.decode(data)
+            after = kernels.answerer(call.kernel).begin(call.packet, call.budget_bytes).result()
             count = 0 if call.draft else after.position - call.packet.position - 1
             first = call.packet.position
             new, scores = after.tokens[len(after.tokens) - count - 1 :], after.logprobs or ()
@@ -144,7 +139,7 @@ def test_a_turn_that_is_taken_again_with_other_tokens_is_an_error_and_not_anothe
     steps = life.live()
     (call,) = next(steps)  # type: ignore[misc]
     assert isinstance(call, Turn)
-    after = Packet.decode(local().turns({"heart": [call.packet.encode()]}, call.budget_bytes)["heart"][0])
+    after = local().answerer("heart").begin(call.packet, call.budget_bytes).result()
     life.hear(0, (after.tokens[-after.position] + 1,))
     with pytest.raises(RunError, match="other tokens"):
         steps.send([after])
@@ -170,7 +165,7 @@ def test_an_ear_hears_all_tokens_but_the_last_ones_a_few_at_a_time() -> None:
     heard = [t for _, tokens, _ in told for t in tokens]
     assert [first for first, _, _ in told] == [sum(len(t) for _, t, _ in told[:i]) for i in range(len(told))]
     assert heard == list(after.tokens[-60:])[: len(heard)] and 60 - SOON_TOKENS <= len(heard) < 60
-    assert after == Packet.decode(answerer.turn([packet.encode()], 10**9)[0])
+    assert after == answerer.begin(packet, 10**9).result()
 
 
 def test_what_is_posted_while_the_loop_is_busy_arrives_together_and_in_order() -> None:
@@ -198,11 +193,11 @@ def test_what_is_posted_while_the_loop_is_busy_arrives_together_and_in_order() -
 # -- over a socket -----------------------------------------------------------------------------------------------------
 
 
-class Held(LocalAsyncKernels):
+class Held(LocalKernels):
     """Kernels whose turns of more than `FIRST` bytes end when they are let."""
 
     def __init__(self) -> None:
-        super().__init__(local())
+        super().__init__(MODELS, TOKENIZER)
         self.let, self.before = threading.Event(), 10**9  # tokens of the answer before the first such turn
 
     async def turn(self, kernel: str, packet: Packet, budget_bytes: int, ear: Ear | None = None) -> Packet:
@@ -215,7 +210,7 @@ class Held(LocalAsyncKernels):
 
 
 @contextlib.contextmanager
-def serving(kernels: LocalAsyncKernels) -> Iterator[str]:
+def serving(kernels: LocalKernels) -> Iterator[str]:
     with listening(make_app(Service(CONFIG, POLICY, TOKENIZER, kernels))) as url:
         yield url
 

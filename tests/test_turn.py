@@ -40,8 +40,7 @@ def answered(one, of=None, budget=16):
     """All turns of a packet, each of a fresh kernel unless `of` is given."""
     scores = []
     while not one.finish:
-        (data,) = (of or answerer()).turn([one.encode()], budget)
-        one = Packet.decode(data)
+        one = (of or answerer()).begin(one, budget).result()
         scores += one.logprobs or ()
     return one, scores
 
@@ -87,7 +86,7 @@ def test_turns_of_any_length_write_the_same_and_read_the_same(sampling):
         one, done, new = answerer(slots=1), first, []
         while not done.finish:
             before = done
-            done = Packet.decode(one.turn([before.encode()], budget)[0])
+            done = one.begin(before, budget).result()
             new += done.tokens[len(done.tokens) - (done.position - before.position) :]
         told.append((new, one.stats()["prompt_tokens"]))
     assert len(told[0][0]) == 150
@@ -118,7 +117,7 @@ def test_an_ignored_end_of_text_is_a_token_like_any_other():
 
 
 def test_an_endless_run_of_ends_of_text_still_ends_a_turn():
-    (data,) = answerer().turn([packet(logit_bias=((0, 100.0),), ignore_eos=True).encode()], 8)
+    data = answerer().submit(packet(logit_bias=((0, 100.0),), ignore_eos=True).encode(), 8).result()
     assert Packet.decode(data).tokens[-8:] == (0,) * 8
 
 
@@ -150,7 +149,7 @@ def test_each_new_token_comes_with_its_log_probability_and_the_likeliest(top):
 def test_scores_of_a_text_are_those_of_whole_forward_passes():
     windows = [[TOKENIZER.eos, *TOKENIZER.encode(text)] for text in TEXTS[:5]]
     for tail in (None, 1, 3):
-        for window, found in zip(windows, answerer(slots=2).score(windows, 4, tail)):
+        for window, found in zip(windows, answerer(slots=2).submit_score(windows, 4, tail).result()):
             exact = torch.log_softmax(MODEL(torch.tensor([window]))[0].detach() + BIAS, -1)
             first = len(window) - (tail or len(window) - 1)
             assert len(found) == len(window) - first
@@ -161,17 +160,17 @@ def test_scores_of_a_text_are_those_of_whole_forward_passes():
 
 def test_a_greedy_text_is_greedy_by_equality():
     done, _ = answered(packet(temperature=0, max_new_tokens=20))
-    (found,) = answerer().score([done.tokens], 1, 20)
+    (found,) = answerer().submit_score([done.tokens], 1, 20).result()
     assert all(own == best[0][1] for own, best in found)
 
 
 def test_log_probs_are_aligned_at_the_end_and_the_same_whatever_is_read_beside():
     windows = [list(range(20, 20 + n)) for n in (1, 3, 30, 64, 80)]
     one = answerer()
-    found = one.log_probs(windows, 5)
+    found = one.submit_log_probs(windows, 5).result()
     assert (found.shape, found.dtype) == ((5, 5, 336), np.float32)
     for window, rows in zip(windows, found):
-        assert np.array_equal(answerer().log_probs([window], 5)[0], rows)
+        assert np.array_equal(answerer().submit_log_probs([window], 5).result()[0], rows)
         exact = torch.log_softmax(MODEL(torch.tensor([window[-64:]]))[0].detach() + BIAS, -1)[-5:].numpy()
         assert np.allclose(np.exp(rows[-len(exact) :]), np.exp(exact), atol=1e-5)
         assert (rows[: -len(exact)] == -np.inf).all()
@@ -179,9 +178,9 @@ def test_log_probs_are_aligned_at_the_end_and_the_same_whatever_is_read_beside()
 
 def test_answers_to_one_prompt_read_it_once():
     one, prompt = answerer(), TOKENIZER.encode(TEXTS[0])[:12]
-    one.score([[0, *prompt, a, b] for a, b in ((40, 50), (60, 70), (80, 90))], 0, 2)
+    one.submit_score([[0, *prompt, a, b] for a, b in ((40, 50), (60, 70), (80, 90))], 0, 2).result()
     first = one.stats()["prompt_tokens"]
-    one.score([[0, *prompt, a, b] for a, b in ((41, 51), (61, 71), (81, 91))], 0, 2)
+    one.submit_score([[0, *prompt, a, b] for a, b in ((41, 51), (61, 71), (81, 91))], 0, 2).result()
     assert one.stats()["prompt_tokens"] - first == 3 * 2
 
 
@@ -190,7 +189,7 @@ def test_answers_to_one_prompt_read_it_once():
 )
 def test_a_window_that_cannot_be_scored_is_refused(window, tail):
     with pytest.raises(ConfigError, match="window of"):
-        answerer().score([window], 0, tail)
+        answerer().submit_score([window], 0, tail).result()
 
 
 # -- many at once ------------------------------------------------------------------------------------------------------
@@ -200,7 +199,7 @@ def test_submitted_turns_equal_those_taken_alone():
     one = answerer(slots=3)
     packets = [packet("the lazy dog " * n, seed=n, temperature=n % 3 / 2, logprobs=2).encode() for n in range(1, 9)]
     futures = [one.submit(data, 16) for data in packets]
-    assert [f.result() for f in futures] == [answerer().turn([data], 16)[0] for data in packets]
+    assert [f.result() for f in futures] == [answerer().submit(data, 16).result() for data in packets]
     done = packet(max_new_tokens=1)
     finished = one.submit(done.encode(), 16).result()
     assert one.submit(finished, 16).result() == finished
@@ -231,7 +230,8 @@ def test_a_packet_that_is_wrong_fails_alone():
 
 def test_stats_say_what_the_slots_do():
     one = answerer(slots=2)
-    one.turn([packet(seed=i).encode() for i in range(3)], 16)
+    for turn in [one.submit(packet(seed=i).encode(), 16) for i in range(3)]:
+        turn.result()
     stats = one.stats()
     assert (stats["slots"], stats["active"], stats["queue"], stats["kept"]) == (2, 0, 0, 2)
     assert 1 < stats["occupancy"] <= 2

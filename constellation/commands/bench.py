@@ -234,11 +234,11 @@ def modes(
     from constellation.pipeline.status import check_complete
 
     check_complete(run)
-    from constellation.experiments import bench_modes
+    from constellation.experiments import bench_modes, harness
 
     result = bench_modes.run(
         run, corpus=corpus, most_bytes=most_bytes, answers=answers, tokens=tokens, over_ray=not local, say=click.echo
     )
     if out:
-        bench_modes.save(result, out)
+        harness.save(result, out)
         click.echo(f"raw result: {out}")

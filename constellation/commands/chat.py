@@ -8,6 +8,7 @@ from pathlib import Path
 
 import click
 
+import constellation
 from constellation.commands import options
 
 
@@ -36,11 +37,7 @@ def command(
     The kernels are trained on text, not on dialogue: they continue what stands there. An empty line
     begins anew, end of input (Ctrl-D) leaves. From a pipe a line in gives an answer out, and nothing else.
     """
-    from constellation.commands.answering import Answering
-
-    with Answering(run, local, address) as constellation:
-        from router.answer.session import Answer
-
+    with constellation.open(run, local=local, address=address) as asked:
         said, turn, terminal = "", 0, sys.stdin.isatty()
         for line in _typed() if terminal else _piped():
             if not line:
@@ -51,15 +48,14 @@ def command(
             settings = options.Settings(
                 max_new_tokens, temperature, top_k, top_p, min_p, repetition_penalty, seed + turn, stop
             )
-            shown = None
-            for piece in constellation.ask(said, settings, mode):
-                if isinstance(piece, Answer):
-                    said += piece.text + "\n"
-                else:
-                    if terminal and piece.kernel != shown:
-                        click.secho(f"{piece.kernel}> ", nl=False, bold=True)
-                        shown = piece.kernel
-                    click.echo(piece.text, nl=False)
+            shown, answer = None, ""
+            for piece in asked.stream(said, mode=mode, **vars(settings)):
+                if terminal and piece.text and piece.kernel != shown:
+                    click.secho(f"{piece.kernel}> ", nl=False, bold=True)
+                    shown = piece.kernel
+                click.echo(piece.text, nl=False)
+                answer += piece.text
+            said += answer + "\n"
             click.echo()
             turn += 1
 

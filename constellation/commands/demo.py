@@ -7,8 +7,10 @@ from pathlib import Path
 
 import click
 
+import constellation
 from constellation.commands import options
 from constellation.presets import preset as make_preset
+from constellation.roster import OCEAN
 
 PROMPT_BYTES = 96
 SAMPLE_TOKENS = 64
@@ -46,22 +48,18 @@ def command(run: Path, preset: str) -> None:
 
 def _samples(run: Path) -> None:
     """For each kernel the beginning of a held-out document that is routed to it, and how it goes on."""
-    from constellation.commands.answering import Answering
     from constellation.data.cache import open_cache
     from constellation.pipeline.prepare import document_bytes, open_plan
-    from router.answer.session import Answer, Request
 
-    plan = open_plan(run)
-    with Answering(run, local=True, address=None) as constellation:
-        texts = [t for t in document_bytes(open_cache(plan.dev), constellation.tokenizer) if len(t) > 4 * PROMPT_BYTES]
-        cut = [t[:PROMPT_BYTES].decode("utf-8", "ignore") for t in texts]
-        requests: dict[str, Request] = {}
-        settings = options.Settings(SAMPLE_TOKENS, 0.7, 0, 0.9, 0.0, 1.0, 0, ()).sampling()
-        for prompt, choice in zip(cut, constellation.router.route([c.encode() for c in cut]), strict=True):
-            requests.setdefault(choice.kernel, Request(prompt, settings))
-        names = sorted(requests, key=lambda n: (*constellation.router.names, n).index(n))
-        answers = [p for p in constellation.ask_all([requests[n] for n in names]) if isinstance(p, Answer)]
-        for name, answer in zip(names, sorted(answers, key=lambda a: a.request), strict=True):
+    with constellation.open(run, local=True) as asked:
+        texts = document_bytes(open_cache(open_plan(run).dev), asked.service.tokenizer)
+        cut = [text[:PROMPT_BYTES].decode("utf-8", "ignore") for text in texts if len(text) > 4 * PROMPT_BYTES]
+        first: dict[str, str] = {}
+        for prompt, choice in zip(cut, asked.route(cut), strict=True):
+            first.setdefault(choice.kernel, prompt)
+        prompts = [first[name] for name in (*asked.kernels[1:], OCEAN) if name in first]
+        answers = asked.generate(prompts, SAMPLE_TOKENS, temperature=0.7, top_p=0.9)
+        for prompt, answer in zip(prompts, answers, strict=True):
             click.secho(f"\n{' -> '.join(answer.kernels)}", bold=True)
-            click.echo(click.style(str(requests[name].prompt), dim=True) + answer.text)
+            click.echo(click.style(prompt, dim=True) + answer.text)
     click.echo()

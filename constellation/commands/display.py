@@ -1,4 +1,4 @@
-"""One progress display for all models of a constellation: bars on a terminal, lines in a log."""
+"""One progress display for all models of a constellation: bars of those at work on a terminal, lines in a log."""
 
 from __future__ import annotations
 
@@ -58,11 +58,13 @@ class Display:
             if step.role not in self._tasks:
                 self._tasks[step.role] = self._progress.add_task(step.role, total=step.steps, note="")
             self._progress.update(self._tasks[step.role], completed=step.step, note=note)
-            return
         now = time.monotonic()
-        if step.step == step.steps or now >= self._next.get(step.role, 0.0):
+        last = step.step == step.steps
+        if last or (not self.live and now >= self._next.get(step.role, 0.0)):
             self._next[step.role] = now + QUIET_S
             self.say(f"{step.role:<12} {step.step:>6}/{step.steps}  {note}")
+        if last and self.live:  # 24 models are more bars than lines of a terminal
+            self._progress.remove_task(self._tasks.pop(step.role))
 
 
 def result_table(summary: dict[str, Any]) -> None:

@@ -54,7 +54,7 @@ def _torch() -> str:
     import torch
 
     from constellation.config import Config
-    from constellation.train.loop import resolve_precision
+    from constellation.train.job import resolve_precision
 
     return f"{torch.__version__}, trains in {resolve_precision(Config()).train.precision} here"
 
@@ -83,11 +83,12 @@ def _disk() -> str:
 
 def _memory() -> str:
     from actors.memory import check_memory, free_bytes, gib, needed_bytes
-    from constellation.config import ROLES
     from constellation.presets import small, tiny
+    from constellation.processor import cores
 
-    check_memory(tiny(), len(ROLES), free := free_bytes())
-    return f"{gib(free)} free; training the preset small takes at least {gib(needed_bytes(small(), len(ROLES)))}"
+    at_once = min(cores(), small().constellation.kernels)
+    check_memory(tiny(), at_once, free := free_bytes())
+    return f"{gib(free)} free; training the preset small takes at least {gib(needed_bytes(small(), at_once))}"
 
 
 def _decoding() -> str:
@@ -118,7 +119,8 @@ def _train() -> str:
     from constellation.data.corpus import Document
     from constellation.presets import tiny
     from constellation.train.checkpoint import load_model
-    from constellation.train.loop import Job, fit, resolve_precision
+    from constellation.train.job import Job, resolve_precision
+    from constellation.train.loop import fit
 
     text = "The basin of a text is a point of the Fisher-Rao sphere. " * 50
     config = resolve_precision(override(tiny(), {"train.checkpoint_every": 10}))

@@ -7,14 +7,11 @@ from pathlib import Path
 import click
 
 from constellation.commands import options
-from constellation.config import OCEAN, ROLES
 
 
 @click.command()
 @options.run
-@click.option(
-    "--kernel", type=click.Choice([OCEAN, *ROLES]), required=True, metavar="ROLE", help="which of its kernels"
-)
+@click.option("--kernel", required=True, metavar="ROLE", help="which of its kernels")
 @click.option(
     "--format", "format_", type=click.Choice(["hf"]), default="hf", show_default=True, help="hf: transformers"
 )
@@ -27,7 +24,8 @@ def command(run: Path, kernel: str, format_: str, out: Path) -> None:
     """
     from constellation.pipeline.request import open_plan
 
-    open_plan(run)
+    if kernel not in (models := open_plan(run).config.models):
+        raise click.BadParameter(f"{kernel!r} is not one of {', '.join(models)}.", param_hint="'--kernel'")
     options.check_writable(out)
     options.say_unfinished(run, kernel)
     from constellation.coordizer.tokenizer import SPECIALS, Tokenizer

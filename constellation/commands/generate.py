@@ -6,6 +6,7 @@ from pathlib import Path
 
 import click
 
+import constellation
 from constellation.commands import options
 
 
@@ -42,20 +43,15 @@ def command(
     answer: `constellation route --verify`.
     """
     settings = options.Settings(max_new_tokens, temperature, top_k, top_p, min_p, repetition_penalty, seed, stop)
-    from constellation.commands.answering import Answering
-
-    with Answering(run, local, address) as constellation:
-        from router.answer.session import Answer
-
-        answer: Answer | None = None
-        for piece in constellation.ask(prompt, settings, mode, top_k_kernels):
-            if isinstance(piece, Answer):
-                answer = piece
-            elif not as_json:
+    with constellation.open(run, local=local, address=address) as asked:
+        stream = asked.stream(prompt, mode=mode, top_k_kernels=top_k_kernels, **vars(settings))
+        for piece in stream:
+            if not as_json:
                 click.echo(piece.text, nl=False)
+    answer = stream.answer
     assert answer is not None
     if as_json:
-        options.print_json({"prompt": prompt, **answer.to_json(), "unfinished": constellation.unfinished})
+        options.print_json({"prompt": prompt, **answer.to_json(), "unfinished": asked.unfinished})
     else:
         click.echo()
         route = " -> ".join(answer.kernels)

@@ -13,7 +13,7 @@ from typing import Any
 import click
 from msgspec import inspect
 
-from constellation.config import OCEAN, ROLES
+from constellation import roster
 from constellation.decoding.sampling import Sampling
 from constellation.errors import ConfigError
 from constellation.settings import settings_of
@@ -32,8 +32,17 @@ name = click.option(
     "--name", default=None, metavar="NAME", help="of the constellation on Ray; default: the run folder's"
 )
 local = click.option("--local", is_flag=True, help="in this process, whatever is up; the tokens are the same")
+
+
+def _known_mode(context: click.Context, parameter: click.Parameter, value: str) -> str:
+    modes = ("route", "mixture", "barycenter", roster.OCEAN, *roster.ROLES)
+    if value not in modes and not roster.is_kernel(value):
+        raise click.BadParameter(f"{value!r} is not one of {', '.join(map(repr, modes))}, or a kernel of this run.")
+    return value
+
+
 mode = click.option(
-    "--mode", type=click.Choice(["route", "mixture", "barycenter", OCEAN, *ROLES]), default="route", show_default=True,
+    "--mode", callback=_known_mode, default="route", show_default=True,
     metavar="route|mixture|barycenter|ocean|KERNEL", help="who answers",
 )  # fmt: skip
 top_k_kernels = click.option(

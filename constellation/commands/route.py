@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import json
 import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,10 +17,12 @@ from constellation.errors import ArtifactError, ConfigError, RunError
 
 if TYPE_CHECKING:
     from router.decide.fisher_rao import Router
+    from router.decide.policy import Choice
 
 
 @click.command()
 @options.run
+@options.address
 @options.as_json
 @click.option(
     "--verify",
@@ -25,11 +30,12 @@ if TYPE_CHECKING:
     metavar="FILE",
     help="check a certificate, or an answer in JSON that holds one; - is stdin",
 )
-def command(run: Path, as_json: bool, verify: str | None) -> None:
+def command(run: Path, address: str | None, as_json: bool, verify: str | None) -> None:
     """Explain who would answer each line of standard input: one text a line in, one decision a line out.
 
     With --json: counts used, basin coordinates z, distance to every centre, posterior, kernel, E8 root and
-    neighbours. With --verify: replay the decisions of an answer from the counts in its certificate, and hold text,
+    neighbours. With --address the run's router actor in that Ray decides, else this process; the decisions are the
+    same. With --verify: replay the decisions of an answer from the counts in its certificate, and hold text,
     tokens and kernels of the answer against it; status 0 when all agree, 1 when not. A certificate reveals its text.
     """
     from constellation.pipeline.request import open_plan
@@ -45,16 +51,28 @@ def command(run: Path, as_json: bool, verify: str | None) -> None:
     if text is not None:
         check(text, router, plan.tokenizer, as_json)
         return
-    for line in sys.stdin.buffer:
-        text = line.rstrip(b"\r\n")
-        (choice,) = router.route([text])
-        if as_json:
-            options.print_json(choice.to_json(router.names))
-        else:
+    with _decider(run, router, address) as route:
+        for line in sys.stdin.buffer:
+            (choice,) = route([line.rstrip(b"\r\n")])
+            if as_json:
+                options.print_json(choice.to_json(router.names))
+                continue
             why = f" ({choice.reason})" if choice.abstained else ""
             likely = sorted(zip(choice.posterior.tolist(), router.names, strict=True), reverse=True)[:3]
             shown = ", ".join(f"{name} {p:.2f}" for p, name in likely)
             click.echo(f"{choice.kernel:<12}{why} {choice.counts_used} trigrams; {shown}; next {choice.neighbours[0]}")
+
+
+@contextlib.contextmanager
+def _decider(run: Path, router: Router, address: str | None) -> Iterator[Callable[[list[bytes]], list[Choice]]]:
+    """What decides: `router`, or the router actor of `run` in the Ray at `address`."""
+    if address is None:
+        yield router.route
+        return
+    from actors.remote import open_kernels
+
+    with open_kernels(run, address=address, say=lambda text: click.echo(text, err=True)) as kernels:
+        yield lambda texts: asyncio.run(kernels.route(texts))
 
 
 def check(text: str, router: Router, tokenizer: Path, as_json: bool) -> None:

@@ -146,12 +146,11 @@ async def _in_this_process(place: Place, config: Config, ends: Ends) -> bool:
     import torch
 
     from constellation.pipeline.serving import application
-    from router.answer.kernels import LocalAsyncKernels
     from router.answer.local import LocalKernels
     from router.http.listen import Listener, bind
 
     torch.set_num_threads(config.train.threads)
-    kernels = LocalAsyncKernels(LocalKernels.from_run(place.run, decode=config.decode))
+    kernels = LocalKernels.from_run(place.run, decode=config.decode)
     await kernels.load()
     app = application(place.run, kernels, place.key_file, place.front)
     listener = Listener(app, bind(place.host, place.port), place.grace_s)

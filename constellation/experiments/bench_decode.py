@@ -15,7 +15,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -32,9 +31,9 @@ from constellation.decoding.batch import Batch, Writing
 from constellation.decoding.sample import Sampling
 from constellation.errors import ConfigError, RunError
 from constellation.experiments import products
+from constellation.experiments.harness import described, finish, machine_line
 from constellation.kernel.export import export_llama
 from constellation.kernel.model import KernelLM
-from constellation.processor import instructions
 
 LARGE = Kernel(vocab_size=32_000, width=384, layers=8, heads=8, hidden=1024, context=256, metric="dot", look_back=0,
                coupling="off")  # fmt: skip
@@ -64,9 +63,7 @@ def run(*, out: Path | None = None, repeats: int = 5, compiled: bool = True) -> 
     transformers = load_transformers()
     torch.set_num_threads(1)
     result: dict[str, Any] = {
-        "question": __doc__.splitlines()[0] if __doc__ else "",
-        "machine": platform.machine(), "instructions": instructions(), "cores": os.cpu_count(),
-        "python": platform.python_version(), "torch": torch.__version__, "transformers": transformers.__version__,
+        **described(__doc__), "transformers": transformers.__version__,
         "ctranslate2": _ctranslate2().__version__, "prompt": PROMPT, "new": NEW, "repeats": repeats,
         "models": {name: vars(config) for name, config in MODELS.items()}, "ratios": [], "equal": {},
         "products": products.compare(repeats), "engine": _engine(repeats),
@@ -81,11 +78,7 @@ def run(*, out: Path | None = None, repeats: int = 5, compiled: bool = True) -> 
                 result["ratios"] += _compare(name, batch, contestants, repeats)
             if name == "26M":
                 result["processes"] = _processes(folder / "hf", model, Path(scratch))
-    for line in report(result):
-        print(line)
-    if out:
-        out.write_text(json.dumps(result, indent=1) + "\n")
-    return result
+    return finish(result, report(result), out)
 
 
 def _engine(repeats: int) -> dict[int, float]:
@@ -377,7 +370,7 @@ def _process(program: str) -> tuple[float, float]:
 def report(result: dict[str, Any]) -> list[str]:
     """The table, a line each."""
     lines = [
-        f"{result['machine']}, {result['instructions']}, one thread, torch {result['torch']}, "
+        f"{machine_line(result)}; one thread, "
         f"transformers {result['transformers']}, CTranslate2 {result['ctranslate2']}; "
         f"prompt {PROMPT}, {NEW} new tokens, medians of {result['repeats']}",
         f"{'model':<6}{'batch':>6}  {'ours':<12}{'tokens/s':>9}  {'peer':<22}{'tokens/s':>9}{'ratio':>7}  target",

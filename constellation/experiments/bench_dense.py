@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import multiprocessing
 import os
-import platform
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Executor, ProcessPoolExecutor, as_completed
@@ -30,12 +29,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from constellation.config import OCEAN, ROLES, Config, override
+from constellation.config import Config, override
 from constellation.coordizer.tokenizer import Tokenizer
 from constellation.data.batches import Batches
 from constellation.data.cache import TokenCache, open_cache
 from constellation.errors import ConfigError
 from constellation.experiments.dense_report import analyse
+from constellation.experiments.harness import described
 from constellation.pipeline.prepare import (
     Plan,
     document_bytes,
@@ -45,8 +45,10 @@ from constellation.pipeline.prepare import (
     request,
     write_assignment,
 )
+from constellation.roster import OCEAN, ROLES
 from constellation.train.checkpoint import folder_of, load_model, newest
-from constellation.train.loop import Job, fit, steps_for
+from constellation.train.job import Job, steps_for
+from constellation.train.loop import fit
 from constellation.train.score import score
 from router.decide.baselines import RandomRouter, TfidfRouter
 from router.decide.evaluate import Scores, answers
@@ -135,21 +137,20 @@ def run(
         first += [(_train_dense, s, arm) for s in runs for arm in whole]
         _all(pool, first, "models without a router", say)
         _all(pool, [(_assign, s, arm) for s in runs for arm in routed], "routers", say)
-        kernels = [(_train, _kernel_job(s, arm, role)) for s in runs for arm in routed for role in ROLES]
+        kernels = [(_train, _kernel_job(s, arm, role)) for s in runs for arm in routed for role in config.kernels]
         _all(pool, kernels, "kernels", say)
         scoring: list[tuple[Any, ...]] = [(_score, s, arm) for s in runs for arm in whole]
-        scoring += [(_score, s, arm, role) for s in runs for arm in routed for role in ROLES]
+        scoring += [(_score, s, arm, role) for s in runs for arm in routed for role in config.kernels]
         scoring += [(_score, s, OCEAN) for s in runs if routed]
         _all(pool, scoring, "scores", say)
     bits = _bits(runs, arms)
     dev = open_cache(runs[0].plan.dev)
     return {
-        "question": __doc__.splitlines()[0] if __doc__ else "",
+        **described(__doc__),
         "seeds": list(seeds),
         "tokens": config.train.tokens,
         "config": config.to_json(),
         "dense_overrides": dict(dense or {}),
-        "machine": {"processor": platform.processor() or platform.machine(), "cores": os.cpu_count()},
         "seconds": round(time.time() - began),
         "documents": [
             {"id": i, "domain": d, "bytes": int(b)} for i, d, b in zip(dev.ids, dev.domains, dev.byte_length)
@@ -207,7 +208,7 @@ def _policy(seed: Seed, arm: str) -> Policy:
         )
         return TrueDomains(ROLES, dict(known))
     if arm == "random":
-        return RandomRouter(ROLES, seed=seed.plan.config.train.seed)
+        return RandomRouter(seed.plan.config.kernels, seed=seed.plan.config.train.seed)
     kinds: dict[str, Callable[..., Any]] = {"fisher_rao": fit_router, "tfidf": TfidfRouter.fit}
     policy: Policy = fit_policy(kinds[arm], seed.plan)
     return policy
@@ -238,7 +239,7 @@ def _looks(seed: Seed, arm: str) -> list[Trajectory]:
 
 def _kernel_job(seed: Seed, arm: str, role: str) -> Job:
     plan = seed.plan
-    steps = steps_for(plan.config, role, len(ROLES))
+    steps = steps_for(plan.config, role, plan.config.constellation.kernels)
     branch = folder_of(plan.folder(OCEAN), ocean_job(plan).steps)
     folder = seed.folder(arm)
     return Job(role, folder / role, plan.config, steps, plan.train, plan.dev, None, folder / f"{role}.npy", branch)
@@ -274,14 +275,14 @@ def _bits(runs: Sequence[Seed], arms: Sequence[str]) -> dict[str, NDArray[np.flo
         def scores(ocean: NDArray[np.float32], kernels: NDArray[np.float32], dev: TokenCache = dev) -> Scores:
             where = np.repeat(np.arange(len(counts)), counts)  # noqa: B023
             at = dev.byte_offsets(tokenizer)  # noqa: B023
-            return Scores(ROLES, ocean, kernels, where, at, dev.byte_length, tuple(dev.domains))
+            return Scores(runs[0].plan.config.kernels, ocean, kernels, where, at, dev.byte_length, tuple(dev.domains))
 
         for arm in arms:
             if arm not in ROUTED:
                 table = scores(nats(arm), nats(arm)[None])
                 rows.setdefault(arm, []).append(table.bits_D(table.ocean_N))
                 continue
-            table = scores(nats(OCEAN), np.stack([nats(arm, role) for role in ROLES]))
+            table = scores(nats(OCEAN), np.stack([nats(arm, role) for role in seed.plan.config.kernels]))
             settings = seed.plan.config.router
             found = answers(table, _looks(seed, arm), settings.hysteresis, (MIXTURE,))
             for name, values in found.items():

@@ -15,33 +15,32 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
-import json
 import math
-import platform
 import statistics
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from constellation.config import OCEAN
 from constellation.coordizer.tokenizer import Tokenizer
 from constellation.data.cache import open_cache
 from constellation.data.corpus import read_corpus
 from constellation.decoding.sample import Sampling
 from constellation.errors import DataError
+from constellation.experiments.harness import described
 from constellation.pipeline.prepare import document_bytes, open_plan
 from constellation.pipeline.serving import application, servable, service_of
-from router.answer.kernels import AsyncKernels, LocalAsyncKernels
+from constellation.roster import OCEAN
+from router.answer.kernels import Kernels
 from router.answer.local import LocalKernels
-from router.answer.mixture import BARYCENTER, MIXTURE
 from router.answer.packet import Packet
 from router.answer.query import ROUTE, Answer, Ask
 from router.answer.service import Service
 from router.answer.turn import Ear
+from router.decide.mixture import BARYCENTER, MIXTURE
 from router.http.listen import Listener, bind
 
 WORTH = 0.01  # bits per byte that a doubling of the time must save
@@ -67,7 +66,7 @@ MODES = (Mode(OCEAN), Mode(ROUTE), *(Mode(mode, k) for mode in (MIXTURE, BARYCEN
 class Counted:
     """Kernels, and how often they were asked."""
 
-    def __init__(self, inner: AsyncKernels):
+    def __init__(self, inner: Kernels):
         self.inner, self.turns, self.readings = inner, 0, 0
         self.names = inner.names
         self.bits, self.score, self.stats = inner.bits, inner.score, inner.stats
@@ -99,17 +98,17 @@ def run(
     prompts = [text[:64].decode("utf-8", "ignore") for text in texts if len(text) >= 256][:answers]
     if not prompts:
         raise DataError("held-out documents of 256 bytes at least are needed to answer their beginnings")
-    kernels = Counted(LocalAsyncKernels(LocalKernels.from_run(run)))
+    kernels = Counted(LocalKernels.from_run(run))
     service = service_of(run, kernels)
     rows: dict[str, dict[str, Any]] = {}
     for mode in modes:
         rows[mode.name] = asyncio.run(_measure(service, kernels, mode, texts, prompts, tokens))
         say(_line(mode.name, rows[mode.name]))
     result: dict[str, Any] = {
-        "run": run.name, "preset": config.preset, "corpus": corpus.name if corpus else "held out by the run",
+        **described(__doc__), "run": run.name, "preset": config.preset,
+        "corpus": corpus.name if corpus else "held out by the run",
         "documents": len(texts), "bytes": sum(map(len, texts)), "prompts": len(prompts), "tokens": tokens,
         "every_bytes": config.router.every, "temperature": TEMPERATURE, "top_p": TOP_P, "worth_bits": WORTH,
-        "machine": {"processor": platform.processor(), "python": platform.python_version(), "torch": torch.__version__},
         "modes": rows, "wins": winner(rows),
     }  # fmt: skip
     say(f"wins for its cost: {result['wins']}")
@@ -167,9 +166,7 @@ async def _nats(service: Service, mode: Mode, text: bytes) -> float:
 
 async def _answer(service: Service, mode: Mode, prompt: str, tokens: int, seed: int, measure: bool = False) -> Answer:
     how = Sampling(TEMPERATURE, top_p=TOP_P, seed=seed, max_new_tokens=tokens, ignore_eos=True)
-    *_, answer = [step async for step in service.stream(Ask(prompt, how, mode.mode, mode.top_k, measure=measure))]
-    assert isinstance(answer, Answer)
-    return answer
+    return await service.answer(Ask(prompt, how, mode.mode, mode.top_k, measure=measure))
 
 
 def winner(rows: Mapping[str, Mapping[str, Any]]) -> str:
@@ -186,13 +183,15 @@ def cost(row: Mapping[str, Any]) -> float:
 
 def overhead(run: Path, prompts: Sequence[str], tokens: int, over_ray: bool) -> dict[str, dict[str, float]]:
     """Microseconds a token of one stream at a time, the same tokens in every place: {place: row}."""
-    local = LocalAsyncKernels(LocalKernels.from_run(run))
+    local = LocalKernels.from_run(run)
     places: dict[str, float] = {"process": asyncio.run(_by_service(service_of(run, local), prompts, tokens))}
     places["http"] = asyncio.run(_by_http(run, local, prompts, tokens))
     if over_ray:
-        with _actors(run) as kernels:
-            places["ray"] = asyncio.run(_by_service(service_of(run, kernels()), prompts, tokens))
-            places["http + ray"] = asyncio.run(_by_http(run, kernels(), prompts, tokens))
+        from actors.remote import open_kernels
+
+        with open_kernels(run) as kernels:  # those that are up, else ones for the length of the block
+            places["ray"] = asyncio.run(_by_service(service_of(run, kernels), prompts, tokens))
+            places["http + ray"] = asyncio.run(_by_http(run, kernels, prompts, tokens))
     first = places["process"]
     return {name: {"us_per_token": t * 1e6, "more_us_per_token": (t - first) * 1e6} for name, t in places.items()}
 
@@ -206,7 +205,7 @@ async def _by_service(service: Service, prompts: Sequence[str], tokens: int) -> 
     return await _least(ask, prompts, tokens)
 
 
-async def _by_http(run: Path, kernels: AsyncKernels, prompts: Sequence[str], tokens: int) -> float:
+async def _by_http(run: Path, kernels: Kernels, prompts: Sequence[str], tokens: int) -> float:
     """The same of streamed completions."""
     import httpx
 
@@ -234,22 +233,13 @@ async def _least(ask: Callable[[str, int], Awaitable[None]], prompts: Sequence[s
 
 
 @contextlib.asynccontextmanager
-async def _listening(run: Path, kernels: AsyncKernels) -> AsyncIterator[str]:
+async def _listening(run: Path, kernels: Kernels) -> AsyncIterator[str]:
     listener = Listener(application(run, kernels), bind("127.0.0.1", 0), grace_s=5)
     await listener.start()
     try:
         yield f"http://127.0.0.1:{listener.port}"
     finally:
         await listener.drain()
-
-
-@contextlib.contextmanager
-def _actors(run: Path) -> Iterator[Callable[[], AsyncKernels]]:
-    """Kernels of `run` as actors: those that are up, else ones for the length of the block."""
-    from actors.remote import AsyncRayKernels, open_kernels
-
-    with open_kernels(run) as kernels:
-        yield lambda: AsyncRayKernels(kernels.find)
 
 
 # -- words -------------------------------------------------------------------------------------------------------------
@@ -260,7 +250,3 @@ def _line(name: str, row: Mapping[str, Any]) -> str:
     told = f"{row['bits_per_byte']:.4f} bits/byte, {row['tokens_per_s']:.0f} tokens/s"
     calls = f"{row['turns_per_token']:.2f} turns and {row['readings_per_token']:.2f} readings a token"
     return f"{name:<14}{told}, {calls}" + ("" if lost is None else f", {lost:+.2f} bits lost a hand-off")
-
-
-def save(result: Mapping[str, Any], out: Path) -> None:
-    out.write_text(json.dumps(result, indent=1) + "\n")

@@ -13,9 +13,7 @@ Medians of repeats, contestants taking turns, the process pinned to one core whe
 
 from __future__ import annotations
 
-import json
 import os
-import platform
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -29,6 +27,7 @@ import scipy
 from constellation.config import Data
 from constellation.config import Router as Settings
 from constellation.data.corpus import read_corpus
+from constellation.experiments.harness import described, finish, machine_line
 from router.decide.baselines import TfidfRouter
 from router.decide.fit import fit
 from router.decide.policy import Policy
@@ -103,12 +102,9 @@ def run(
                 times[name] = statistics.median(times[name])
         times["corpus_mb_s"] = size / statistics.median(times.pop("corpus_s"))
     result = {
-        "question": __doc__.splitlines()[0] if __doc__ else "",
-        "machine": platform.processor() or platform.machine(),
-        "cores": os.cpu_count(),
+        **described(__doc__),
         "pinned_to_one_core": pinned,
         "threads": os.environ.get("OMP_NUM_THREADS", "not set"),
-        "python": platform.python_version(),
         "numpy": np.__version__,
         "scipy": scipy.__version__,
         "sklearn": __import__("sklearn").__version__,
@@ -121,17 +117,13 @@ def run(
         "tfidf": theirs,
         "goals_met": {name: ours[name] < goal for name, goal in GOALS.items()},
     }
-    for line in report(result):
-        print(line)
-    if out:
-        out.write_text(json.dumps(result, indent=1) + "\n")
-    return result
+    return finish(result, report(result), out)
 
 
 def report(result: dict[str, Any]) -> list[str]:
     """The table, a line each."""
     lines = [
-        f"{result['machine']}, {'one core' if result['pinned_to_one_core'] else 'not pinned'}, "
+        f"{machine_line(result)}; {'one core' if result['pinned_to_one_core'] else 'not pinned'}, "
         f"Python {result['python']}, numpy {result['numpy']}, scipy {result['scipy']}; {result['centres']} centres, "
         f"medians of {result['repeats']}",
         f"{'':<34}{'Fisher-Rao':>12}{'tf-idf':>12}",

@@ -19,9 +19,7 @@ from __future__ import annotations
 
 import asyncio
 import functools
-import json
 import os
-import platform
 import statistics
 import time
 from collections import Counter
@@ -37,10 +35,10 @@ from prometheus_client.parser import text_string_to_metric_families
 from constellation.config import Data
 from constellation.data.corpus import read_corpus
 from constellation.errors import ConfigError
+from constellation.experiments.harness import described, finish, machine_line
 from constellation.experiments.load import Asked, Load, drive
 from constellation.experiments.parts import sampled
 from constellation.experiments.served import resident_mb, running, served
-from constellation.storage.atomic import write_bytes
 
 FAIR, FAIR_ANSWERS = 0.98, 8.0  # least index of a closed load, judged from so many answers a stream on
 GROWTH = 0.02, 8.0  # memory may grow by that part, or by so many MB
@@ -58,23 +56,13 @@ def run(
     with served(run) if run else running(url or "") as (where, pid):
         done, seen = asyncio.run(_measure(where, load, _prompts(load.seed), key, pid))
     result = {
-        "question": __doc__.splitlines()[0] if __doc__ else "",
-        "machine": platform.processor() or platform.machine(),
-        "instructions": _instructions(),
-        "cores": os.cpu_count(),
+        **described(__doc__),
         "threads": os.environ.get("OMP_NUM_THREADS", "not set"),
-        "python": platform.python_version(),
         "service": f"constellation serve --run {run.name} --local" if run else url,
         "load": asdict(load),
         **judge(done, seen, load),
     }
-    for line in report(result):
-        print(line)
-    if out:
-        told = json.dumps({k: v for k, v in result.items() if k != "raw"}, indent=1, allow_nan=False)
-        raw = json.dumps(result["raw"], separators=(",", ":"), allow_nan=False)  # long: a line of its own
-        write_bytes(out, f'{told[:-2]},\n "raw": {raw}\n}}\n'.encode())
-    return result
+    return finish(result, report(result), out)
 
 
 def judge(done: Sequence[Asked], seen: dict[str, Any], load: Load) -> dict[str, Any]:
@@ -141,8 +129,7 @@ def report(result: dict[str, Any]) -> list[str]:
     load, verdicts = result["load"], result["verdicts"]
     kind = "closed" if load["rate"] is None else f"open, {load['rate']:g} requests/s"
     lines = [
-        f"{result['machine']} ({result['instructions']}), {result['cores']} cores, Python {result['python']}; "
-        f"{result['service']}",
+        f"{machine_line(result)}; {result['service']}",
         f"{load['streams']} streams, {load['tokens']} tokens an answer, {kind}; {result['seconds']:.0f} s",
         f"{'':<20}{'p50':>10}{'p90':>10}{'p99':>10}{'most':>10}",
     ]
@@ -207,13 +194,6 @@ async def _measure(
         "parts": parts,
         "warm_up_s": round(warm_s, 3),
     }
-
-
-def _instructions() -> str:
-    """What torch found this machine's processor to have; the service's own, when it runs here."""
-    import torch
-
-    return torch.backends.cpu.get_cpu_capability()
 
 
 async def _warm_up(client: httpx.AsyncClient) -> float:

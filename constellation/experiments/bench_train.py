@@ -5,22 +5,24 @@
             has instructions for it
     cores   tokens per second of one kernel per core, all cores at once / one kernel alone
     ray     tokens per second of `fit` inside a kernel actor / `fit` in a plain process
+    kernels tokens per second of a constellation's kernels, each in its actor under one supervisor, their starts
+            included, / (cores x one kernel alone in its actor): all resident together, and in waves of one a core
 
 Medians over turns. A ratio never compares two precisions.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-import json
 import multiprocessing
 import os
-import platform
 import resource
 import statistics
 import tempfile
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -33,11 +35,13 @@ from constellation.coordizer.tokenizer import Tokenizer
 from constellation.data.batches import Batches
 from constellation.data.cache import build_cache, open_cache
 from constellation.data.corpus import read_corpus
+from constellation.experiments.harness import described, finish, machine_line
 from constellation.experiments.nanogpt import NanoGPT
 from constellation.kernel.loss import linear_cross_entropy
 from constellation.kernel.model import KernelLM
 from constellation.storage.atomic import read_json
-from constellation.train.loop import Job, fit, resolve_precision
+from constellation.train.job import Job, resolve_precision
+from constellation.train.loop import fit
 
 TURN = 5  # steps of one contestant before the other one's turn
 
@@ -56,10 +60,7 @@ def run(config: Config, *, seconds: float = 20.0, out: Path | None = None) -> di
         ray = _through_ray(config, cache, Path(scratch), steps)
     together = sum(r["tokens_per_s"] for r in all_at_once)
     result = {
-        "machine": platform.processor() or platform.machine(),
-        "cores": cores,
-        "torch": torch.__version__,
-        "instructions": processor.instructions(),
+        **described(__doc__),
         "precision": config.train.precision,
         "config": config.to_json(),
         "loop": loop,
@@ -68,19 +69,12 @@ def run(config: Config, *, seconds: float = 20.0, out: Path | None = None) -> di
         "cores_ratio": together / one["tokens_per_s"],
         "ray": ray,
     }
-    for line in report(result):
-        print(line)
-    if out:
-        out.write_text(json.dumps(result, indent=1) + "\n")
-    return result
+    return finish(result, report(result), out)
 
 
 def report(result: dict[str, Any]) -> list[str]:
     loop, ray, cores = result["loop"], result["ray"], result["cores"]
-    lines = [
-        f"{result['machine']}, {cores} cores, {result['instructions']}, torch {result['torch']}, one thread a model, "
-        f"{loop['parameters']:,} parameters"
-    ]
+    lines = [f"{machine_line(result)}; one thread a model, {loop['parameters']:,} parameters"]
 
     def row(what: str, speed: float, note: str, unit: str = "tokens/s") -> None:
         lines.append(f"{what:<34} {speed:>9,.0f} {unit:<14} {note}")
@@ -95,6 +89,9 @@ def report(result: dict[str, Any]) -> list[str]:
         f"/ one kernel alone {result['cores_ratio']:.2f} (goal 1.7 on two)")  # fmt: skip
     row("fit in a process", ray["plain"], "")
     row("fit in a Ray actor", ray["actor"], f"overhead {100 * ray['overhead']:+.1f} % (goal < 3 %)")
+    for name, found in ray["kernels"].items():
+        note = f"/ ({cores} x one actor) {found['ratio']:.2f} (goal 0.85), {found['peak_mem_bytes'] / 2**20:,.0f} MiB"
+        row(f"all kernels, {name}, {found['resident']} at once", found["tokens_per_s"], note)
     lines.append(f"peak memory of one training process {result['one_kernel']['peak_mem_bytes'] / 2**20:,.0f} MiB")
     return lines
 
@@ -196,6 +193,26 @@ def _job(config: Config, cache: Path, folder: Path, steps: int) -> Job:
     return Job("heart", folder, dataclasses.replace(config, train=train), steps, cache)
 
 
+@contextlib.contextmanager
+def peak_memory() -> Iterator[list[int]]:
+    """The most that this process's descendants held resident at once, looked at every half second."""
+    from actors.processes import resident_bytes
+
+    found, end = [0], threading.Event()
+
+    def watch() -> None:
+        while not end.wait(0.5):
+            found[0] = max(found[0], resident_bytes(os.getpid()))
+
+    thread = threading.Thread(target=watch, daemon=True)
+    thread.start()
+    try:
+        yield found
+    finally:
+        end.set()
+        thread.join()
+
+
 def _plain(job: Job) -> float:
     for _ in fit(job):
         pass
@@ -212,16 +229,29 @@ def _through_ray(config: Config, cache: Path, scratch: Path, steps: int) -> dict
     """The same job by `fit` in a fresh process and in a kernel actor under its supervisor, three times each in turn."""
     from actors.connect import connected
     from actors.placement import reserve, share
-    from actors.specs import trainers
     from actors.supervisor import Supervisor
 
-    def actor(job: Job) -> float:
-        placement = reserve([share(config)], 60.0, print)
-        supervisor = Supervisor(config, placement, print)
-        for _ in supervisor.train(trainers(placement, [job])):
+    def train(jobs: Sequence[Job], resident: int) -> float:
+        """Seconds from the first actor's start to the last one's end."""
+        placement = reserve([share(config)] * resident, 60.0, print)
+        began = time.perf_counter()
+        for _ in Supervisor(config, placement, print).train(jobs):
             pass
+        spent = time.perf_counter() - began
         placement.release()
+        return spent
+
+    def actor(job: Job) -> float:
+        train([job], 1)
         return _speed(job)
+
+    def constellation(turn: int, resident: int) -> dict[str, float]:
+        folder, names = scratch / f"all{turn}-{resident}", config.kernels
+        jobs = [dataclasses.replace(_job(config, cache, folder / name, steps), role=name) for name in names]
+        with peak_memory() as peak:
+            spent = train(jobs, resident)
+        tokens = steps * len(jobs) * config.train.kernel_batch * config.kernel.context
+        return {"tokens_per_s": tokens / spent, "peak_mem_bytes": peak[0]}
 
     speeds: dict[str, list[float]] = {"plain": [], "actor": []}
     spawn = multiprocessing.get_context("spawn")
@@ -231,5 +261,22 @@ def _through_ray(config: Config, cache: Path, scratch: Path, steps: int) -> dict
                 job = _job(config, cache, scratch / f"plain{turn}", steps)
                 speeds["plain"].append(pool.submit(_plain, job).result())
             speeds["actor"].append(actor(_job(config, cache, scratch / f"actor{turn}", steps)))
+        cores = processor.cores()
+        resident = {"waves": min(cores, len(config.kernels)), "together": len(config.kernels)}
+        turns: dict[str, list[dict[str, float]]] = {name: [] for name in resident}
+        for turn in range(2):
+            for name, count in resident.items():
+                turns[name].append(constellation(turn, count))
     plain, through = statistics.median(speeds["plain"]), statistics.median(speeds["actor"])
-    return {"plain": plain, "actor": through, "overhead": plain / through - 1, "turns": speeds}
+    kernels = {
+        name: {
+            "resident": resident[name],
+            "tokens_per_s": (speed := statistics.median(one["tokens_per_s"] for one in found)),
+            "ratio": speed / (cores * through),
+            "peak_mem_bytes": max(one["peak_mem_bytes"] for one in found),
+            "turns": found,
+        }
+        for name, found in turns.items()
+    }
+    ray = {"plain": plain, "actor": through, "overhead": plain / through - 1, "turns": speeds}
+    return {**ray, "kernels": kernels}

@@ -21,7 +21,6 @@ its nearest centre. Columns:
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -33,6 +32,7 @@ from numpy.typing import NDArray
 from constellation.config import Data
 from constellation.config import Router as Settings
 from constellation.data.corpus import read_corpus
+from constellation.experiments.harness import described, finish
 from constellation.experiments.route_quality import mutual_information
 from constellation.geometry import e8
 from router.decide import counts
@@ -55,12 +55,8 @@ def run(
     for seed in seeds:
         router = fit(texts, Settings(), seed=seed, validation=texts[::10])
         rows += [{"seed": seed, **row} for row in _one_seed(router, texts, held, label, sizes, seed)]
-    result = {"question": __doc__.splitlines()[0] if __doc__ else "", "seeds": list(seeds), "rows": rows}
-    for line in report(result):
-        print(line)
-    if out:
-        out.write_text(json.dumps(result, indent=1) + "\n")
-    return result
+    result = {**described(__doc__), "seeds": list(seeds), "rows": rows}
+    return finish(result, report(result), out)
 
 
 def codes(k: int, chart_P8: NDArray[np.float64], weight_P: NDArray[np.float64], seed: int) -> dict[str, NDArray]:

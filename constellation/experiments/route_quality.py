@@ -16,7 +16,6 @@ Kuhn 1955). Columns:
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -26,10 +25,12 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.optimize import linear_sum_assignment
 
-from constellation.config import ROLES, Data
+from constellation.config import Data
 from constellation.config import Router as Settings
 from constellation.data.corpus import read_corpus
 from constellation.data.document import Document
+from constellation.experiments.harness import described, finish
+from constellation.roster import ROLES
 from router.decide.baselines import RandomRouter, TfidfRouter
 from router.decide.fit import fit
 from router.decide.partition import loads, partition
@@ -58,18 +59,14 @@ def run(corpus: Path, *, seeds: Sequence[int] = (0, 1, 2), out: Path | None = No
             policy = build(_bytes(rest), _bytes(held), seed)
             results.setdefault(name, []).append(measure(policy, train, dev, domains, Settings()))
     result = {
-        "question": __doc__.splitlines()[0] if __doc__ else "",
+        **described(__doc__),
         "corpus_bytes": sum(d.num_bytes for d in train),
         "dev_documents": len(dev),
         "domains": domains,
         "seeds": list(seeds),
         "routers": results,
     }
-    for line in report(result):
-        print(line)
-    if out:
-        out.write_text(json.dumps(result, indent=1) + "\n")
-    return result
+    return finish(result, report(result), out)
 
 
 def measure(

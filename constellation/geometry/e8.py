@@ -28,12 +28,7 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
-from constellation.config import ROLES
 from constellation.errors import ConfigError
-
-# Names the seeds use for a role. They call Chronos "temporal" and give it no place among the eight;
-# INTEGRATION, the binding of what happens into one, is this project's reading.
-ALIASES = {"mnemosyne": "memory", "apollo": "prediction", "lightning": "perception", "chronos": "integration"}
 
 _PAIRS = 112  # roots of the first form
 
@@ -112,20 +107,6 @@ def nearest_root(x: Tensor) -> Tensor:
     flipped = minus.scatter_add(-1, cheapest.unsqueeze(-1), odd.unsqueeze(-1)) % 2
     code = (flipped[..., :7] << torch.arange(7, device=x.device)).sum(-1)
     return torch.where(top.sum(-1) >= half, 4 * pair + sign.squeeze(-1), _PAIRS + code)
-
-
-def role_named(name: str) -> str:
-    """The role a name means: one of config.ROLES, or an alias from the seeds; case does not matter."""
-    plain = name.lower()
-    role = ALIASES.get(plain, plain)
-    if role not in ROLES:
-        raise ConfigError(f"unknown role {name!r}; roles are {', '.join(ROLES)}, aliases {', '.join(ALIASES)}")
-    return role
-
-
-def role_root(name: str) -> int:
-    """Index of the root that bears a role's name: simple root 1 for HEART ... 8 for INTEGRATION."""
-    return int(simple_indices()[ROLES.index(role_named(name))])
 
 
 @dataclass(frozen=True)

@@ -39,6 +39,7 @@ MEAN_DECAY = 0.9  # of the gradient whose turning is watched
 class AdaptiveMixedQIG(HybridGeometricOptimizer):
     """`settings` are HybridGeometricOptimizer's. The gate's memory is in param_groups[0]["gate"], plain numbers."""
 
+    wants = ("logits", "targets", "telemetry")
     decision: Decision  # of the last step
     _pending: Decision | None  # of the coming one
     _seen: dict[str, Any]  # telemetry told for it

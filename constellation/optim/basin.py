@@ -40,6 +40,8 @@ class BasinNaturalGrad(NaturalOptimizer):
     `factor`, `directions` and `products`.
     """
 
+    wants = ("logits", "targets")
+
     def __init__(self, params: Any, lr: float = 1e-2, cg_iters: int = 10, damping: float = 1e-4, **settings: Any):
         unknown = sorted(set(settings) - set(BASIN_SETTINGS))
         if unknown:

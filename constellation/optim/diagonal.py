@@ -44,6 +44,9 @@ class DiagonalNG(NaturalOptimizer):
     list path (seconds, once). capturable keeps every number on the device and checks nothing.
     """
 
+    wants = ("logits",)
+    state_kind = ("source",)
+
     def __init__(
         self,
         params: Any,

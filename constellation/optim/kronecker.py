@@ -72,6 +72,7 @@ class KroneckerNG(NaturalOptimizer):
     State is float32.
     """
 
+    state_kind = ("method", "variant")
     _model: torch.nn.Module | None = None  # while it is looked at
 
     def __init__(

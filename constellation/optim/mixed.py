@@ -21,7 +21,7 @@ import fnmatch
 import inspect
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -59,6 +59,9 @@ class HybridGeometricOptimizer(NaturalOptimizer):
     basin_options   options of the natural step on the basin block, such as {"power": 1.0} of diag
     rest_options    the same of the rest, such as {"betas": (0.9, 0.95)} of adamw
     """
+
+    wants: ClassVar[tuple[str, ...]] = ("logits", "targets")
+    state_kind = ("method", "variant")
 
     def __init__(
         self,

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Sequence
 from functools import wraps
 from inspect import unwrap
 from itertools import chain
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -78,8 +78,39 @@ def renamed(group: dict[str, Any]) -> dict[str, Any]:
     return group if "betas" in group else {OLD_OPTIONS.get(name, name): value for name, value in group.items()}
 
 
+def wants(optimizer: torch.optim.Optimizer, known: Sequence[str]) -> tuple[str, ...]:
+    """Keywords that `optimizer.step` is to be given, of those in `known`; ConfigError when it wants another."""
+    names: tuple[str, ...] = getattr(optimizer, "wants", ())
+    for name in names:
+        if name not in known:
+            raise ConfigError(f"{type(optimizer).__name__}: step wants {name!r}; it can be told {', '.join(known)}")
+    return names
+
+
+def may_inherit(optimizer: torch.optim.Optimizer, saved: Sequence[dict[str, Any]]) -> bool:
+    """Whether state that was saved beside the param groups `saved` means the same to `optimizer`.
+
+    It does where the parameters are divided alike, the options named in `optimizer.state_kind` are equal, and no
+    option of the saved groups is unknown to it (those younger than the state are its own).
+    """
+    names: tuple[str, ...] = getattr(optimizer, "state_kind", ())
+    saved = [renamed(group) for group in saved]
+
+    def kind(groups: Sequence[dict[str, Any]]) -> list[tuple[Any, ...]]:
+        return [(len(group["params"]), *(group.get(name) for name in names)) for group in groups]
+
+    return kind(saved) == kind(optimizer.param_groups) and set(saved[0]) <= set(optimizer.param_groups[0])
+
+
 class NaturalOptimizer(torch.optim.Optimizer):
-    """Abstract: a sibling gives `_advance`, the update of parameters whose gradients are in order."""
+    """Abstract: a sibling gives `_advance`, the update of parameters whose gradients are in order.
+
+    wants       keywords that a training loop is to give `step`: logits and targets of a part of the batch, telemetry
+    state_kind  options of a param group that say what its state holds; where they differ it cannot be inherited
+    """
+
+    wants: ClassVar[tuple[str, ...]] = ()
+    state_kind: ClassVar[tuple[str, ...]] = ()
 
     _step_supports_amp_scaling = True  # GradScaler hands over grad_scale and found_inf
     _stepping = False

@@ -39,6 +39,9 @@ _TINY = 1e-30  # a curvature of 0 with damping = 0 has a long step, not an infin
 class CurvatureScaledSGD(precond.Scaled):
     """State per parameter: `step`, `looks`, `scale` = (m + damping)^-q, the curvature held and, if any, `momentum`."""
 
+    wants = ("logits", "targets")
+    state_kind = ("source",)
+
     def __init__(
         self,
         params: Any,

@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 import torch
 
-from constellation.config import OCEAN, ROLES
 from constellation.coordizer.tokenizer import Tokenizer
 from constellation.data.cache import TokenCache, build_cache, open_cache
 from constellation.data.corpus import read_corpus
@@ -27,7 +26,7 @@ def evaluate_run(run: Path, corpus: Path | None, top_k: int = 3) -> dict[str, An
     """Bits per byte of every way to answer `corpus` (None: the run's held-out documents), as plain data."""
     plan = open_plan(run)
     router = Router.load(plan.router)
-    models = {role: load_model(plan.folder(role)) for role in (OCEAN, *ROLES)}
+    models = {role: load_model(plan.folder(role)) for role in plan.config.models}
     tokenizer = Tokenizer.load(plan.tokenizer)
     with tempfile.TemporaryDirectory() as scratch:
         cache, excluded, problems = open_cache(plan.dev), 0, []
@@ -42,7 +41,9 @@ def evaluate_run(run: Path, corpus: Path | None, top_k: int = 3) -> dict[str, An
         scores = _read(models, cache, tokenizer, plan.config.train.precision)
         settings = plan.config.router
         texts = document_bytes(cache, tokenizer)
-        answers = evaluate(scores, router, texts, settings.every, settings.hysteresis, (min(top_k, len(ROLES)),))
+        answers = evaluate(
+            scores, router, texts, settings.every, settings.hysteresis, (min(top_k, len(plan.config.kernels)),)
+        )
     return {
         "run": str(run),
         "corpus": str(corpus) if corpus else "held out by the run",
@@ -65,4 +66,5 @@ def _read(models: dict[str, Any], cache: TokenCache, tokenizer: Tokenizer, preci
     counts = np.diff(cache.offsets)
     document_N = np.repeat(np.arange(len(counts)), counts)
     byte_N = cache.byte_offsets(tokenizer)
-    return Scores(ROLES, ocean, np.stack(kernels), document_N, byte_N, cache.byte_length, tuple(cache.domains))
+    _, *names = models
+    return Scores(tuple(names), ocean, np.stack(kernels), document_N, byte_N, cache.byte_length, tuple(cache.domains))

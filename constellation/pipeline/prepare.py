@@ -19,15 +19,15 @@ from typing import Any
 import numpy as np
 
 from constellation.artifacts import segments
-from constellation.config import OCEAN, ROLES
 from constellation.coordizer.tokenizer import Tokenizer
 from constellation.data.cache import TokenCache, build_cache, open_cache
 from constellation.data.corpus import Document, read_corpus
 from constellation.errors import ConstellationError
 from constellation.pipeline.request import REQUEST, Plan, open_plan, open_request, request, write_request
+from constellation.roster import OCEAN
 from constellation.storage.atomic import write_json
 from constellation.train import checkpoint
-from constellation.train.loop import Job, steps_for
+from constellation.train.job import Job, steps_for
 from router.decide import partition
 from router.decide.fisher_rao import Router
 from router.decide.fit import fit
@@ -59,10 +59,8 @@ def prepare(run: Path) -> Plan:
 
 
 def ocean_job(plan: Plan) -> Job:
-    config = plan.config
-    return Job(
-        OCEAN, plan.folder(OCEAN), config, steps_for(config, OCEAN, len(ROLES)), plan.train, plan.dev, plan.tokenizer
-    )
+    steps = steps_for(plan.config, OCEAN, plan.config.constellation.kernels)
+    return Job(OCEAN, plan.folder(OCEAN), plan.config, steps, plan.train, plan.dev, plan.tokenizer)
 
 
 def fit_router(plan: Plan) -> Router:
@@ -78,9 +76,9 @@ def fit_router(plan: Plan) -> Router:
 def fit_policy(fit: Callable[..., Any], plan: Plan) -> Any:
     """`fit` (of the router or a baseline) on the training documents; every tenth calibrates, dev text is not seen."""
     texts = document_bytes(open_cache(plan.train), Tokenizer.load(plan.tokenizer))
-    held = texts[::10] if len(texts) >= 10 * len(ROLES) else texts
+    held = texts[::10] if len(texts) >= 10 * plan.config.constellation.kernels else texts
     rest = [t for i, t in enumerate(texts) if i % 10] if held is not texts else texts
-    return fit(rest, plan.config.router, seed=plan.config.train.seed, names=ROLES, validation=held)
+    return fit(rest, plan.config.router, seed=plan.config.train.seed, names=plan.config.kernels, validation=held)
 
 
 def write_assignment(folder: Path, policy: Policy, plan: Plan) -> None:
@@ -90,7 +88,7 @@ def write_assignment(folder: Path, policy: Policy, plan: Plan) -> None:
     document_N = np.repeat(np.arange(len(texts)), np.diff(train.offsets))
     offset_N = train.byte_offsets(tokenizer)
     kernel_N = partition.assign(policy, texts, offset_N, document_N, settings.every, settings.hysteresis)
-    segments.write(folder, {role: partition.segments(kernel_N, k) for k, role in enumerate(ROLES)})
+    segments.write(folder, {role: partition.segments(kernel_N, k) for k, role in enumerate(plan.config.kernels)})
 
 
 def document_bytes(cache: TokenCache, tokenizer: Tokenizer) -> list[bytes]:
@@ -105,8 +103,9 @@ def kernel_job(plan: Plan, role: str) -> Job:
     """`role` branches from OCEAN's last checkpoint and reads its own token ranges."""
     config = plan.config.for_role(role)
     branch = checkpoint.folder_of(plan.folder(OCEAN), ocean_job(plan).steps)
+    steps = steps_for(config, role, config.constellation.kernels)
     return Job(
-        role, plan.folder(role), config, steps_for(config, role, len(ROLES)), plan.train, plan.dev, plan.tokenizer,
+        role, plan.folder(role), config, steps, plan.train, plan.dev, plan.tokenizer,
         plan.router / f"{role}.npy", branch,
     )  # fmt: skip
 

@@ -5,12 +5,15 @@ So a wrong path or setting is told before either is imported.
 
 from __future__ import annotations
 
+import contextlib
+import shutil
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from constellation.config import Config, difference, from_json
-from constellation.errors import ArtifactError, ConfigError
+from constellation.errors import ArtifactError, ConfigError, DataError, PlacementError
 from constellation.presets import small
 from constellation.storage.atomic import read_object, write_json
 
@@ -65,12 +68,23 @@ def request(run: Path, corpus: Path | None, config: Config | None, resume: bool)
     """
     said = check_request(run, corpus, config, resume)
     if not (run / REQUEST).exists():
-        from constellation.train.loop import resolve_precision
+        from constellation.train.job import resolve_precision
 
         where = None if corpus is None else str(corpus.resolve())
         settings = resolve_precision(config or small()).to_json()
         write_request(run, {"schema": SCHEMA, "corpus": where, "config": settings})
     return said
+
+
+@contextlib.contextmanager
+def withdrawn(run: Path, fresh: bool) -> Iterator[None]:
+    """Takes the request for a new run back when it turns out to be impossible before anything was done."""
+    try:
+        yield
+    except (PlacementError, ConfigError, DataError):
+        if fresh and {file.name for file in run.iterdir()} <= {REQUEST, ".lock"}:
+            shutil.rmtree(run)
+        raise
 
 
 def write_request(run: Path, manifest: dict[str, Any]) -> None:

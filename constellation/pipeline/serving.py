@@ -15,7 +15,7 @@ from constellation.pipeline.status import check_complete
 if TYPE_CHECKING:
     from fastapi import FastAPI
 
-    from router.answer.kernels import AsyncKernels
+    from router.answer.kernels import Kernels
     from router.answer.service import Service
     from router.http.limits import Front
 
@@ -31,7 +31,7 @@ def servable(run: Path, changes: Mapping[str, Any] | None = None) -> Config:
     return override(plan.config, changes or {})
 
 
-def service_of(run: Path, kernels: AsyncKernels) -> Service:
+def service_of(run: Path, kernels: Kernels) -> Service:
     """The service of a run whose kernels are `kernels`."""
     from constellation.coordizer.tokenizer import Tokenizer
     from router.answer.service import Service
@@ -42,7 +42,7 @@ def service_of(run: Path, kernels: AsyncKernels) -> Service:
     return Service(plan.config, router, tokenizer, kernels, name=NAME, created=created)
 
 
-def application(run: Path, kernels: AsyncKernels, key_file: Path | None = None, front: Front | None = None) -> FastAPI:
+def application(run: Path, kernels: Kernels, key_file: Path | None = None, front: Front | None = None) -> FastAPI:
     """The application in front of a run; without a key file everyone may ask."""
     try:
         from router.app import Settings, make_app

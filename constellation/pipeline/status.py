@@ -15,9 +15,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from constellation.config import OCEAN, ROLES
 from constellation.errors import ArtifactError, ConfigError
-from constellation.pipeline.request import Plan, open_plan
+from constellation.pipeline.request import Plan, open_plan, open_request
+from constellation.roster import root_name
 from constellation.storage.atomic import read_object, write_json
 from constellation.storage.exclusive import is_held
 
@@ -56,6 +56,11 @@ class ClusterStatus:
         return asdict(self)
 
 
+def models_of(run: Path) -> tuple[str, ...]:
+    """OCEAN and the kernels of `run`; ConfigError when it is no run."""
+    return open_request(run)[1].models
+
+
 def done(folder: Path) -> bool:
     """Whether the model in `folder` has the checkpoint of its last planned step."""
     planned = _planned(folder)
@@ -64,7 +69,7 @@ def done(folder: Path) -> bool:
 
 def finished(run: Path) -> bool:
     """Whether every model of `run` is trained to its end."""
-    return all(done(run / role) for role in (OCEAN, *ROLES))
+    return all(done(run / role) for role in models_of(run))
 
 
 def unfinished(run: Path, used: Mapping[str, int] | None = None) -> dict[str, dict[str, int | None]]:
@@ -73,7 +78,7 @@ def unfinished(run: Path, used: Mapping[str, int] | None = None) -> dict[str, di
     `used` are the steps that a constellation which is up has loaded; None stands for the newest checkpoints.
     """
     left = {}
-    for role in (OCEAN, *ROLES):
+    for role in models_of(run):
         step, planned = (used or {}).get(role, newest_step(run / role)), _planned(run / role)
         if planned is None or step < planned:
             left[role] = {"step": step, "steps": planned}
@@ -85,14 +90,14 @@ def unfinished_line(run: Path, left: Mapping[str, Mapping[str, int | None]]) -> 
     words = [
         f"{role} step {of['step']} of {of['steps']}" if of["steps"] else f"{role} none" for role, of in left.items()
     ]
-    rest = "" if len(left) > len(ROLES) else "; the others are at their last step"
+    rest = "" if len(left) == len(models_of(run)) else "; the others are at their last step"
     return f"{run} is not trained to its end; used are {', '.join(words)}{rest}"
 
 
 def check_complete(run: Path) -> Plan:
     """The plan of a run in which everything that answers has a checkpoint; ConfigError, with what is missing."""
     plan = open_plan(run)
-    absent = [role for role in (OCEAN, *ROLES) if not newest_step(run / role)]
+    absent = [role for role in plan.config.models if not newest_step(run / role)]
     if not (plan.router / "router.json").exists() or absent:
         missing = "the router" if not absent else ", ".join(absent)
         raise ConfigError(f"{run}: {missing} not trained yet; constellation train --run {run} --resume")
@@ -108,7 +113,7 @@ def newest_step(folder: Path) -> int:
 def folder_status(run: Path) -> ClusterStatus:
     """The constellation in `run` by what lies there: training (then live), finished, stopped, failed or new."""
     addresses = roots(run)
-    kernels = [_kernel(run, role, addresses.get(role)) for role in (OCEAN, *ROLES)]
+    kernels = [_kernel(run, role, addresses.get(role)) for role in models_of(run)]
     if is_held(run):
         view = _json(run / VIEW)
         told = view.get("time")
@@ -138,7 +143,7 @@ def summary(run: Path) -> dict[str, Any]:
     """The result of a run as plain data: a row per model, with its address, loss and bits per byte."""
     addresses = roots(run)
     rows = []
-    for role in (OCEAN, *ROLES):
+    for role in models_of(run):
         page = _json(run / role / "summary.json")
         rows.append({
             "role": role, "root": addresses.get(role), "tokens": page.get("tokens"), "steps": page.get("steps"),
@@ -157,20 +162,6 @@ def roots(run: Path) -> dict[str, str]:
     except ArtifactError:
         return {}
     return {role: root_name(vector) for role, vector in zip(router.names, router.roots.tolist(), strict=True)}
-
-
-def root_name(vector: Sequence[float]) -> str:
-    """A root of E8 in the standard basis: "e1 - e3", or its eight signs, "+--+++-+ / 2".
-
-    >>> root_name([1, 0, -1, 0, 0, 0, 0, 0])
-    'e1 - e3'
-    >>> root_name([0.5, -0.5, -0.5, 0.5, 0.5, 0.5, 0.5, -0.5])
-    '+--++++- / 2'
-    """
-    if all(abs(abs(x) - 0.5) < 1e-6 for x in vector):
-        return "".join("+" if x > 0 else "-" for x in vector) + " / 2"
-    words = [f"{'+' if x > 0 else '-'} e{i}" for i, x in enumerate(vector, 1) if abs(x) > 0.5]
-    return " ".join(words).removeprefix("+ ").replace("- e", "-e", 1 if words[0][0] == "-" else 0)
 
 
 def _kernel(run: Path, role: str, root: str | None) -> KernelStatus:

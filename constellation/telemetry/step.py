@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
+NUMBERS = ("step", "loss_nats", "grad_norm", "lr")  # of every step, that a regime is told
+
 
 @dataclass(frozen=True)
 class Step:
@@ -25,6 +27,8 @@ class Step:
     dev_bits_per_byte: float | None = None
     sample: str | None = None
     checkpoint: str | None = None  # name of the checkpoint written after this step
+    measured: dict[str, float] | None = None  # further terms of the objective, and what probes measured after it
+    advice: str | None = None  # of the regime, where it was not to go on
 
     def to_json(self) -> dict[str, Any]:
         return {name: value for name, value in asdict(self).items() if value is not None}

@@ -1,1 +1,1 @@
-"""Where the parts meet: the training loop and its checkpoints."""
+"""Where the parts meet: the training loop, what it goes through, and its checkpoints."""

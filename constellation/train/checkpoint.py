@@ -2,20 +2,21 @@
 
     checkpoints/step-00000120/{model.safetensors, optim.safetensors, trace.npz, state.json}
 
-state.json holds the step, the scalars of the optimizer, the generator state and the sha256 of each
-other file, and is sealed itself (atomic.py). The folder is written beside and renamed, so a killed writer
-leaves the last one intact. One that is damaged is named, and the next older one is taken.
+state.json holds the step, the scalars of the optimizer, the generator state, what the run's parts remember
+and the sha256 of each other file, and is sealed itself (atomic.py). The folder is written beside and renamed,
+so a killed writer leaves the last one intact. One that is damaged is named, and the next older one is taken.
 """
 
 from __future__ import annotations
 
 import base64
 import contextlib
+import copy
 import json
 import re
 import shutil
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -27,8 +28,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from constellation.config import Kernel
-from constellation.errors import ArtifactError
+from constellation.errors import ArtifactError, ConfigError
 from constellation.kernel.model import KernelLM
+from constellation.optim.natural import may_inherit
 from constellation.storage.atomic import read_object, seal, sha256, write_folder
 
 SCHEMA = 1
@@ -63,6 +65,43 @@ class Checkpoint:
             _load_optimizer(optimizer, load_file(self.path / "optim.safetensors"), self.state["optimizer"])
             torch.set_rng_state(torch.frombuffer(bytearray(base64.b64decode(self.state["rng"])), dtype=torch.uint8))
 
+    def inherit(self, model: torch.nn.Module, optimizer: torch.optim.Optimizer | None) -> None:
+        """For a branch: the weights, and what the optimizer remembers if `optimizer` can use it; settings stay its own.
+
+        Where it cannot (optim/natural.py, `may_inherit`), or is None, nothing is remembered.
+        """
+        if optimizer is None or not may_inherit(optimizer, self.state["optimizer"]["groups"]):
+            self.restore(model)
+            return
+        own = [dict(group) for group in optimizer.param_groups]
+        self.restore(model, optimizer)
+        for group, mine in zip(optimizer.param_groups, own, strict=True):
+            group.update(mine)
+
+    @property
+    def parts(self) -> dict[str, Any]:
+        """What the run's parts remember (parts.py), by their names; {} for a run without any."""
+        return dict(self.state.get("parts", {}))
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """Weights, optimizer state and generator of a moment, in memory; may be restored any number of times."""
+
+    model: dict[str, Any]
+    optimizer: dict[str, Any]
+    rng: Tensor
+
+    @classmethod
+    def of(cls, model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> Snapshot:
+        return cls(copy.deepcopy(model.state_dict()), copy.deepcopy(optimizer.state_dict()), torch.get_rng_state())
+
+    def restore(self, model: torch.nn.Module, optimizer: torch.optim.Optimizer | None = None) -> None:
+        model.load_state_dict(self.model)
+        if optimizer is not None:
+            optimizer.load_state_dict(copy.deepcopy(self.optimizer))
+            torch.set_rng_state(self.rng)
+
 
 def folder_of(run: Path, step: int) -> Path:
     return run / "checkpoints" / f"step-{step:08d}"
@@ -79,9 +118,14 @@ def save(
     dev_bits_per_byte: float | None,
     keep_last: int,
     keep_best: int,
+    parts: Mapping[str, Any] | None = None,
 ) -> Path:
-    """Write the checkpoint of `step`, then remove those that neither `keep_last` nor `keep_best` holds."""
+    """Write the checkpoint of `step`, then remove those that neither `keep_last` nor `keep_best` holds.
+
+    `parts` is what the run's parts remember; ConfigError where that is not JSON.
+    """
     tensors, scalars = _optimizer_state(optimizer)
+    remembered = {"parts": _plain(parts)} if parts else {}
 
     def fill(folder: Path) -> None:
         save_file({k: v.contiguous() for k, v in model.state_dict().items()}, folder / FILES[0])
@@ -96,6 +140,7 @@ def save(
             "optimizer": scalars,
             "rng": base64.b64encode(torch.get_rng_state().numpy().tobytes()).decode(),
             "sha256": {name: sha256(folder / name) for name in FILES},
+            **remembered,
         }
         (folder / "state.json").write_text(json.dumps(seal(state), indent=1))
 
@@ -127,6 +172,7 @@ def open_checkpoint(path: Path) -> Checkpoint:
     if state.get("schema") != SCHEMA:
         raise ArtifactError(f"{path}: schema {state.get('schema')!r}, this version reads {SCHEMA}")
     wrong = [name for name, kind in _TYPES.items() if type(state.get(name)) is not kind]
+    wrong += [] if isinstance(state.get("parts", {}), dict) else ["parts"]
     if wrong or set(state["sha256"]) != set(FILES) or not {"groups", "scalars"} <= set(state["optimizer"]):
         raise ArtifactError(f"{path / 'state.json'} is damaged: {wrong[0] if wrong else 'sha256 or optimizer'}")
     if path.name != folder_of(path, state["step"]).name:
@@ -199,6 +245,17 @@ def _load_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]
         index, _, key = name.partition(".")
         state.setdefault(int(index), {})[key] = tensor
     optimizer.load_state_dict({"state": state, "param_groups": scalars["groups"]})
+
+
+def _plain(parts: Mapping[str, Any]) -> dict[str, Any]:
+    """`parts` as JSON gives it back."""
+    found = {}
+    for name, state in parts.items():
+        try:
+            found[name] = json.loads(json.dumps(state))
+        except (TypeError, ValueError) as error:
+            raise ConfigError(f"{name}: its state() must be text, numbers, lists and dicts ({error})") from None
+    return found
 
 
 def _prune(run: Path, keep_last: int, keep_best: int) -> None:

@@ -89,3 +89,11 @@ def _token_nats(model: KernelLM, hidden_ND: Tensor, targets_N: Tensor, chunk: in
 def bits_per_byte(nats: Sequence[np.ndarray], byte_length: np.ndarray) -> float:
     """Total bits over total bytes."""
     return float(sum(float(n.sum(dtype=np.float64)) for n in nats) / math.log(2) / float(np.sum(byte_length)))
+
+
+def evaluate(model: KernelLM, dev: TokenCache, max_bytes: int, precision: str) -> float:
+    """Bits per byte on the first documents of `dev` that together reach `max_bytes`."""
+    count = int(np.searchsorted(np.cumsum(dev.byte_length), max_bytes)) + 1
+    documents = np.arange(min(count, len(dev.byte_length)))
+    nats = score(model, dev, documents, stride=model.config.context, precision=precision)
+    return bits_per_byte(nats, dev.byte_length[documents])

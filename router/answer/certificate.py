@@ -32,10 +32,10 @@ from numpy.typing import NDArray
 
 from constellation.errors import ArtifactError
 from router.answer import count_codec
-from router.answer.mixture import MIXED, Weights, weights
 from router.answer.view import View
 from router.decide.counts import SPAN
 from router.decide.fisher_rao import Router
+from router.decide.mixture import MIXED, Weights, weights
 from router.decide.policy import ABSTAINED, Choice, decide, kernel_name
 from router.decide.stream import Stream
 

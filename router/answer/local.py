@@ -1,23 +1,33 @@
-"""All kernels in this process: the laptop's version of the seam, and the oracle of the one made of actors."""
+"""All kernels in this process, each with an engine that batches its callers: the laptop's version of `Kernels`."""
 
 from __future__ import annotations
 
+import asyncio
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from constellation.config import OCEAN, ROLES, Decode
+from constellation import roster
+from constellation.config import Decode
 from constellation.coordizer.tokenizer import Tokenizer
+from constellation.decoding.sample import Scored
 from constellation.errors import ConfigError
 from constellation.kernel.model import KernelLM
 from constellation.train.checkpoint import load_model, steps_on_disk
-from router.answer.turn import Answerer
+from router.answer.concurrency import Post
+from router.answer.packet import Packet
+from router.answer.turn import Answerer, Ear
 
 
 class LocalKernels:
-    """Kernels by name; one that has to be loaded is loaded when it is asked for the first time."""
+    """Kernels by name (`Kernels` of kernels.py); each is loaded when it is asked for the first time.
+
+    They decode in threads of their own (constellation/decoding/engine.py), beside the event loop.
+    """
 
     def __init__(
         self,
@@ -27,11 +37,13 @@ class LocalKernels:
     ):
         self._models, self._tokenizer, self._decode = dict(models), tokenizer, decode or Decode()
         self._answerers: dict[str, Answerer] = {}
+        self._loading = threading.Lock()
+        self._post: Post | None = None
 
     @classmethod
     def from_run(cls, run: Path, device: str = "cpu", decode: Decode | None = None) -> LocalKernels:
         """The kernels of a run folder that have a checkpoint."""
-        trained = [name for name in (OCEAN, *ROLES) if steps_on_disk(run / name)]
+        trained = [name for name in (roster.OCEAN, *roster.names(roster.MOST)) if steps_on_disk(run / name)]
 
         def loader(name: str) -> Callable[[], KernelLM]:
             return lambda: load_model(run / name, device)
@@ -46,22 +58,57 @@ class LocalKernels:
     def loaded(self) -> tuple[str, ...]:
         return tuple(self._answerers)
 
-    def turns(self, work: Mapping[str, Sequence[bytes]], budget_bytes: int) -> dict[str, list[bytes]]:
-        return {name: self.answerer(name).turn(packets, budget_bytes) for name, packets in work.items()}
+    async def load(self) -> None:
+        """All of them now, so that nobody's first token waits for it."""
+        for name in self.names:
+            await self._answerer(name)
 
-    def bits(self, kernel: str, packet: bytes, count: int) -> float:
-        return self.answerer(kernel).bits(packet, count)
+    async def turn(self, kernel: str, packet: Packet, budget_bytes: int, ear: Ear | None = None) -> Packet:
+        answerer, loop = await self._answerer(kernel), asyncio.get_running_loop()
+        if self._post is None or self._post.loop is not loop:
+            self._post = Post(loop)
+        post, ended = self._post, loop.create_future()
 
-    def log_probs(self, kernel: str, windows: Sequence[Sequence[int]], tail: int) -> NDArray[np.float32]:
-        return self.answerer(kernel).log_probs(windows, tail)
+        def end() -> None:
+            if not ended.done():
+                ended.set_result(None)
+
+        def tell(*news: Any) -> None:
+            post(lambda: None if ended.done() or ear is None else ear(*news))
+
+        turn = answerer.begin(packet, budget_bytes, tell if ear else None)
+        turn.add_done_callback(lambda done: post(end))
+        try:
+            await ended
+        finally:
+            turn.cancel()  # when it has ended: nothing
+        return turn.result()
+
+    async def bits(self, kernel: str, packet: bytes, count: int) -> float:
+        return await asyncio.wrap_future((await self._answerer(kernel)).submit_bits(packet, count))
+
+    async def log_probs(self, kernel: str, windows: Sequence[Sequence[int]], tail: int) -> NDArray[np.float32]:
+        return await asyncio.wrap_future((await self._answerer(kernel)).submit_log_probs(windows, tail))
+
+    async def score(
+        self, kernel: str, windows: Sequence[Sequence[int]], top: int, tail: int | None = None
+    ) -> list[list[Scored]]:
+        return await asyncio.wrap_future((await self._answerer(kernel)).submit_score(windows, top, tail))
+
+    async def stats(self) -> dict[str, dict[str, Any]]:
+        return {name: self._answerers[name].stats() for name in self.loaded}
 
     def answerer(self, name: str) -> Answerer:
-        if name not in self._answerers:
-            if name not in self._models:
-                raise ConfigError(f"no kernel {name!r}; there is {', '.join(self.names)}")
-            model = self._models[name]
-            model = model if isinstance(model, KernelLM) else model()
-            self._answerers[name] = Answerer(
-                model, self._tokenizer, slots=self._decode.slots, precision=self._decode.precision
-            )
-        return self._answerers[name]
+        """The kernel called `name`, loaded if it is not yet; from any thread. ConfigError if there is none."""
+        with self._loading:
+            if name not in self._answerers:
+                if name not in self._models:
+                    raise ConfigError(f"no kernel {name!r}; there is {', '.join(self.names)}")
+                model, decode = self._models[name], self._decode
+                model = model if isinstance(model, KernelLM) else model()
+                made = Answerer(model, self._tokenizer, slots=decode.slots, precision=decode.precision)
+                self._answerers[name] = made
+            return self._answerers[name]
+
+    async def _answerer(self, name: str) -> Answerer:
+        return self._answerers[name] if name in self._answerers else await asyncio.to_thread(self.answerer, name)

@@ -3,13 +3,13 @@
     look -> turn of W bytes -> text -> look at all bytes so far -> the same kernels, or a hand-off -> ...
 
 `live` is a generator without any transport in it. It yields lists of calls (`Turn`, `Reading`, `Bits`), is sent
-their results, and yields a `Piece` for every stretch of new text; it returns the `Answer`. Two drivers carry
-it: session.py for a batch in one thread, service.py for many requests at once. So both give the same tokens.
+their results, and yields a `Piece` for every stretch of new text; it returns the `Answer`. Its driver is service.py,
+for the command line, Python and HTTP alike.
 
 A driver that learns of a turn's tokens while it is under way lets `hear` them and sends what `tell` makes of them; the
 turn's own piece is then the rest. Looks are where turns end, whoever listens.
 
-All state of a request travels in its packet, a turn has none: kernels may die or move between turns.
+All that a kernel needs of a request travels in its packet, a turn has no state: kernels may die or move between turns.
 
 **Kernels that answer together** would have to be asked for every token. Instead the heaviest of them drafts a
 stretch, all read it at once, and the token of their mixture is drawn at each place with the number u(seed, position)
@@ -27,18 +27,19 @@ from typing import Any
 
 import numpy as np
 
-from constellation.config import OCEAN, Config
+from constellation.config import Config
 from constellation.coordizer.tokenizer import Tokenizer
 from constellation.decoding.sample import Sampling, Scored
 from constellation.errors import ConfigError, RunError
+from constellation.roster import OCEAN
 from router.answer.certificate import Ledger
 from router.answer.joint import Pen
-from router.answer.mixture import MIXED, Weights, combine, weights
 from router.answer.packet import Packet
 from router.answer.text import ShownText
 from router.answer.turn import step_of
 from router.answer.view import Look, View
 from router.decide.fisher_rao import Router
+from router.decide.mixture import MIXED, Weights, combine, weights
 from router.decide.policy import FIRST, Policy
 
 ROUTE = "route"
@@ -175,7 +176,6 @@ class Life:
         self.packet = Packet(ask.request or str(number), ask.mode, self.opening, ask.sampling)
         self._read(prompt)
         self._look()
-        self.packet.check(self.view.names if self.view else ())
 
     def live(self) -> Steps:
         """Yields calls, is sent their results; yields pieces, is sent nothing; returns the answer."""
@@ -245,7 +245,7 @@ class Life:
         self.looks.append(replace(look, weights=self.panel))
         if self.kernels and look.kernel != before and self.ask.mode == ROUTE:
             self.hand_offs.append(HandOff(self.num_bytes, before, look.kernel))
-        self.packet = replace(self.packet, kernel=look.kernel, **self.view.carried())
+        self.packet = replace(self.packet, kernel=look.kernel)
 
     def hear(self, position: int, tokens: tuple[int, ...], scores: tuple[Scored, ...] = ()) -> None:
         """Tokens of the turn under way, the first of which is number `position` of the answer.

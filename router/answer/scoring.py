@@ -14,14 +14,14 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from constellation.config import OCEAN, Config, Kernel
+from constellation.config import Config, Kernel
 from constellation.coordizer.tokenizer import Tokenizer
 from constellation.decoding.sample import scored
-from router.answer.kernels import AsyncKernels
-from router.answer.mixture import MIXED, Weights, combine, weights
-from router.answer.room import Room
-from router.answer.together import together
+from constellation.roster import OCEAN
+from router.answer.concurrency import Room, together
+from router.answer.kernels import Kernels
 from router.decide.evaluate import look_in_force
+from router.decide.mixture import MIXED, Weights, combine, weights
 from router.decide.policy import Policy, decide, kernel_name
 
 ROUTE = "route"
@@ -77,7 +77,7 @@ def spans(panels: Sequence[Weights], context: int) -> Iterator[tuple[int, int, i
 class Reader:
     """Texts read by kernels together, of whose log-probabilities no more than `HELD_BYTES` are here at once."""
 
-    def __init__(self, kernels: AsyncKernels, config: Kernel):
+    def __init__(self, kernels: Kernels, config: Kernel):
         self.kernels, self.config, self._room = kernels, config, Room(HELD_BYTES)
 
     def room(self, positions: int) -> AbstractAsyncContextManager[None]:

@@ -24,8 +24,9 @@ from constellation.coordizer.tokenizer import Tokenizer
 from constellation.decoding.sample import Scored as KernelScored
 from constellation.errors import ConfigError
 from router.answer.certificate import Ledger
+from router.answer.concurrency import together
 from router.answer.encoding import encoded
-from router.answer.kernels import AsyncKernels
+from router.answer.kernels import Kernels
 from router.answer.query import (
     ROUTE,
     Answer,
@@ -42,7 +43,6 @@ from router.answer.query import (
     read_prompt,
 )
 from router.answer.scoring import Reader, Scored, panels
-from router.answer.together import together
 from router.answer.turn import Ear
 from router.answer.view import View
 from router.decide.fisher_rao import Router
@@ -66,7 +66,7 @@ class Service:
         config: Config,
         policy: Policy | None,
         tokenizer: Tokenizer,
-        kernels: AsyncKernels,
+        kernels: Kernels,
         *,
         name: str = "constellation",
         created: int = 0,
@@ -85,8 +85,11 @@ class Service:
         check(ask, self.policy, self.kernels.names)
         Life("", ask, self.policy, self.tokenizer, self.config)
 
-    async def stream(self, ask: Ask) -> AsyncGenerator[Piece | Answer, None]:
-        """The pieces of the answer as they come, then the `Answer`. Leaving early frees what it took."""
+    async def stream(self, ask: Ask, early: bool = True) -> AsyncGenerator[Piece | Answer, None]:
+        """The pieces of the answer as they come, then the `Answer`. Leaving early frees what it took.
+
+        Pieces come while a turn is under way, or, unless `early`, at its end, which costs less.
+        """
         check(ask, self.policy, self.kernels.names)
         with self._working() as work:
             life = Life(ask.request or work, replace(ask, request=work), self.policy, self.tokenizer, self.config)
@@ -104,6 +107,9 @@ class Service:
                         yield step
                         step = next(steps)
                         continue
+                    if not early:
+                        step = steps.send(await self._fetch(step, None))
+                        continue
                     fetching = asyncio.ensure_future(self._fetch(step, hear))
                     fetching.add_done_callback(lambda _: came.set())
                     while not fetching.done():
@@ -119,6 +125,12 @@ class Service:
                 if fetching and not fetching.done():
                     fetching.cancel()
                     await asyncio.gather(fetching, return_exceptions=True)
+
+    async def answer(self, ask: Ask) -> Answer:
+        """The answer alone, once it is whole."""
+        *_, answer = [step async for step in self.stream(ask, early=False)]
+        assert isinstance(answer, Answer)
+        return answer
 
     async def score(
         self, tokens: Sequence[int], mode: str = ROUTE, top: int = 0, top_k: int = 3
@@ -203,7 +215,7 @@ class Service:
         finally:
             self._under_way.discard(work)
 
-    async def _fetch(self, calls: Sequence[Call], hear: Ear) -> list[Any]:
+    async def _fetch(self, calls: Sequence[Call], hear: Ear | None) -> list[Any]:
         """The results of all calls."""
         positions = sum(call.tail for call in calls if isinstance(call, Reading))
         if not positions:
@@ -211,7 +223,7 @@ class Service:
         async with self._reader.room(positions):
             return await together([self._call(call, hear) for call in calls])
 
-    async def _call(self, call: Call, hear: Ear) -> Any:
+    async def _call(self, call: Call, hear: Ear | None) -> Any:
         if isinstance(call, Turn):
             return await self.kernels.turn(call.kernel, call.packet, call.budget_bytes, None if call.draft else hear)
         if isinstance(call, Bits):

@@ -1,4 +1,4 @@
-"""One turn of one kernel: packets in, the same packets some bytes of text further out.
+"""One turn of one kernel: a packet in, the same packet some bytes of text further out.
 
 A turn has no memory that changes its outcome. The kernel decodes the token window of each packet until the packet has
 `budget_bytes` new bytes, a stop, the end of the text or its last token. So a turn may be repeated, a packet may be
@@ -55,12 +55,6 @@ class Answerer:
         batch = Batch(model, slots=slots, precision=precision, bias_V=bias_V, ends=(tokenizer.eos,))
         self.engine = Engine(batch)
 
-    def turn(self, packets: Sequence[bytes], budget_bytes: int) -> list[bytes]:
-        """The packets after one turn; one that is finished comes back as it is."""
-        rows = [Row(Packet.decode(data), self.context, self.tokenizer, budget_bytes) for data in packets]
-        works = [row.work for row in rows if not row.packet.finish]
-        return self.engine.submit(works, lambda: [row.result().encode() for row in rows]).result()
-
     def begin(self, packet: Packet, budget_bytes: int, ear: Ear | None = None) -> Future[Packet]:
         """The packet after one turn, taken together with whatever else is under way. From any thread.
 
@@ -71,18 +65,9 @@ class Answerer:
         return self.engine.submit([] if packet.finish else [row.work], row.result)
 
     def submit(self, packet: bytes, budget_bytes: int, ear: Ear | None = None) -> Future[bytes]:
-        """The same for a packet that travels."""
+        """The same for a packet that travels; one that is finished comes back as it is."""
         row = Row(Packet.decode(packet), self.context, self.tokenizer, budget_bytes, ear)
         return self.engine.submit([] if row.packet.finish else [row.work], lambda: row.result().encode())
-
-    def score(self, windows: Sequence[Sequence[int]], top: int, tail: int | None = None) -> list[list[Scored]]:
-        return self.submit_score(windows, top, tail).result()
-
-    def log_probs(self, windows: Sequence[Sequence[int]], tail: int) -> NDArray[np.float32]:
-        return self.submit_log_probs(windows, tail).result()
-
-    def bits(self, packet: bytes, count: int) -> float:
-        return self.submit_bits(packet, count).result()
 
     def submit_score(
         self, windows: Sequence[Sequence[int]], top: int, tail: int | None = None

@@ -19,9 +19,9 @@ import numpy as np
 from constellation.coordizer.tokenizer import Tokenizer
 from constellation.errors import ArtifactError
 from router.answer.certificate import DIGITS, Replay, digest_of, replay
-from router.answer.mixture import MIXED
 from router.decide.counts import SPAN, trigrams
 from router.decide.fisher_rao import Router
+from router.decide.mixture import MIXED
 
 REPLACED = "\ufffd"  # a byte that belongs to no character, as text shows it
 

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
-from router.answer.packet import Unpacked
 from router.decide.fisher_rao import Router
 from router.decide.policy import ABSTAINED, Choice, Policy, Trajectory, decide, kernel_name
 from router.decide.stream import Stream
@@ -60,31 +58,12 @@ class View:
             reason=choice.reason,
         )
 
-    def carried(self) -> dict[str, Any]:
-        """The view as a packet holds it."""
-        assert self.choice is not None
-        return {
-            "text_bytes": self.stream.bytes_seen,
-            "counts": Unpacked(self.stream.counts.copy()) if isinstance(self.stream, Stream) else b"",
-            "tail": self.stream.tail,
-            "z": self.choice.z.astype("<f4").tobytes(),
-            "posterior": self.choice.posterior.astype("<f4").tobytes(),
-        }
-
 
 class WholeText:
     """Any policy's view of a text, read anew at each look: the oracle of `Stream`."""
 
     def __init__(self, policy: Policy):
         self.policy, self.text = policy, b""
-
-    @property
-    def bytes_seen(self) -> int:
-        return len(self.text)
-
-    @property
-    def tail(self) -> bytes:
-        return self.text[-2:]
 
     def update(self, data: bytes) -> None:
         self.text += data

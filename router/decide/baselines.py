@@ -24,9 +24,9 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy import sparse
 
-from constellation.config import ROLES
 from constellation.config import Router as Settings
 from constellation.errors import ArtifactError, ConfigError
+from constellation.roster import ROLES
 from constellation.storage import array_file
 from router.decide.clustering import SAMPLE_BYTES, sample, spherical
 from router.decide.partition import balanced

@@ -5,7 +5,8 @@ table. The weight of a token uses only bytes before it: the decision in force at
 one made at or before s, and before the first one OCEAN answers.
 
     routed           the kernel in force, one active at a time
-    mixture_K        sum over the K likeliest kernels of w_k p_k(token), w the posterior in force, renormalised
+    mixture_K        sum over the K likeliest kernels of w_k p_k(token), w the posterior in force, renormalised: the
+                     weights and the sum are those of the mode `mixture` (mixture.py)
     ocean            the generalist alone
     alone:<role>     one kernel on everything
     uniform          all kernels, equal weights
@@ -23,6 +24,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from router.decide.mixture import MIXTURE, mean, weight_table
 from router.decide.policy import ABSTAINED, Policy, Trajectory, decide
 
 LN2 = math.log(2)
@@ -69,19 +71,8 @@ def choose(scores: Scores, kernel_N: NDArray[np.int64]) -> NDArray[np.float32]:
 
 
 def mix(scores: Scores, log_weight_KN: NDArray[np.floating]) -> NDArray[np.float64]:
-    """-log sum_k w_k p_k: probabilities are averaged, never logits."""
-    joint = log_weight_KN - scores.kernels_KN
-    top = joint.max(axis=0)
-    return -(top + np.log(np.exp(joint - top).sum(axis=0)))
-
-
-def top_k_log_weights(posterior_PK: NDArray[np.floating], k: int) -> NDArray[np.float64]:
-    """Log posterior of the k likeliest kernels of each row, renormalised; -inf elsewhere."""
-    log_PK = np.log(np.maximum(posterior_PK.astype(np.float64), 1e-300))
-    if k < log_PK.shape[1]:
-        floor = np.partition(log_PK, -k, axis=1)[:, -k, None]
-        log_PK = np.where(log_PK >= floor, log_PK, -np.inf)
-    return log_PK - np.logaddexp.reduce(log_PK, axis=1, keepdims=True)
+    """-log sum_k w_k p_k of each token: probabilities are averaged, never logits."""
+    return -mean(MIXTURE, -scores.kernels_KN, log_weight_KN)
 
 
 def answers(
@@ -97,8 +88,9 @@ def answers(
     out: dict[str, NDArray[np.floating]] = {"routed": choose(scores, kernel_N)}
     posterior = np.concatenate([t.posterior for t in trajectories])
     for k in mixtures:
-        weights = top_k_log_weights(posterior, k)[np.maximum(look_N, 0)].T
-        out[f"mixture_{k}"] = np.where(abstained, scores.ocean_N, mix(scores, weights))
+        with np.errstate(divide="ignore"):
+            log_weights = np.log(weight_table(scores.names, posterior, k))[np.maximum(look_N, 0)].T
+        out[f"mixture_{k}"] = np.where(abstained, scores.ocean_N, mix(scores, log_weights))
     out["ocean"] = scores.ocean_N
     for k, name in enumerate(scores.names):
         out[f"alone:{name}"] = scores.kernels_KN[k]

@@ -19,8 +19,7 @@ import torch
 from numpy.typing import NDArray
 from scipy import sparse
 
-from constellation import config
-from constellation.config import ROLES
+from constellation import config, roster
 from constellation.errors import ConfigError, DataError
 from constellation.geometry import e8, sphere
 from router.decide import counts
@@ -40,12 +39,12 @@ def fit(
     settings: config.Router,
     *,
     seed: int,
-    names: Sequence[str] = ROLES,
+    names: Sequence[str] = roster.ROLES,
     validation: Sequence[bytes],
 ) -> Router:
     """A router of `len(names)` kernels for text like `texts`; temperatures come from `validation`.
 
-    Kernels named after roles get the roles' simple roots, others distinct roots among the 240. Same input, same
+    Kernels of the roster get their own roots, others distinct roots among the 240. Same input, same
     router, bit for bit (on one machine).
     """  # fmt: skip
     k, rng = len(names), np.random.default_rng(seed)
@@ -169,11 +168,11 @@ def _addresses(
 ) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
     """Which cluster each name gets, (K,), and the names' roots, (K, 8).
 
-    Roles keep their simple roots: Procrustes and assignment decide which cluster is HEART. Other names take what the
-    match gives them.
+    Kernels of the roster keep their roots: Procrustes and assignment decide which cluster is HEART. Other names take
+    what the match gives them.
     """
-    known = all(name in ROLES for name in names)
-    among = np.array([e8.role_root(name) for name in names]) if known else None
+    known = all(map(roster.is_kernel, names))
+    among = np.array([roster.root_index(name) for name in names]) if known else None
     placed = np.where(np.linalg.norm(charts, axis=1, keepdims=True) > 0, charts, np.eye(CHART)[0])
     found = e8.match_roots(placed, among=among, seed=seed)
     if among is None:

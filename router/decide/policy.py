@@ -15,7 +15,7 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 from numpy.typing import NDArray
 
-from constellation.config import OCEAN
+from constellation.roster import OCEAN
 
 ABSTAINED = -1  # index of OCEAN among the decisions
 FIRST = 16  # bytes before the first look, and between looks until W: a text's beginning is the generalist's no longer

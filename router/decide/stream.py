@@ -34,7 +34,7 @@ class Stream:
 
     @classmethod
     def resumed(cls, router: Router, counts_B: NDArray[np.int64], tail: bytes) -> Stream:
-        """The stream that had counted `counts_B` and ended with `tail`, as a packet carries them."""
+        """The stream that had counted `counts_B` and ended with `tail`, as a certificate tells them."""
         stream = cls(router)
         bins = np.flatnonzero(counts_B)
         stream._add(bins, counts_B[bins])

@@ -16,9 +16,9 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from constellation.coordizer.tokenizer import SPECIALS
+from router.answer.concurrency import together
 from router.answer.encoding import beside, encoded
 from router.answer.service import Answer, Piece, Service
-from router.answer.together import together
 from router.http import responses
 from router.http.chat import JINJA
 from router.http.constrained import allowed, chosen, nothing

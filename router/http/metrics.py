@@ -33,7 +33,7 @@ from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
 from prometheus_client.metrics_core import GaugeMetricFamily, Metric
 
 if TYPE_CHECKING:
-    from router.answer.session import Answer
+    from router.answer.query import Answer
 
 WINDOW_S = 10.0  # of tokens per second
 CLIENT_LEFT = 499  # nginx's number for a client that closed the connection

@@ -25,8 +25,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from constellation.config import OCEAN
 from constellation.geometry import e8
+from constellation.roster import OCEAN
 from router.decide.fisher_rao import CHART, Router
 from router.decide.policy import Policy
 

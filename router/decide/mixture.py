@@ -9,6 +9,7 @@ mean; of more it is the one that iteration for that mean starts from (geometry/s
 Between p_k that share no token the mixture keeps all of them, and so does the barycenter, nearer to uniform weights.
 
 Values: one kernel gives that kernel; equal p_k give p_k; a token impossible for all stays impossible.
+`weights` and `mean` are also what an evaluation weighs and sums by (evaluate.py): evaluated is what is served.
 Sums run over kernels in the order of their names, so no order of kernels changes a bit.
 Reference: Rao (1945) for the geometry; c-BTM, Gururangan et al. (2023), for mixtures by posterior.
 
@@ -38,15 +39,29 @@ def weights(names: Sequence[str], posterior_K: NDArray[np.floating], k: int) -> 
     return tuple((names[i], float(p_K[i] / total)) for i in best)
 
 
+def weight_table(names: Sequence[str], posterior_PK: NDArray[np.floating], k: int) -> NDArray[np.float64]:
+    """`weights` of each of P decisions, in the order of `names`, (P, K); 0 for kernels that are not asked."""
+    place, table_PK = {name: i for i, name in enumerate(names)}, np.zeros(posterior_PK.shape)
+    for row_K, posterior_K in zip(table_PK, posterior_PK):
+        for name, weight in weights(names, posterior_K, k):
+            row_K[place[name]] = weight
+    return table_PK
+
+
+def mean(mode: str, log_p_K: NDArray[np.floating], log_w_K: NDArray[np.floating]) -> NDArray[np.float64]:
+    """The sum over kernels, the first axis, that `mode` is named for, before it is normalised; -inf weighs nothing."""
+    power = 1.0 if mode == MIXTURE else 2.0
+    terms_K = log_p_K / power + log_w_K
+    top = terms_K.max(axis=0)
+    sure = np.where(np.isfinite(top), top, 0.0)  # -inf - -inf would be NaN
+    with np.errstate(divide="ignore"):
+        found: NDArray[np.float64] = power * (sure + np.log(np.exp(terms_K - sure).sum(axis=0)))
+    return found
+
+
 def combine(mode: str, log_p_KTV: NDArray[np.floating], weight_K: ArrayLike) -> NDArray[np.float64]:
     """Log-probabilities of `mode`, "mixture" or "barycenter", (T, V); every row's probabilities sum to 1."""
-    power = 1.0 if mode == MIXTURE else 2.0
-    log_w_K = np.log(np.asarray(weight_K, np.float64))
-    terms_KTV = log_p_KTV / power + log_w_K[:, None, None]
-    top_TV = terms_KTV.max(axis=0)
-    sure_TV = np.where(np.isfinite(top_TV), top_TV, 0.0)  # -inf - -inf would be NaN
-    with np.errstate(divide="ignore"):
-        log_p_TV = power * (sure_TV + np.log(np.exp(terms_KTV - sure_TV).sum(axis=0)))
+    log_p_TV = mean(mode, log_p_KTV, np.log(np.asarray(weight_K, np.float64))[:, None, None])
     top_T1 = log_p_TV.max(axis=1, keepdims=True)
     found: NDArray[np.float64] = log_p_TV - top_T1 - np.log(np.exp(log_p_TV - top_T1).sum(axis=1, keepdims=True))
     return found

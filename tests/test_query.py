@@ -10,23 +10,26 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from constellation.config import OCEAN, Config, Kernel
+from constellation.config import Config, Kernel
 from constellation.config import Router as RouterConfig
 from constellation.coordizer.tokenizer import Tokenizer
 from constellation.decoding.decode import decode_naive
 from constellation.decoding.sample import Sampling
 from constellation.errors import ArtifactError, ConfigError
 from constellation.kernel.model import KernelLM
+from constellation.roster import OCEAN
 from constellation.train import checkpoint
 from router.answer.local import LocalKernels
 from router.answer.packet import Packet
-from router.answer.session import Answer, Chunk, HandOff, Request, generate
+from router.answer.query import Ask, HandOff
+from router.answer.service import Service
 from router.answer.text import ShownText
 from router.answer.turn import Answerer
 from router.answer.verify import Told, verify
 from router.answer.view import WholeText
 from router.decide.fit import fit
 from router.decide.policy import Choice, looks
+from tests.asking import streams, untimed
 from tests.kernels import random_kernel
 
 NAMES = ("heart", "memory", "action")
@@ -75,30 +78,18 @@ class ByteSums:
 POLICY = ByteSums()
 
 
-def answers(requests, policy=POLICY, kernels=None, config=CONFIG, **options):
-    return run(requests, policy, kernels, config, **options)[1]
+def answers(requests, policy=POLICY, kernels=None, config=CONFIG):
+    return run(requests, policy, kernels, config)[1]
 
 
-def run(requests, policy=POLICY, kernels=None, config=CONFIG, **options):
+def run(requests, policy=POLICY, kernels=None, config=CONFIG):
     """The streamed text of every request, and its answer."""
-    streamed, done = [""] * len(requests), {}
-    for event in generate(policy, kernels or local(), TOKENIZER, requests, config, **options):
-        if isinstance(event, Chunk):
-            assert event.text
-            assert event.request not in done
-            streamed[event.request] += event.text
-        else:
-            assert isinstance(event, Answer)
-            done[event.request] = event
-    return streamed, [done[i] for i in range(len(requests))]
+    found = streams(Service(config, policy, TOKENIZER, kernels or local()), requests)
+    return ["".join(piece.text for piece in pieces) for pieces, _ in found], [answer for _, answer in found]
 
 
 def ask(prompt, mode="route", **sampling):
-    return Request(prompt, Sampling(**{"max_new_tokens": 50, **sampling}), mode)
-
-
-def untimed(answer, **changes):
-    return dataclasses.replace(answer, request=0, seconds=0.0, seconds_per_token=0.0, **changes)
+    return Ask(prompt, Sampling(**{"max_new_tokens": 50, **sampling}), mode)
 
 
 REQUESTS = [
@@ -131,7 +122,7 @@ def test_a_kernel_alone_writes_what_whole_forward_passes_write():
         s = Sampling(seed=seed, max_new_tokens=49 - len(window))  # so many fit before a window has to be cut
         silent = [i for i in range(336) if i and (i >= TOKENIZER.vocab_size or not TOKENIZER.token_bytes[i])]
         naive = decode_naive(_without(MODELS["heart"], silent), window, s)
-        (answer,) = answers([Request("the quick", s, "heart")], None)
+        (answer,) = answers([Ask("the quick", s, "heart")], None)
         ended = naive.index(0) + 1 if 0 in naive else len(naive)
         assert list(answer.token_ids) == naive[:ended]
 
@@ -172,7 +163,7 @@ def test_a_seed_fixes_the_answer_and_another_one_changes_it():
 
 
 def turn(kernel, packet, budget=EVERY):
-    return local().turns({kernel: [packet]}, budget)[kernel][0]
+    return local().answerer(kernel).submit(packet, budget).result()
 
 
 def first_packet(prompt="the quick brown fox", kernel="heart", **sampling):
@@ -195,10 +186,10 @@ def test_a_request_that_went_away_and_came_back_goes_on_as_if_it_had_never_left(
 
 def test_a_turn_may_be_repeated_and_taken_by_another_process():
     packet = first_packet(seed=4)
-    shared = local()
+    shared = local().answerer("heart")
     for _ in range(4):
-        after = shared.turns({"heart": [packet]}, EVERY)["heart"][0]
-        assert shared.turns({"heart": [packet]}, EVERY)["heart"][0] == after == turn("heart", packet)
+        after = shared.submit(packet, EVERY).result()
+        assert shared.submit(packet, EVERY).result() == after == turn("heart", packet)
         packet = after
 
 
@@ -226,28 +217,23 @@ def test_a_finished_packet_stays_as_it_is():
 
 def test_neighbours_in_a_turn_change_nothing():
     packets = [first_packet("the lazy dog " * n, seed=n, temperature=n % 3 / 2) for n in range(1, 7)]
-    together = local().turns({"heart": packets}, EVERY)["heart"]
-    assert together == [turn("heart", p) for p in packets]
+    shared = local().answerer("heart")
+    turns = [shared.submit(packet, EVERY) for packet in packets]
+    assert [one.result() for one in turns] == [turn("heart", p) for p in packets]
 
 
-class Wire:
+class Wire(LocalKernels):
     """Kernels behind a wire: what crosses it is looked at."""
 
     def __init__(self):
-        self.inner, self.seen = local(), []
+        super().__init__(MODELS, TOKENIZER)
+        self.seen = []
 
-    @property
-    def names(self):
-        return self.inner.names
-
-    def turns(self, work, budget_bytes):
-        out = self.inner.turns(work, budget_bytes)
-        self.seen += [data for side in (work, out) for packets in side.values() for data in packets]
-        assert all(Packet.decode(data).kernel == name for name, packets in work.items() for data in packets)
-        return out
-
-    def bits(self, kernel, packet, count):
-        return self.inner.bits(kernel, packet, count)
+    async def turn(self, kernel, packet, budget_bytes, ear=None):
+        assert packet.kernel == kernel
+        after = await super().turn(kernel, Packet.decode(packet.encode()), budget_bytes, ear)
+        self.seen += [packet.encode(), after.encode()]
+        return Packet.decode(after.encode())
 
 
 def test_packets_survive_the_wire_at_every_turn_and_stay_small():
@@ -393,7 +379,7 @@ def test_hysteresis_keeps_a_kernel():
 
 def test_bits_lost_are_those_of_the_target_minus_those_of_the_source():
     request = ask("the quick brown fox", seed=1, max_new_tokens=30)
-    (plain,), (answer,) = answers([request]), answers([request], measure_hand_offs=True)
+    (plain,), (answer,) = answers([request]), answers([dataclasses.replace(request, measure=True)])
     assert answer.hand_offs
     assert untimed(answer, hand_offs=()) == untimed(plain, hand_offs=())
     assert all(isinstance(h, HandOff) and np.isfinite(h.bits_lost) for h in answer.hand_offs)
@@ -453,7 +439,7 @@ def test_a_text_read_anew_is_what_the_policy_says_of_all_of_it():
 def test_an_impossible_request_is_refused_before_anything_is_decoded(policy, request_, wanted):
     with pytest.raises(ConfigError, match=wanted):
         kernels = local({name: MODELS[name] for name in (OCEAN, "heart", "memory")})
-        generate(policy, kernels, TOKENIZER, [ask("fine", mode="heart"), request_], CONFIG)
+        Service(CONFIG, policy, TOKENIZER, kernels).check(request_)
 
 
 # -- the kernels of this process ---------------------------------------------------------------------------------------
@@ -465,7 +451,7 @@ def test_a_kernel_is_loaded_when_it_is_asked_for():
     answers([ask("x", mode="memory")], None, kernels)
     assert kernels.loaded == ("memory",)
     with pytest.raises(ConfigError, match="'nobody'"):
-        kernels.turns({"nobody": []}, EVERY)
+        kernels.answerer("nobody")
 
 
 def test_kernels_come_from_a_run_folder(tmp_path):

@@ -1,0 +1,1 @@
+"""How a run is doing, and what is done about it."""
