@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from constellation.errors import ConfigError
 from constellation.optim.adaptive import AdaptiveMixedQIG
 from constellation.optim.gate import AdaptiveConfig
-from constellation.optim.hybrid import HybridGeometricOptimizer
 from constellation.optim.ledger import Ledger
+from constellation.optim.mixed import HybridGeometricOptimizer
 
 X = torch.randint(0, 12, (20, 3), generator=torch.Generator().manual_seed(0))
 Y = X.sum(1) % 4
@@ -98,7 +98,7 @@ def test_a_gate_that_never_opens_is_the_cheap_optimizer_bit_for_bit(exact: bool,
             matrices, vectors = matrices[1:], [matrices[0], *vectors]
         groups = [
             {"params": matrices, "method": method, "weight_decay": 0.01},
-            {"params": vectors, "method": other, "alpha": 0.95, "eps": 1e-8},
+            {"params": vectors, "method": other, "fisher_decay": 0.95, "damping": 1e-8},
         ]
         cheap = HybridGeometricOptimizer(groups, lr_rest=0.02)
     assert train(ours, gated, 10) == train(theirs, cheap, 10)

@@ -13,7 +13,8 @@ ROOT = Path(__file__).parent.parent
 # bottom first; parts of one row do not know each other
 ROWS = [
     {"constellation.errors"},
-    {"constellation.storage", "constellation.processor", "constellation.roster"},
+    {"constellation.settings", "constellation.storage", "constellation.processor", "constellation.roster"},
+    {"constellation.optim.registry"},
     {"constellation.config"},
     {"constellation.geometry"},
     {"constellation.kernel", "constellation.coordizer", "constellation.optim", "constellation.telemetry"},
@@ -39,6 +40,9 @@ FREE_OF = {  # what a folder says of itself: none of its files imports it, nor a
     "constellation/kernel": ("ray", "fastapi"),
     "constellation/decoding": ("ray", "fastapi"),
     "constellation/storage": HEAVY,
+    "constellation/settings.py": HEAVY,
+    "constellation/optim/registry.py": HEAVY,
+    "constellation/config.py": HEAVY,
     "constellation/pipeline": ("ray", "fastapi"),
     "router": ("ray",),
     "router/answer": ("ray", "fastapi"),
@@ -65,7 +69,7 @@ MODULES = {name_of(path): path for path in sources()}
 def part_of(module: str) -> str | None:
     """The part that `module` belongs to, None for what is in none."""
     pieces = module.split(".")
-    return next((name for name in (".".join(pieces[:2]), pieces[0]) if name in ROW_OF), None)
+    return next((name for n in (3, 2, 1) if (name := ".".join(pieces[:n])) in ROW_OF), None)
 
 
 @functools.cache

@@ -1,7 +1,6 @@
 """KroneckerNG against the singular value decomposition, published trajectories and torch's Muon."""
 
 import copy
-import dataclasses
 import io
 import math
 from typing import Any
@@ -133,7 +132,7 @@ def test_kl_shampoo_is_its_formula(shape: tuple[int, int]) -> None:
     lr, b1, b2 = 0.05, 0.9, 0.8
     w = matrix(*shape).double().requires_grad_()
     ours = w.detach().clone()
-    optimizer = KroneckerNG([w], lr=lr, momentum=b1, alpha=b2, variant="kl_shampoo", refresh=100)
+    optimizer = KroneckerNG([w], lr=lr, momentum=b1, fisher_decay=b2, variant="kl_shampoo", refresh=100)
     m = torch.zeros_like(ours)
     c = drifting(shape, 0).square().mean().sqrt()
     l, r = c.expand(shape[0]).clone(), c.expand(shape[1]).clone()
@@ -170,7 +169,7 @@ def test_bfloat16_products_change_a_step_by_their_rounding(variant: str) -> None
 def test_steps_do_not_depend_on_the_scale_of_the_loss(variant: str) -> None:
     def after(scale: float) -> torch.Tensor:
         w = matrix(6, 4).double().requires_grad_()
-        optimizer = KroneckerNG([w], lr=0.01, variant=variant, refresh=2, eps=0.0)
+        optimizer = KroneckerNG([w], lr=0.01, variant=variant, refresh=2, damping=0.0)
         for i in range(8):
             w.grad = drifting((6, 4), i) * scale
             optimizer.step()
@@ -182,7 +181,7 @@ def test_steps_do_not_depend_on_the_scale_of_the_loss(variant: str) -> None:
 def test_kl_factors_tend_to_the_covariance_of_matrix_normal_gradients() -> None:
     a, b = torch.diag(torch.tensor([9.0, 4.0, 1.0])), torch.diag(torch.tensor([5.0, 2.0, 1.0, 0.5]))
     w = torch.zeros(3, 4, requires_grad=True)
-    optimizer = KroneckerNG([w], lr=0.0, variant="kl_shampoo", alpha=0.995, refresh=50)
+    optimizer = KroneckerNG([w], lr=0.0, variant="kl_shampoo", fisher_decay=0.995, refresh=50)
     generator = torch.Generator().manual_seed(0)
     for _ in range(2500):
         w.grad = a.sqrt() @ torch.randn(3, 4, generator=generator) @ b.sqrt()
@@ -461,7 +460,7 @@ def test_build_gives_every_parameter_to_one_group_and_embeddings_to_the_diagonal
     from constellation.kernel.model import KernelLM
 
     model = KernelLM(tiny().kernel)
-    kronecker, diagonal = build(dataclasses.replace(tiny().optim, name="kronecker_ng"), model).param_groups
+    kronecker, diagonal = build(tiny().optim, model).param_groups
     seen = [id(p) for g in (kronecker, diagonal) for p in g["params"]]
     assert sorted(seen) == sorted(id(p) for p in model.parameters())
     assert len(kronecker["params"]) == 4 * len(model.blocks)

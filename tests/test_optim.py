@@ -1,7 +1,6 @@
 """DiagonalNG and QIGDiagonalNG against closed forms and torch's own optimizers."""
 
 import copy
-import dataclasses
 from typing import Any
 
 import pytest
@@ -14,7 +13,7 @@ from constellation.optim import build
 from constellation.optim.diagonal import DiagonalNG, QIGDiagonalNG, adamw_step, sampled_diagonal
 from constellation.optim.elementwise import BLOCK
 
-ADAM = {"power": 0.5, "eps": 1e-8}
+ADAM = {"power": 0.5, "damping": 1e-8}
 
 
 def run(
@@ -32,21 +31,23 @@ def run(
 
 
 def test_power_half_is_adamw_bit_for_bit() -> None:
-    ours = run(lambda p: DiagonalNG(p, lr=0.1, alpha=0.95, momentum=0.9, weight_decay=0.1, **ADAM))
+    ours = run(lambda p: DiagonalNG(p, lr=0.1, fisher_decay=0.95, momentum=0.9, weight_decay=0.1, **ADAM))
     theirs = run(lambda p: torch.optim.AdamW(p, lr=0.1, betas=(0.9, 0.95), weight_decay=0.1, fused=True))
     assert torch.equal(ours, theirs)
 
 
 def test_power_half_is_adam_bit_for_bit() -> None:
-    ours = run(lambda p: DiagonalNG(p, lr=0.1, alpha=0.99, maximize=True, **ADAM))
+    ours = run(lambda p: DiagonalNG(p, lr=0.1, fisher_decay=0.99, maximize=True, **ADAM))
     assert torch.equal(ours, run(lambda p: torch.optim.Adam(p, lr=0.1, betas=(0.9, 0.99), maximize=True, fused=True)))
 
 
 @pytest.mark.parametrize("shape", [(7, 5), (3, BLOCK)], ids=["small", "cut into blocks"])
-@pytest.mark.parametrize("kwargs", [{}, {"lr": 0.1, "alpha": 0.9, "eps": 1e-3}, {"maximize": True}])
+@pytest.mark.parametrize("kwargs", [{}, {"lr": 0.1, "fisher_decay": 0.9, "damping": 1e-3}, {"maximize": True}])
 def test_qig_is_rmsprop_bit_for_bit(shape: tuple[int, ...], kwargs: dict[str, Any]) -> None:
     ours = run(lambda p: QIGDiagonalNG(p, **kwargs, foreach=True), shape=shape)
-    theirs = run(lambda p: torch.optim.RMSprop(p, **{"lr": 1e-3, **kwargs}), shape=shape)
+    in_torch = {"fisher_decay": "alpha", "damping": "eps"}
+    its = {"lr": 1e-3, **{in_torch.get(name, name): value for name, value in kwargs.items()}}
+    theirs = run(lambda p: torch.optim.RMSprop(p, **its), shape=shape)
     assert torch.equal(ours, theirs)
     fused = run(lambda p: QIGDiagonalNG(p, **kwargs), 20, torch.float64, shape)
     listed = run(lambda p: QIGDiagonalNG(p, **kwargs, foreach=True), 20, torch.float64, shape)
@@ -82,13 +83,13 @@ def test_every_path_is_the_plain_formula(kwargs: dict[str, Any], shape: tuple[in
 def test_the_first_step_in_closed_form(batch: float, g: float, power: float) -> None:
     x = torch.zeros(1, dtype=torch.float64, requires_grad=True)
     x.grad = torch.full_like(x, g)
-    DiagonalNG([x], lr=1.0, power=power, eps=1e-3, batch_size=batch).step()
+    DiagonalNG([x], lr=1.0, power=power, damping=1e-3, batch_size=batch).step()
     assert x.item() == pytest.approx(-g / ((batch * g * g) ** power + 1e-3), rel=1e-9)
 
 
 def test_power_one_divides_by_the_fisher_diagonal() -> None:
     x = torch.tensor([1.0, 2.0], requires_grad=True)
-    optimizer = DiagonalNG([x], lr=0.5, power=1.0, eps=0.0)
+    optimizer = DiagonalNG([x], lr=0.5, power=1.0, damping=0.0)
     (x * torch.tensor([4.0, 0.25])).sum().backward()  # g = (4, 1/4), F = g^2, step = g / F = 1 / g
     optimizer.step()
     assert torch.allclose(x, torch.tensor([1 - 0.5 / 4, 2 - 0.5 * 4]))
@@ -98,7 +99,7 @@ def test_power_one_divides_by_the_fisher_diagonal() -> None:
 def test_power_half_does_not_see_the_scale_of_the_loss(scale: float) -> None:
     def after(factor: float, power: float) -> torch.Tensor:
         x = torch.tensor([1.0, -2.0], requires_grad=True)
-        optimizer = DiagonalNG([x], lr=0.1, eps=0.0, power=power)
+        optimizer = DiagonalNG([x], lr=0.1, damping=0.0, power=power)
         for _ in range(5):
             optimizer.zero_grad()
             (factor * (x**4).sum()).backward()
@@ -161,7 +162,7 @@ def test_the_exact_source_is_the_fisher_diagonal() -> None:
 @pytest.mark.parametrize("foreach", [None, False])
 def test_a_given_curvature_is_divided_by(foreach: bool | None) -> None:
     x, y = torch.zeros(2, requires_grad=True), torch.zeros(1, requires_grad=True)
-    optimizer = DiagonalNG([x, y], lr=1.0, eps=0.0, source="given", foreach=foreach)
+    optimizer = DiagonalNG([x, y], lr=1.0, damping=0.0, source="given", foreach=foreach)
     x.grad, y.grad = torch.tensor([2.0, 2.0]), torch.tensor([0.0])
     optimizer.step(curvature=[torch.tensor([1.0, 4.0]), None])
     assert torch.allclose(x, torch.tensor([-2.0, -0.5])) and torch.equal(y, torch.zeros(1))
@@ -214,7 +215,7 @@ def test_damaged_gradients_skip_the_step_and_are_counted(make: Any, bad: float) 
 
 
 @pytest.mark.parametrize("g", [0.0, 1e-30, 3e19, 1e30])
-@pytest.mark.parametrize("kwargs", [{}, {"eps": 0.0}, ADAM, {"foreach": False, "eps": 0.0}], ids=str)
+@pytest.mark.parametrize("kwargs", [{}, {"damping": 0.0}, ADAM, {"foreach": False, "damping": 0.0}], ids=str)
 def test_zero_tiny_and_huge_gradients_leave_finite_parameters(g: float, kwargs: dict[str, Any]) -> None:
     x = torch.ones(2, requires_grad=True)
     optimizer = DiagonalNG([x], **kwargs)
@@ -279,7 +280,7 @@ def test_the_compiled_path_is_the_plain_formula() -> None:
 
 def test_stats_are_plain_numbers_of_the_fisher() -> None:
     x = torch.ones(2, requires_grad=True)
-    optimizer = DiagonalNG([x], alpha=0.0, eps=1.0)
+    optimizer = DiagonalNG([x], fisher_decay=0.0, damping=1.0)
     assert optimizer.get_stats()["natural_steps"] == 0
     x.grad = torch.tensor([1.0, 3.0])
     optimizer.step()
@@ -312,7 +313,9 @@ def test_dtensors_take_the_step_of_tensors(make: Any, tmp_path: Any) -> None:
         torch.distributed.destroy_process_group()
 
 
-@pytest.mark.parametrize("bad", [{"lr": -1}, {"alpha": 2}, {"power": 3}, {"eps": float("inf")}, {"momentum": -0.1}])
+@pytest.mark.parametrize(
+    "bad", [{"lr": -1}, {"fisher_decay": 2}, {"power": 3}, {"damping": float("inf")}, {"momentum": -0.1}]
+)
 def test_impossible_settings_are_named(bad: dict[str, float]) -> None:
     with pytest.raises(ConfigError, match=next(iter(bad))):
         DiagonalNG([torch.zeros(1, requires_grad=True)], **bad)
@@ -327,11 +330,12 @@ def test_parameters_without_gradient_stay() -> None:
 
 
 def test_build_puts_every_parameter_in_one_group_and_decays_matrices_alone() -> None:
+    from constellation.config import override
     from constellation.kernel.model import KernelLM
     from constellation.presets import tiny
 
     model = KernelLM(tiny().kernel)
-    groups = build(dataclasses.replace(tiny().optim, name="diagonal_ng"), model).param_groups
+    groups = build(override(tiny(), {"optim.name": "diagonal_ng"}).optim, model).param_groups
     seen = [id(p) for g in groups for p in g["params"]]
     assert sorted(seen) == sorted(id(p) for p in model.parameters())
     assert all(p.dim() >= 2 for p in groups[0]["params"]) and groups[1]["weight_decay"] == 0

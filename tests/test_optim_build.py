@@ -1,25 +1,30 @@
 """Every optimizer by its name in a config: it trains a kernel, is stopped anywhere and goes on with the same bits."""
 
+import copy
 import dataclasses
 import inspect
 import json
 import subprocess
 import sys
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import pytest
 import torch
+from msgspec import Meta
 from numpy.typing import NDArray
 
 import constellation.optim
-from constellation.config import OPTIMIZERS, Config, override
+from constellation.config import Config, from_json, override
 from constellation.errors import ConfigError
 from constellation.kernel.model import KernelLM
-from constellation.optim import build
+from constellation.optim import build, curvature, kronecker, mixed, registry
 from constellation.optim.natural import may_inherit, wants
+from constellation.optim.registry import OPTIMIZERS, Row, Settings
 from constellation.presets import tiny
+from constellation.settings import Part, says, settings_of
 from constellation.train import checkpoint
 from constellation.train.job import Job
 from constellation.train.loop import fit
@@ -97,6 +102,40 @@ def test_every_optimizer_trains_and_resumes_bit_for_bit_through_fit(case: str, t
     assert groups[0] == groups[1]
 
 
+@pytest.mark.parametrize("name", [name for name in OPTIMIZERS if name not in ("basin_ng", "adamw")])
+def test_a_state_of_the_first_release_goes_on_with_the_same_bits(name: str) -> None:
+    """Its options were called alpha and eps, those of torch's AdamW still are."""
+    settings = override(tiny(), {**MICRO, "optim.name": name, "optim.fisher_decay": 0.8, "optim.damping": 1e-3}
+                        if "fisher_decay" in OPTIMIZERS[name].names else {**MICRO, "optim.name": name})  # fmt: skip
+
+    def step(optimizer: Any, model: KernelLM, i: int) -> None:
+        x, y = (torch.from_numpy(a) for a in Text().at(i))
+        optimizer.zero_grad()
+        torch.nn.functional.cross_entropy(model(x).flatten(0, 1), y.flatten()).backward()
+        optimizer.step()
+
+    def made() -> tuple[KernelLM, Any]:
+        model = KernelLM(settings.kernel, seed=1)
+        return model, build(settings.optim, model)
+
+    model, optimizer = made()
+    step(optimizer, model, 0)
+    old = copy.deepcopy(optimizer.state_dict())
+    for group in old["param_groups"]:
+        for new, before in (("fisher_decay", "alpha"), ("damping", "eps")):
+            if new in group and "betas" not in group:
+                group[before] = group.pop(new)
+    other, its = made()
+    for group in its.param_groups:
+        group |= {name: 0.5 for name in ("fisher_decay", "damping") if name in group}  # the saved ones hold
+    other.load_state_dict(model.state_dict())
+    its.load_state_dict(old)
+    assert its.state_dict()["param_groups"] == optimizer.state_dict()["param_groups"]
+    for chosen, weights in ((optimizer, model), (its, other)):
+        step(chosen, weights, 1)
+    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), other.parameters(), strict=True))
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
 @pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16])
@@ -132,16 +171,80 @@ def test_asking_for_statistics_changes_nothing_and_gives_plain_numbers(case: str
     assert not optimizer.state
 
 
-def test_the_names_of_the_config_are_those_that_build_knows() -> None:
-    assert list(constellation.optim._BUILDERS) == list(OPTIMIZERS)
+def test_an_optimizer_that_has_no_row_is_refused_with_those_that_have() -> None:
     with pytest.raises(ConfigError, match=r"optim\.name='lion': choose one of kronecker_ng"):
-        build(dataclasses.replace(tiny().optim, name="lion"), KernelLM(tiny().kernel))
+        build(Settings(name="lion"), KernelLM(tiny().kernel))
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_a_row_is_called_as_its_settings_and_says_what_it_is(name: str) -> None:
+    row = OPTIMIZERS[name]
+    assert row.settings.name == name and row.words
+    assert all(setting.meaning for own, setting, _ in registry.leaves(row.settings)), "a setting without a meaning"
+
+
+@pytest.mark.parametrize(
+    ("name", "setting", "known"),
+    [
+        ("kronecker_ng", "variant", kronecker.VARIANTS), ("kronecker_ng", "ns_precision", kronecker.PRECISIONS),
+        ("mixed_qig", "rest_optimizer", mixed.REST), ("curvature_sgd", "curvature", curvature.UNITS),
+    ],
+)  # fmt: skip
+def test_a_setting_has_the_choices_that_its_optimizer_knows(name: str, setting: str, known: Iterable[str]) -> None:
+    assert set(settings_of(type(OPTIMIZERS[name].settings))[setting].kind.values) == set(known)
+
+
+@dataclasses.dataclass(frozen=True)
+class LionSettings(Settings):
+    """Of the optimizer below."""
+
+    name: str = "lion"
+    momentum: Annotated[Part, says("EMA of gradients, diagonal steps")] = 0.5
+    sharpness: Annotated[float, Meta(gt=0, le=10), says("of the sign")] = 3.0
+
+
+class Lion(torch.optim.SGD):
+    """A step that is nearly a sign, of the averaged gradient."""
+
+    def __init__(self, params: Any, lr: float, momentum: float, sharpness: float):
+        super().__init__(params, lr=lr, momentum=momentum)
+        self.sharpness = sharpness
+
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        for group in self.param_groups:
+            for p in group["params"]:
+                p.grad = torch.tanh(self.sharpness * p.grad / p.grad.abs().mean())
+        super().step(closure)
+
+
+def build_lion(settings: LionSettings, model: torch.nn.Module) -> Lion:
+    return Lion(model.parameters(), settings.lr, settings.momentum, settings.sharpness)
+
+
+def test_a_new_optimizer_is_its_file_and_a_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(OPTIMIZERS, "lion", Row(LionSettings(), f"{__name__}:build_lion", "nearly a sign"))
+    preset = override(tiny(), {**MICRO, "optim.lr": 2e-3, "optim.momentum": 0.8})
+    wanted = override(preset, {"optim.name": "lion", "optim.sharpness": "5", "memory.optim.sharpness": 7})
+    assert wanted.optim == LionSettings(lr=2e-3, momentum=0.8, sharpness=5.0)  # lr and momentum are the preset's
+    assert wanted.for_role("memory").optim == LionSettings(lr=2e-3, momentum=0.8, sharpness=7.0)
+    assert from_json(json.loads(json.dumps(wanted.to_json()))) == wanted
+    with pytest.raises(ConfigError, match=r"^optim\.sharpness=11\.0: must be a finite number above 0 and at most 10"):
+        override(wanted, {"optim.sharpness": "11"})
+    with pytest.raises(ConfigError, match=r"^optim\.power: lion has no such setting; diagonal_ng, .* have"):
+        override(wanted, {"optim.power": 1.0})
+    with pytest.raises(ConfigError, match=r"^optim\.sharpness: kronecker_ng has no such setting; lion has"):
+        override(tiny(), {"optim.sharpness": 2.0})
+    made = job(tmp_path, wanted)
+    losses = [step.loss_nats for step in fit(made, Text())]
+    assert losses[-1] < losses[0]
+    found = checkpoint.newest(tmp_path)
+    assert found is not None and found.state["optimizer"]["groups"][0]["momentum"] == 0.8
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_every_parameter_is_in_exactly_one_group(name: str) -> None:
     model = KernelLM(tiny().kernel)
-    groups = build(dataclasses.replace(tiny().optim, name=name), model).param_groups
+    groups = build(override(tiny(), {"optim.name": name}).optim, model).param_groups
     held = sorted(id(p) for g in groups for p in g["params"])
     assert held == sorted(id(p) for p in model.parameters())
 

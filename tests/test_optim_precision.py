@@ -14,8 +14,8 @@ from numpy.typing import NDArray
 from constellation import processor
 from constellation.config import Config, override
 from constellation.errors import ConfigError
-from constellation.optim.hybrid import HybridGeometricOptimizer
 from constellation.optim.kronecker import KroneckerNG
+from constellation.optim.mixed import HybridGeometricOptimizer
 from constellation.pipeline.prepare import request
 from constellation.presets import tiny
 from constellation.train import checkpoint

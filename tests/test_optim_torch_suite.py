@@ -131,21 +131,22 @@ COMMON: list[dict[str, Any]] = [
 CASES = [
     Case(
         DIAGONAL, "DiagonalNG",
-        [*COMMON, {"momentum": 0.0}, {"power": 0.5, "eps": 1e-8}, {"power": 0.7, "bias_correction": False},
+        [*COMMON, {"momentum": 0.0}, {"power": 0.5, "damping": 1e-8}, {"power": 0.7, "bias_correction": False},
          {"batch_size": 4.0}],
         flags=("foreach", "differentiable"),
-        errors=[({"lr": -1.0}, "lr=-1.0"), ({"alpha": 1.1}, "alpha=1.1"), ({"momentum": -1.0}, "momentum=-1.0"),
+        errors=[({"lr": -1.0}, "lr=-1.0"), ({"fisher_decay": 1.1}, "fisher_decay=1.1"),
+                ({"momentum": -1.0}, "momentum=-1.0"),
                 ({"power": 2.0}, "power=2.0"), ({"source": "hessian"}, "source='hessian'"),
                 ({"foreach": True, "differentiable": True}, "differentiable")],
     ),
     Case(
-        DIAGONAL, "QIGDiagonalNG", [*COMMON, {"alpha": 0.9}, {"momentum": 0.5}],
+        DIAGONAL, "QIGDiagonalNG", [*COMMON, {"fisher_decay": 0.9}, {"momentum": 0.5}],
         flags=("foreach", "differentiable"),
-        errors=[({"alpha": 1.1}, "alpha=1.1"), ({"weight_decay": -1.0}, "weight_decay=-1.0")],
+        errors=[({"fisher_decay": 1.1}, "fisher_decay=1.1"), ({"weight_decay": -1.0}, "weight_decay=-1.0")],
     ),
     Case(
-        "constellation.optim.simple", "SimpleFisherOptimizer", [*COMMON, {"eps": 0.1}],
-        flags=("foreach", "differentiable"), errors=[({"eps": -1.0}, "eps=-1.0")],
+        "constellation.optim.simple", "SimpleFisherOptimizer", [*COMMON, {"damping": 0.1}],
+        flags=("foreach", "differentiable"), errors=[({"damping": -1.0}, "damping=-1.0")],
     ),
     *(
         Case(
@@ -166,7 +167,7 @@ GROUPED: list[dict[str, Any]] = [{}, {"lr": 0.01}, {"weight_decay": 0.1}, {"maxi
 CASES += [
     Case(
         "constellation.optim.scaled", "CurvatureScaledSGD",
-        [*COMMON, {"momentum": 0.9}, {"exponent": 1.0, "eps": 1e-2}], groups=lambda params, kwargs: params,
+        [*COMMON, {"momentum": 0.9}, {"exponent": 1.0, "damping": 1e-2}], groups=lambda params, kwargs: params,
         errors=[({"source": "hessian"}, "source='hessian'"), ({"momentum": -1.0}, "momentum=-1.0")],
     ),
     Case(
@@ -181,14 +182,14 @@ CASES += [
             [{}, {"lr_ng": 1e-3}, {"rest_optimizer": "diagonal_ng"}, {"weight_decay": 0.1}],
             groups=named, grouped=False, plain=False, sees=exact, id=f"AdaptiveMixedQIG-{'exact' if exact else 'diag'}",
             fixed={"use_exact_ng": exact, "adaptive_config": AdaptiveConfig(max_overhead=0.0, force_ng_every_n_steps=2),
-                   **({"damping": 0.1, "basin_options": {"likelihood": "gaussian"}} if exact else {})},
+                   **({"cg_damping": 0.1, "basin_options": {"likelihood": "gaussian"}} if exact else {})},
             errors=[({"rest_optimizer": "any"}, "rest_optimizer='any'")],
         )
         for exact in (False, True)
     ),
     *(
         Case(
-            "constellation.optim.hybrid", "HybridGeometricOptimizer", GROUPED, groups=hybrid(method),
+            "constellation.optim.mixed", "HybridGeometricOptimizer", GROUPED, groups=hybrid(method),
             inner=("lr", "weight_decay", "maximize", *more), fixed=more, sees=method == "exact", plain=False,
             id=f"HybridGeometricOptimizer-{method}", errors=[({"rest_optimizer": "any"}, "rest_optimizer='any'")],
         )

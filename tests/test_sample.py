@@ -215,7 +215,7 @@ def test_settings_that_leave_one_token_are_greedy(s):
     assert draw(logits, [s] * 64, range(64)) == logits.argmax(1).tolist()
 
 
-@pytest.mark.parametrize("s", [Sampling(temperature=1e30), Sampling(temperature=1e30, top_p=0.999)], ids=str)
+@pytest.mark.parametrize("s", [Sampling(temperature=100.0), Sampling(temperature=100.0, top_p=0.999)], ids=str)
 def test_an_excluded_token_is_never_drawn(s):
     logits = np.zeros((500, 300))
     logits[:, ::2] = -math.inf
@@ -279,7 +279,7 @@ def test_an_end_cannot_come_before_min_tokens_and_may_afterwards():
 @pytest.mark.parametrize(
     ("name", "value"),
     [
-        ("temperature", -0.1), ("temperature", math.nan), ("temperature", math.inf), ("temperature", 1e31),
+        ("temperature", -0.1), ("temperature", math.nan), ("temperature", math.inf), ("temperature", 100.1),
         ("repetition_penalty", 1e-3), ("repetition_penalty", 101.0), ("temperature", "1"),
         ("top_k", -1), ("top_k", 1.5), ("top_k", True), ("top_p", 0.0), ("top_p", 1.1), ("min_p", -0.1), ("min_p", 2),
         ("repetition_penalty", 0.0), ("seed", -1), ("seed", 2**64), ("seed", 0.5), ("max_new_tokens", 0),

@@ -27,7 +27,7 @@ def start() -> Tensor:
 
 
 def newton(x: Tensor, **settings: Any) -> CurvatureScaledSGD:
-    return CurvatureScaledSGD([x], 1.0, 1.0, source="hutchinson_hessian", eps=0.0, **settings)
+    return CurvatureScaledSGD([x], 1.0, 1.0, source="hutchinson_hessian", damping=0.0, **settings)
 
 
 def step(optimizer: CurvatureScaledSGD, x: Tensor) -> None:
@@ -44,7 +44,7 @@ def test_exponent_one_solves_a_diagonal_quadratic_in_one_step() -> None:
 
 def test_exponent_one_half_leaves_the_root_of_the_condition_number() -> None:
     x = start()
-    optimizer = CurvatureScaledSGD([x], 1.0, source="hutchinson_hessian", eps=0.0)
+    optimizer = CurvatureScaledSGD([x], 1.0, source="hutchinson_hessian", damping=0.0)
     step(optimizer, x)
     contraction = SCALES * optimizer.learning_rates()[0]  # of each direction: lr_i H_ii
     assert float(contraction.max() / contraction.min()) == pytest.approx(math.sqrt(3e7), rel=1e-9)
@@ -68,7 +68,7 @@ def test_the_rates_are_those_of_the_formula_in_every_block() -> None:
         [{"params": [a], "lr_max": 0.2}, {"params": [b], "exponent": 1.0, "floor": 5.0, "lr_min": 1e-2}],
         0.5,
         source="hutchinson_hessian",
-        eps=1e-6,
+        damping=1e-6,
     )
     (quadratic(a) + quadratic(b)).backward()
     found = hutchinson_diagonal(quadratic(a) + quadratic(b), [a, b], probes=2)
@@ -93,7 +93,7 @@ def test_a_curvature_below_its_own_error_counts_as_its_error_and_negative_ones_b
     found = hutchinson_diagonal((x[0] ** 2).sum() / 2, [x], probes=2)
     made = type(found)((torch.tensor([1e-3, -4.0]),), (torch.tensor([2.0, 0.1]),), found.kind, found.units, 2)
     x.grad = torch.ones(2)
-    optimizer = CurvatureScaledSGD([x], 1.0, 1.0, source="hutchinson_hessian", eps=0.0)
+    optimizer = CurvatureScaledSGD([x], 1.0, 1.0, source="hutchinson_hessian", damping=0.0)
     optimizer.step(curvature=made)
     assert torch.allclose(x.detach(), torch.tensor([-0.5, -0.25]))
 

@@ -11,7 +11,7 @@ from constellation.optim.simple import SimpleFisherOptimizer
 def test_a_step_is_the_soft_sign_of_the_gradient(foreach: bool | None) -> None:
     x = torch.zeros(4, requires_grad=True)
     x.grad = torch.tensor([3.0, -1e-3, 1e-3, 0.0])
-    SimpleFisherOptimizer([x], lr=0.1, eps=1e-3, foreach=foreach).step()
+    SimpleFisherOptimizer([x], lr=0.1, damping=1e-3, foreach=foreach).step()
     assert torch.allclose(x, torch.tensor([-0.1 * 3 / 3.001, 0.05, -0.05, 0.0]))
 
 
@@ -29,7 +29,7 @@ def test_it_is_rmsprop_without_memory() -> None:
 def test_zero_gradients_are_no_step_even_without_eps(foreach: bool | None) -> None:
     x = torch.ones(2, requires_grad=True)
     x.grad = torch.zeros(2)
-    SimpleFisherOptimizer([x], eps=0.0, foreach=foreach).step()
+    SimpleFisherOptimizer([x], damping=0.0, foreach=foreach).step()
     assert torch.equal(x, torch.ones(2))
 
 
@@ -42,5 +42,5 @@ def test_damaged_gradients_skip_the_step() -> None:
 
 
 def test_impossible_settings_are_named() -> None:
-    with pytest.raises(ConfigError, match="eps"):
-        SimpleFisherOptimizer([torch.zeros(1)], eps=-1.0)
+    with pytest.raises(ConfigError, match="damping"):
+        SimpleFisherOptimizer([torch.zeros(1)], damping=-1.0)

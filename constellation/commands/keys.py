@@ -8,6 +8,7 @@ from pathlib import Path
 import click
 
 from constellation.commands import options
+from router.http import keys
 
 file = click.option(
     "--file", type=click.Path(path_type=Path, dir_okay=False), required=True, metavar="FILE", help="the key file"
@@ -23,9 +24,9 @@ def command() -> None:
 @command.command()
 @file
 @name
-@click.option("--requests-per-minute", default=None, type=click.IntRange(1), metavar="N", help="default: no limit")
-@click.option("--tokens-per-minute", default=None, type=click.IntRange(1), metavar="N", help="of prompts and answers")
-@click.option("--concurrent", default=None, type=click.IntRange(1), metavar="N", help="answers under way at once")
+@options.setting(keys.Limits, "requests_per_minute", metavar="N")
+@options.setting(keys.Limits, "tokens_per_minute", metavar="N")
+@options.setting(keys.Limits, "concurrent", metavar="N")
 @click.option("--metrics", is_flag=True, help="it opens /metrics, which tells how much all keys use")
 def add(
     file: Path,
@@ -36,8 +37,6 @@ def add(
     metrics: bool,
 ) -> None:
     """Make a key and print it: this once. The file is made when it is not there, with mode 0600."""
-    from router.http import keys
-
     limits = keys.Limits(requests_per_minute, tokens_per_minute, concurrent)
     click.echo(keys.add(file, name, limits, metrics=metrics))
     click.echo(f"the key of {name}: write it down, it cannot be shown again", err=True)
@@ -48,8 +47,6 @@ def add(
 @options.as_json
 def list_(file: Path, as_json: bool) -> None:
     """Names, dates and limits."""
-    from router.http import keys
-
     found = keys.read(file)
     if as_json:
         options.print_json([{k: v for k, v in key.to_json().items() if k != "sha256"} for key in found])
@@ -67,7 +64,5 @@ def list_(file: Path, as_json: bool) -> None:
 @name
 def remove(file: Path, name: str) -> None:
     """Remove a key; a service that runs refuses it from then on."""
-    from router.http import keys
-
     keys.remove(file, name)
     click.echo(f"removed the key of {name}", err=True)

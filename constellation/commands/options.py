@@ -8,15 +8,15 @@ import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
+from msgspec import inspect
 
 from constellation import roster
+from constellation.decoding.sampling import Sampling
 from constellation.errors import ConfigError
-
-if TYPE_CHECKING:
-    from constellation.decoding.sample import Sampling
+from constellation.settings import settings_of
 
 run = click.option("--run", "run", type=click.Path(path_type=Path), required=True, metavar="DIR", help="the run folder")
 corpus = click.option(
@@ -53,7 +53,7 @@ top_k_kernels = click.option(
 
 @dataclass(frozen=True)
 class Settings:
-    """The sampler's options as given; `sampling()` is the record that kernel/sample.py checks."""
+    """The sampler's options as given; `sampling()` is the record that the sampler is given."""
 
     max_new_tokens: int
     temperature: float
@@ -65,21 +65,30 @@ class Settings:
     stop: tuple[str, ...]
 
     def sampling(self) -> Sampling:
-        from constellation.decoding.sample import Sampling
-
         return Sampling(**vars(self))
+
+
+def setting(record: type, name: str, **options: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """The option --name of a field of `record`: its range, meaning and, unless `options` say another, its default."""
+    field = settings_of(record)[name]
+    above, low, below = (getattr(field.kind, bound, None) for bound in ("gt", "ge", "lt"))
+    range_of: Any = click.IntRange if isinstance(field.kind, inspect.IntType) else click.FloatRange
+    low, high = (a if b is None else b for a, b in ((low, above), (field.high, below)))
+    bounds = range_of(low, high, min_open=above is not None, max_open=below is not None)
+    options = {"default": field.default, "help": field.meaning, "type": bounds, **options}
+    return click.option(f"--{name.replace('_', '-')}", **options)
 
 
 def sampling(command: Callable[..., Any]) -> Callable[..., Any]:
     """The sampler's options, in the order of `Settings`."""
     some = (
-        click.option("--max-new-tokens", default=128, show_default=True, type=click.IntRange(1), metavar="N"),
-        click.option("--temperature", default=0.8, show_default=True, type=click.FloatRange(0, 1e30), help="0: greedy"),
-        click.option("--top-k", default=0, type=click.IntRange(0), help="likeliest tokens kept; 0: all"),
-        click.option("--top-p", default=0.95, show_default=True, type=click.FloatRange(0, 1, min_open=True)),
-        click.option("--min-p", default=0.0, type=click.FloatRange(0, 1), help="of the likeliest token's probability"),
-        click.option("--repetition-penalty", default=1.0, type=click.FloatRange(0.01, 100), help="1: none"),
-        click.option("--seed", default=0, show_default=True, type=click.IntRange(0, 2**64 - 1), metavar="S"),
+        setting(Sampling, "max_new_tokens", show_default=True, metavar="N"),
+        setting(Sampling, "temperature", default=0.8, show_default=True),
+        setting(Sampling, "top_k"),
+        setting(Sampling, "top_p", default=0.95, show_default=True),
+        setting(Sampling, "min_p"),
+        setting(Sampling, "repetition_penalty"),
+        setting(Sampling, "seed", show_default=True, metavar="S"),
         click.option("--stop", multiple=True, metavar="TEXT", help="end before this text; may be given again"),
     )
     for option in reversed(some):

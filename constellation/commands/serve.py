@@ -17,6 +17,7 @@ import click
 from constellation.commands import options
 from constellation.config import Config, parse_assignments
 from constellation.errors import ConfigError, RunError
+from router.http.limits import Front
 
 if TYPE_CHECKING:
     from router.http.listen import Place
@@ -35,8 +36,7 @@ HERE = ("localhost", "127.0.0.1", "[::1]")
 @click.option("--fronts", default=1, show_default=True, type=click.IntRange(1), metavar="N", help="processes for HTTP")
 @click.option("--grace", default=30.0, show_default=True, type=click.FloatRange(0), metavar="S",
               help="seconds for those who are being answered when the service ends")  # fmt: skip
-@click.option("--connections", default=512, show_default=True, type=click.IntRange(1), metavar="N",
-              help="of one peer at once; a proxy is one peer")  # fmt: skip
+@options.setting(Front, "connections", show_default=True, metavar="N")
 @click.option("--allow-host", "hosts", multiple=True, metavar="NAME",
               help="be asked by this name too, and by no other than localhost and these; repeatable")  # fmt: skip
 @click.option("--access-log", is_flag=True, help="a line on stderr for every request")
@@ -73,7 +73,6 @@ def command(
     changes = parse_assignments(overrides)
     config = servable(run, changes)
     options.say_unfinished(run)
-    from router.http.limits import Front
     from router.http.listen import Place, bind
 
     bind(host, port).close()  # told before anything is started

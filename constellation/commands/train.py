@@ -9,10 +9,13 @@ import click
 
 from constellation.commands import options
 from constellation.config import override, parse_assignments
+from constellation.optim.registry import OPTIMIZERS
 from constellation.presets import preset as make_preset
 
+NAMES = "\n".join(f"  {name:<19}{row.words}" for name, row in OPTIMIZERS.items())
 
-@click.command()
+
+@click.command(epilog=f"\b\noptim.name chooses the optimizer, whose settings the other optim.* are:\n{NAMES}")
 @options.corpus
 @options.run
 @click.option("--preset", default=None, metavar="NAME", help="tiny | small (default) | 23m | 100m")

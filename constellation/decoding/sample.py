@@ -25,139 +25,26 @@ a negative logit would make the repetition likelier.
 
 from __future__ import annotations
 
-import dataclasses
 import math
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from constellation.errors import ConfigError
+from constellation.decoding.sampling import MOST_LOGPROBS
+from constellation.decoding.sampling import Sampling as Sampling
 
 PREFILTER = 256  # likeliest tokens looked at before a whole row is sorted
-MOST_BIASES, MOST_STOP_TOKENS, MOST_LOGPROBS = 300, 64, 20
 BUCKETS = (0x3F800000 >> 16) + 1  # of probabilities: 1.0 is the largest float of them
 RECORD = np.dtype([
     ("seed", np.uint64), ("index", np.uint64), ("top_k", np.int64),
     ("top_p", np.float64), ("min_p", np.float64), ("temperature", np.float64),
 ])  # fmt: skip  # struct sampling of csrc/draw.c
-_LARGEST_SEED, _LARGEST_TOKEN = 2**64 - 1, 2**32 - 1
 _COLDEST = torch.finfo(torch.float32).tiny  # a temperature that rounds to zero would give 0 / 0
 
 Scored = tuple[float, tuple[tuple[int, float], ...]]  # a token's log-probability, and the likeliest ones with theirs
-
-
-@dataclasses.dataclass(frozen=True)
-class Sampling:
-    """What one request asks of the sampler."""
-
-    temperature: float = 1.0  # T, [0, 1e30]; 0 is greedy
-    top_k: int = 0  # tokens, 0: all
-    top_p: float = 1.0  # mass, (0, 1]
-    min_p: float = 0.0  # part of the likeliest token's probability, [0, 1]
-    repetition_penalty: float = 1.0  # r, [0.01, 100]; 1: none
-    seed: int = 0  # 0..2^64-1
-    stop: tuple[str, ...] = ()  # texts that end the answer and are not part of it
-    max_new_tokens: int = 128  # >= 1
-    presence_penalty: float = 0.0  # a, nats, [-2, 2], off every token generated before
-    frequency_penalty: float = 0.0  # b, nats, [-2, 2], the same for each time that it was
-    logit_bias: tuple[tuple[int, float], ...] = ()  # (token, nats in [-100, 100]), at most 300
-    min_tokens: int = 0  # before them no end of text and no stop, 0..max_new_tokens
-    ignore_eos: bool = False  # the end of text is a token like any other
-    stop_token_ids: tuple[int, ...] = ()  # tokens that end the answer and whose text is not part of it, at most 64
-    logprobs: int | None = None  # likeliest tokens told beside each new one, 0..20; None: no log-probability at all
-    index: int = 0  # of the answers to one question, each with random numbers of its own, 0..2^32-1
-
-    def __post_init__(self) -> None:
-        _check_number("temperature", self.temperature, lambda x: 0 <= x <= 1e30, "from 0 to 1e30; 0 is greedy")
-        _check_whole("top_k", self.top_k, 0, None)
-        _check_number("top_p", self.top_p, lambda x: 0 < x <= 1, "above 0 and at most 1; 1 keeps every token")
-        _check_number("min_p", self.min_p, lambda x: 0 <= x <= 1, "from 0 to 1; 0 keeps every token")
-        wanted = "from 0.01 to 100; 1 is none"
-        _check_number("repetition_penalty", self.repetition_penalty, lambda x: 0.01 <= x <= 100, wanted)
-        _check_whole("seed", self.seed, 0, _LARGEST_SEED)
-        _check_whole("max_new_tokens", self.max_new_tokens, 1, None)
-        if not isinstance(self.stop, tuple) or not all(isinstance(s, str) and s for s in self.stop):
-            raise ConfigError(f"stop={self.stop!r}: must be texts of at least one character each")
-        for name in ("presence_penalty", "frequency_penalty"):
-            _check_number(name, getattr(self, name), lambda x: -2 <= x <= 2, "from -2 to 2; 0 is none")
-        _check_pairs("logit_bias", self.logit_bias)
-        _check_whole("min_tokens", self.min_tokens, 0, self.max_new_tokens)
-        if not isinstance(self.ignore_eos, bool):
-            raise ConfigError(f"ignore_eos={self.ignore_eos!r}: must be true or false")
-        if not isinstance(self.stop_token_ids, tuple) or len(self.stop_token_ids) > MOST_STOP_TOKENS:
-            raise ConfigError(f"stop_token_ids={self.stop_token_ids!r}: must be at most {MOST_STOP_TOKENS} tokens")
-        for token in self.stop_token_ids:
-            _check_whole("stop_token_ids", token, 0, _LARGEST_TOKEN)
-        if self.logprobs is not None:
-            _check_whole("logprobs", self.logprobs, 0, MOST_LOGPROBS)
-        _check_whole("index", self.index, 0, 2**32 - 1)
-
-    def changed(self) -> dict[str, Any]:
-        """The settings that are not as by default, for `from_json`."""
-        return {name: value for name, value in vars(self).items() if value != getattr(Sampling, name)}
-
-    @classmethod
-    def from_json(cls, data: Mapping[str, Any]) -> Sampling:
-        for name in data:
-            if name not in cls.__dataclass_fields__:
-                known = ", ".join(cls.__dataclass_fields__)
-                raise ConfigError(f"unknown sampling parameter {name!r}; known: {known}")
-        values = dict(data)
-        for name in ("stop", "stop_token_ids", "logit_bias"):
-            if isinstance(values.get(name), list):
-                values[name] = tuple(tuple(v) if isinstance(v, list) else v for v in values[name])
-        return cls(**values)
-
-    @property
-    def greedy(self) -> bool:
-        return self.temperature == 0
-
-    @property
-    def counted(self) -> bool:
-        """Whether a penalty counts the tokens that were generated."""
-        return bool(self.presence_penalty or self.frequency_penalty)
-
-    @property
-    def filtered(self) -> bool:
-        return self.top_k > 0 or self.top_p < 1 or self.min_p > 0
-
-    @property
-    def record(self) -> tuple[int, int, int, float, float, float]:
-        """What a draw needs to know, a RECORD."""
-        return self.seed, self.index, self.top_k, self.top_p, self.min_p, self.temperature
-
-    @property
-    def penalised(self) -> bool:
-        """Whether the logits are changed before the draw."""
-        return bool(self.repetition_penalty != 1 or self.counted or self.logit_bias or self.min_tokens)
-
-
-def _check_number(name: str, value: Any, in_range: Callable[[float], bool], wanted: str) -> None:
-    number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if not number or not math.isfinite(value) or not in_range(value):
-        raise ConfigError(f"{name}={value!r}: must be a number {wanted}")
-
-
-def _check_whole(name: str, value: Any, low: int, high: int | None) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < low or (high is not None and value > high):
-        bound = f"at least {low}" if high is None else f"from {low} to {high}"
-        raise ConfigError(f"{name}={value!r}: must be a whole number {bound}")
-
-
-def _check_pairs(name: str, value: Any) -> None:
-    if not isinstance(value, tuple) or len(value) > MOST_BIASES:
-        raise ConfigError(f"{name}: must be at most {MOST_BIASES} pairs of a token and a number")
-    for pair in value:
-        if not isinstance(pair, tuple) or len(pair) != 2:
-            raise ConfigError(f"{name}={pair!r}: must be a token and a number")
-        _check_whole(name, pair[0], 0, _LARGEST_TOKEN)
-        _check_number(name, pair[1], lambda x: -100 <= x <= 100, "from -100 to 100")
-    if len({token for token, _ in value}) < len(value):
-        raise ConfigError(f"{name}: names a token twice")
 
 
 class Settings:

@@ -30,7 +30,7 @@ from typing import Any
 import torch
 
 from constellation import optim, processor
-from constellation.config import Config
+from constellation.config import Config, override
 from constellation.coordizer.tokenizer import Tokenizer
 from constellation.data.batches import Batches
 from constellation.data.cache import build_cache, open_cache
@@ -103,10 +103,12 @@ def _corpus(config: Config, scratch: Path) -> Path:
 
 
 def _kernel_step(config: Config, cache: Path, precision: str, optimizer_name: str) -> Callable[[int], None]:
-    settings = dataclasses.replace(config.optim, name=optimizer_name, ns_precision=precision)
+    changes = {"optim.name": optimizer_name}
+    if "ns_precision" in optim.registry.row(optimizer_name).names:
+        changes["optim.ns_precision"] = precision
     batches = Batches(open_cache(cache), None, config.kernel.context, config.train.kernel_batch, 0)
     model = KernelLM(config.kernel)
-    optimizer = optim.build(settings, model)
+    optimizer = optim.build(override(config, changes).optim, model)
 
     def step(i: int) -> None:
         x, y = (torch.from_numpy(a) for a in batches.at(i))

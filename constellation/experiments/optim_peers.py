@@ -104,32 +104,32 @@ def _adamw(problem: Problem, lr: float, knob: float) -> Optimizer:
 def _qig_diagonal(problem: Problem, lr: float, knob: float) -> Optimizer:
     from constellation.optim import QIGDiagonalNG
 
-    return QIGDiagonalNG(_all(problem), lr=lr, alpha=memory(knob))
+    return QIGDiagonalNG(_all(problem), lr=lr, fisher_decay=memory(knob))
 
 
 def _qig_bare(problem: Problem, lr: float, knob: float) -> Optimizer:
     from constellation.optim import QIGDiagonalNG
 
-    return QIGDiagonalNG(_all(problem), lr=lr, alpha=memory(knob), check_finite=False)
+    return QIGDiagonalNG(_all(problem), lr=lr, fisher_decay=memory(knob), check_finite=False)
 
 
 def _diagonal_bare(problem: Problem, lr: float, knob: float) -> Optimizer:
     from constellation.optim import DiagonalNG
 
-    return DiagonalNG(_all(problem), lr=lr, alpha=memory(knob), power=1.0, compile=True, check_finite=False)
+    return DiagonalNG(_all(problem), lr=lr, fisher_decay=memory(knob), power=1.0, compile=True, check_finite=False)
 
 
 def _diagonal(problem: Problem, lr: float, knob: float) -> Optimizer:
     from constellation.optim import DiagonalNG
 
     sampled: dict[str, Any] = {"source": "sampled", "refresh": 5} if problem.likelihood == "softmax" else {}
-    return DiagonalNG(_all(problem), lr=lr, alpha=memory(knob), power=1.0, **sampled)
+    return DiagonalNG(_all(problem), lr=lr, fisher_decay=memory(knob), power=1.0, **sampled)
 
 
 def _simple(problem: Problem, lr: float, knob: float) -> Optimizer:
     from constellation.optim import SimpleFisherOptimizer
 
-    return SimpleFisherOptimizer(_all(problem), lr=lr, eps=around(1e-8, knob))
+    return SimpleFisherOptimizer(_all(problem), lr=lr, damping=around(1e-8, knob))
 
 
 def _kronecker(variant: str) -> Callable[[Problem, float, float], Optimizer]:
@@ -138,7 +138,7 @@ def _kronecker(variant: str) -> Callable[[Problem, float, float], Optimizer]:
 
         linear, rest = matrices(problem.model)
         groups: list[dict[str, Any]] = [{"params": linear}, {"params": rest, "method": "diag"}]
-        own: dict[str, Any] = {"momentum": inertia(knob)} if "muon" in variant else {"alpha": memory(knob)}
+        own: dict[str, Any] = {"momentum": inertia(knob)} if "muon" in variant else {"fisher_decay": memory(knob)}
         return KroneckerNG([g for g in groups if g["params"]], lr=lr, variant=variant, **own)
 
     return build

@@ -28,9 +28,10 @@ from torch import Tensor
 from constellation.errors import ConfigError
 from constellation.geometry.fisher import FisherBlock, flatten, twice_differentiable
 from constellation.optim.gate import AdaptiveConfig, Decision, should_apply_ng
-from constellation.optim.hybrid import HybridGeometricOptimizer
 from constellation.optim.ledger import Ledger
+from constellation.optim.mixed import HybridGeometricOptimizer, arguments
 from constellation.optim.natural import state_like
+from constellation.optim.registry import AdaptiveSettings
 
 MEAN_DECAY = 0.9  # of the gradient whose turning is watched
 
@@ -225,6 +226,10 @@ class AdaptiveMixedQIG(HybridGeometricOptimizer):
         }  # fmt: skip
         measured = {"kappa_eff": ledger.kappa_eff, "natural_gain": ledger.natural_gain, "cheap_gain": ledger.cheap_gain}
         return {**super().get_stats(), **own, **{name: v for name, v in measured.items() if v is not None}}
+
+
+def build(settings: AdaptiveSettings, model: torch.nn.Module) -> AdaptiveMixedQIG:
+    return AdaptiveMixedQIG(model, **arguments(settings), adaptive_config=settings.gate)
 
 
 class Natural:

@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from constellation.errors import ConfigError
 from constellation.optim.block import (
@@ -27,6 +27,7 @@ from constellation.optim.block import (
     take,
 )
 from constellation.optim.natural import NaturalOptimizer
+from constellation.optim.registry import BasinSettings
 
 __all__ = ["BASIN_SETTINGS", "BasinNaturalGrad", "BasinOutcome", "basin_step", "check_basin"]
 
@@ -122,3 +123,9 @@ class BasinNaturalGrad(NaturalOptimizer):
             stats[name] = sum(values) if name in summed else sum(values) / len(values)
         stats["num_basin_params"] = float(sum(p.numel() for group in self.param_groups for p in group["params"]))
         return stats
+
+
+def build(settings: BasinSettings, model: nn.Module) -> BasinNaturalGrad:
+    """The whole model as one block."""
+    params = [p for p in model.parameters() if p.requires_grad]
+    return BasinNaturalGrad(params, lr=settings.lr, cg_iters=settings.cg_iters, damping=settings.cg_damping)

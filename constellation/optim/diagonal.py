@@ -28,7 +28,9 @@ from torch import Tensor
 
 from constellation.errors import ConfigError
 from constellation.optim.elementwise import adamw_step, diagonal_step
+from constellation.optim.kinds import decayed
 from constellation.optim.natural import NaturalOptimizer, check_range
+from constellation.optim.registry import DiagonalSettings, QIGDiagonalSettings
 
 __all__ = ["DiagonalNG", "QIGDiagonalNG", "adamw_step", "diagonal_step", "exact_diagonal", "sampled_diagonal"]
 
@@ -49,8 +51,8 @@ class DiagonalNG(NaturalOptimizer):
         self,
         params: Any,
         lr: float | Tensor = 1e-3,
-        alpha: float = 0.95,  # a
-        eps: float = 1e-4,  # damping, the unit of F^power
+        fisher_decay: float = 0.95,  # a
+        damping: float = 1e-4,  # lambda, the unit of F^power
         momentum: float = 0.9,  # b
         power: float = 1.0,
         weight_decay: float = 0.0,
@@ -68,15 +70,18 @@ class DiagonalNG(NaturalOptimizer):
         check_finite: bool = True,
     ):
         who = type(self).__name__
-        check_range(who, lr=(lr, math.inf), alpha=(alpha, 1), eps=(eps, math.inf), momentum=(momentum, 1))
+        check_range(
+            who, lr=(lr, math.inf), fisher_decay=(fisher_decay, 1), damping=(damping, math.inf), momentum=(momentum, 1)
+        )
         check_range(who, power=(power, 1), weight_decay=(weight_decay, math.inf), batch_size=(batch_size, math.inf))
         if source not in SOURCES or refresh < 1:
             raise ConfigError(f"{who}: source={source!r}, refresh={refresh}; choose {', '.join(SOURCES)}, at least 1")
         if differentiable and (foreach or compile):
             raise ConfigError(f"{who}: differentiable=True has no list path; leave foreach and compile unset")
         defaults = {
-            "lr": lr, "alpha": alpha, "eps": eps, "momentum": momentum, "power": power, "weight_decay": weight_decay,
-            "bias_correction": bias_correction, "source": source, "batch_size": batch_size, "refresh": refresh,
+            "lr": lr, "fisher_decay": fisher_decay, "damping": damping, "momentum": momentum, "power": power,
+            "weight_decay": weight_decay, "bias_correction": bias_correction, "source": source,
+            "batch_size": batch_size, "refresh": refresh,
             "seed": seed, "foreach": foreach, "compile": compile, "maximize": maximize, "capturable": capturable,
             "differentiable": differentiable, "check_finite": check_finite,
         }  # fmt: skip
@@ -121,7 +126,7 @@ class DiagonalNG(NaturalOptimizer):
 
 
 class QIGDiagonalNG(DiagonalNG):
-    """The seeds' diagonal optimizer, g / (sqrt F + eps): torch.optim.RMSprop at weight_decay = 0.
+    """The seeds' diagonal optimizer, g / (sqrt F + damping): torch.optim.RMSprop at weight_decay = 0.
 
     Bit for bit with foreach=True; the default, torch's fused kernel, rounds in another order. Not a natural
     gradient, which divides by F: that is DiagonalNG. Weight decay is decoupled, RMSprop's is not.
@@ -131,8 +136,8 @@ class QIGDiagonalNG(DiagonalNG):
         self,
         params: Any,
         lr: float | Tensor = 1e-3,
-        alpha: float = 0.99,
-        eps: float = 1e-8,
+        fisher_decay: float = 0.99,
+        damping: float = 1e-8,
         weight_decay: float = 0.0,
         *,
         momentum: float = 0.0,  # of the gradient, before the division; RMSprop's is after it
@@ -144,10 +149,28 @@ class QIGDiagonalNG(DiagonalNG):
         check_finite: bool = True,
     ):
         super().__init__(
-            params, lr, alpha, eps, momentum, 0.5, weight_decay, bias_correction=False, foreach=foreach,
+            params, lr, fisher_decay, damping, momentum, 0.5, weight_decay, bias_correction=False, foreach=foreach,
             compile=compile, maximize=maximize, capturable=capturable, differentiable=differentiable,
             check_finite=check_finite,
         )  # fmt: skip
+
+
+def build(settings: DiagonalSettings, model: torch.nn.Module) -> DiagonalNG:
+    s = settings
+    return DiagonalNG(
+        decayed(model, s.weight_decay),
+        lr=s.lr,
+        fisher_decay=s.fisher_decay,
+        damping=s.damping,
+        momentum=s.momentum,
+        power=s.power,
+    )
+
+
+def build_qig(settings: QIGDiagonalSettings, model: torch.nn.Module) -> QIGDiagonalNG:
+    s = settings
+    groups = decayed(model, s.weight_decay)
+    return QIGDiagonalNG(groups, lr=s.lr, fisher_decay=s.fisher_decay, damping=s.damping, momentum=s.momentum)
 
 
 def sampled_diagonal(logits: Tensor, params: Sequence[Tensor], generator: torch.Generator) -> list[Tensor]:

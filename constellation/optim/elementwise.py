@@ -4,8 +4,8 @@
     listed  torch._foreach operations, on a CPU in blocks that stay in the cache; optionally compiled
     fused   power 1/2: torch's own AdamW kernel; without bias correction it is told that many steps have passed
 
-`diagonal_step(params, state, group)` is what mixed optimizers call on their groups. `group` holds lr, alpha,
-eps, momentum, power and weight_decay, and may hold DiagonalNG's other options.
+`diagonal_step(params, state, group)` is what mixed optimizers call on their groups. `group` holds lr, fisher_decay,
+damping, momentum, power and weight_decay, and may hold DiagonalNG's other options.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ TINY = 1e-30  # least denominator when damping is 0: 0 / 0 is no step
 def adamw_step(params: Sequence[Tensor], state: Any, group: dict[str, Any]) -> None:
     """torch's AdamW on `params` with lr, betas, eps and weight_decay of `group`; fused where torch can."""
     b, a = group.get("betas", (0.9, 0.999))
-    diagonal_step(params, state, {**group, "momentum": b, "alpha": a, "power": 0.5})
+    diagonal_step(params, state, {**group, "momentum": b, "fisher_decay": a, "damping": group["eps"], "power": 0.5})
 
 
 def diagonal_step(
@@ -85,7 +85,7 @@ def _fused(params: list[Tensor], state: Any, group: dict[str, Any]) -> None:
         steps = [torch.full((), SETTLED, device=steps[0].device)] * len(steps)
     adamw(
         wide, grads, momenta, fishers, [], steps, fused=True, foreach=False, amsgrad=False, beta1=group["momentum"],
-        beta2=group["alpha"], lr=group["lr"], weight_decay=group["weight_decay"], eps=group["eps"],
+        beta2=group["fisher_decay"], lr=group["lr"], weight_decay=group["weight_decay"], eps=group["damping"],
         maximize=group.get("maximize", False),
     )  # fmt: skip
     for p, w in zip(params, wide, strict=True):
@@ -101,7 +101,7 @@ def _laid_out(t: Tensor, like: Tensor) -> Tensor:
 
 def _plain(p: Tensor, s: dict[str, Any], group: dict[str, Any], curvature: dict[Tensor, Tensor] | None) -> None:
     """The formula, one parameter, every number a tensor where it has to be: the oracle of the other paths."""
-    a, b, power, lr = group["alpha"], group["momentum"], group["power"], group["lr"]
+    a, b, power, lr = group["fisher_decay"], group["momentum"], group["power"], group["lr"]
     keep = group.get("differentiable", False)
 
     def store(name: str, value: Tensor) -> Tensor:
@@ -131,13 +131,13 @@ def _plain(p: Tensor, s: dict[str, Any], group: dict[str, Any], curvature: dict[
             direction = direction / (1 - b**number)
         fisher = fisher / (1 - a**looks) if looks is number or looks else fisher
     scale = fisher.sqrt() if power == 0.5 else fisher if power == 1 else fisher**power
-    delta = direction / (scale + group["eps"] if group["eps"] else scale.clamp(min=TINY))
+    delta = direction / (scale + group["damping"] if group["damping"] else scale.clamp(min=TINY))
     theta.mul_(1 - lr * group["weight_decay"]).add_(-lr * delta)
 
 
 def _listed(params: list[Tensor], state: Any, group: dict[str, Any], curvature: dict[Tensor, Tensor] | None) -> None:
     """The formula on lists of tensors, block by block, so that on a CPU every block stays in the cache."""
-    b, a, lr, power = group["momentum"], group["alpha"], float(group["lr"]), group["power"]
+    b, a, lr, power = group["momentum"], group["fisher_decay"], float(group["lr"]), group["power"]
     torch._foreach_add_([state[p]["step"] for p in params], torch.tensor(1.0), alpha=1.0)
     alike: dict[Any, list[Tensor]] = {}  # parameters that share every number
     for p in params:
@@ -165,9 +165,11 @@ def _listed(params: list[Tensor], state: Any, group: dict[str, Any], curvature: 
             ms = ms if b else gs
             if group.get("compile"):  # numbers that change as tensors, or every step would be compiled anew
                 changing = (torch.tensor(x) for x in (keep, 1 / c2, -lr / c1))
-                compiled_update()(thetas, gs, ms, fs, hs, b, a, gain, curvature is None, power, group["eps"], *changing)
+                compiled_update()(
+                    thetas, gs, ms, fs, hs, b, a, gain, curvature is None, power, group["damping"], *changing
+                )
             else:
-                damping, length = group["eps"] * c2, -lr * c2 / c1
+                damping, length = group["damping"] * c2, -lr * c2 / c1
                 list_update(thetas, gs, ms, fs, hs, b, a, gain, curvature is None, power, damping, keep, length)
 
 
@@ -201,7 +203,7 @@ def list_update(
 
 def one_by_one(
     thetas: Any, gs: Any, ms: Any, fs: Any, hs: Any, b: float, a: float, gain: float | None, squared: bool,
-    power: float, eps: float, keep: Tensor, correct: Tensor, length: Tensor,
+    power: float, damping: float, keep: Tensor, correct: Tensor, length: Tensor,
 ) -> None:  # fmt: skip
     """The same as a loop that a compiler makes into one pass over each parameter's memory."""
     for theta, g, m, f, h in zip(thetas, gs, ms, fs, hs, strict=True):
@@ -210,7 +212,7 @@ def one_by_one(
         if gain is not None:
             f.mul_(a).add_(gain * (h * h if squared else h))
         root = f if power == 1 else f.sqrt() if power == 0.5 else f**power
-        scale = root * correct + eps if eps else (root * correct).clamp(min=TINY)
+        scale = root * correct + damping if damping else (root * correct).clamp(min=TINY)
         theta.mul_(keep).add_(m * length / scale)
 
 

@@ -27,7 +27,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from constellation.config import AdaptiveConfig, phase_settings
+from constellation.optim.registry import AdaptiveConfig, phase_settings
 
 __all__ = ["AdaptiveConfig", "Decision", "get_recommended_config_for_phase", "should_apply_ng"]
 

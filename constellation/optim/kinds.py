@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import fnmatch
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -41,3 +42,12 @@ def kinds_of(params: Sequence[Tensor], names: Sequence[str] | None, model: nn.Mo
 def is_rowwise(name: str) -> bool:
     """Whether a dotted name is that of an embedding or a head."""
     return any(fnmatch.fnmatchcase(part.lower(), pattern) for part in name.split(".") for pattern in NAMES)
+
+
+def decayed(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """Param groups of all that is trained: matrices with weight decay, vectors without."""
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    return [
+        {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": weight_decay},
+        {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
+    ]

@@ -42,6 +42,7 @@ from constellation.optim.elementwise import diagonal_step
 from constellation.optim.kinds import kinds_of, matrix_shape
 from constellation.optim.natural import NaturalOptimizer, check_range
 from constellation.optim.polar import NEWTON_SCHULZ, NEWTON_SCHULZ_STEPS, polar, polar_single, polars
+from constellation.optim.registry import KroneckerSettings
 from constellation.optim.whiten import WHITENED, whitened_step
 
 __all__ = ["KroneckerNG", "kronecker_step", "polar"]
@@ -54,8 +55,9 @@ METHODS = ("auto", "kron", "diag")
 OLD_NAMES = {"kronecker": "kron", "diagonal": "diag"}  # in checkpoints of the first release
 LARGEST_NORM = 1e18  # of a gradient whose square is averaged in float32
 KRON: dict[str, Any] = {
-    "variant": "muon", "momentum": 0.95, "weight_decay": 0.0, "alpha": 0.95, "eps": 1e-8, "factor_decay": None,
-    "refresh": 10, "refresh_above": 0.0, "max_dim": 1024, "max_aspect": 2.0, "products": "full", "nesterov": True,
+    "variant": "muon", "momentum": 0.95, "weight_decay": 0.0, "fisher_decay": 0.95, "damping": 1e-8,
+    "factor_decay": None, "refresh": 10, "refresh_above": 0.0, "max_dim": 1024, "max_aspect": 2.0,
+    "products": "full", "nesterov": True,
     "adjust_lr_fn": "match_rms_adamw", "ns_coefficients": NEWTON_SCHULZ, "ns_steps": NEWTON_SCHULZ_STEPS,
     "ns_precision": "auto", "batched": True, "maximize": False,
 }  # fmt: skip
@@ -79,12 +81,12 @@ class KroneckerNG(NaturalOptimizer):
         lr: float | Tensor = 1e-3,
         momentum: float = 0.95,  # mu and b1 of the Kronecker groups
         weight_decay: float = 0.0,
-        alpha: float = 0.95,  # b2: of V, l and r, and of the diagonal groups' F
-        eps: float = 1e-8,  # damping, unit of the gradient
+        fisher_decay: float = 0.95,  # b2: of V, l and r, and of the diagonal groups' F
+        damping: float = 1e-8,  # lambda, unit of the gradient
         diagonal_momentum: float = 0.9,
         *,
         variant: str = "muon",
-        factor_decay: float | None = None,  # d of L and R; None: alpha
+        factor_decay: float | None = None,  # d of L and R; None: fisher_decay
         refresh: int = 10,  # steps between two looks at the bases
         refresh_above: float = 0.0,  # a basis is left alone while its off-diagonal part is at most this, [0, 1]
         max_dim: int = 1024,  # sides longer than this, or than max_aspect times the other, get no factor
@@ -100,7 +102,12 @@ class KroneckerNG(NaturalOptimizer):
         check_finite: bool = True,
     ):
         check_range("KroneckerNG", momentum=(momentum, 1), weight_decay=(weight_decay, math.inf))
-        check_range("KroneckerNG", alpha=(alpha, 1), eps=(eps, math.inf), diagonal_momentum=(diagonal_momentum, 1))
+        check_range(
+            "KroneckerNG",
+            fisher_decay=(fisher_decay, 1),
+            damping=(damping, math.inf),
+            diagonal_momentum=(diagonal_momentum, 1),
+        )
         check_range("KroneckerNG", factor_decay=(factor_decay or 0.0, 1), refresh_above=(refresh_above, 1))
         if refresh < 1 or max_dim < 1 or not max_aspect >= 1 or not 0 < ns_steps < 100 or len(ns_coefficients) != 3:
             raise ConfigError(
@@ -108,8 +115,9 @@ class KroneckerNG(NaturalOptimizer):
                 f"ns_steps={ns_steps} in [1, 99], ns_coefficients={ns_coefficients} three numbers"
             )
         defaults = {
-            "lr": lr, "momentum": momentum, "weight_decay": weight_decay, "alpha": alpha, "eps": eps,
-            "diagonal_momentum": diagonal_momentum, "method": "auto", "variant": variant, "factor_decay": factor_decay,
+            "lr": lr, "momentum": momentum, "weight_decay": weight_decay, "fisher_decay": fisher_decay,
+            "damping": damping, "diagonal_momentum": diagonal_momentum, "method": "auto",
+            "variant": variant, "factor_decay": factor_decay,
             "refresh": refresh, "refresh_above": refresh_above, "max_dim": max_dim, "max_aspect": max_aspect,
             "products": products, "nesterov": nesterov, "adjust_lr_fn": adjust_lr_fn, "ns_steps": ns_steps,
             "ns_coefficients": tuple(ns_coefficients), "ns_precision": ns_precision, "batched": batched,
@@ -154,6 +162,21 @@ class KroneckerNG(NaturalOptimizer):
         super().__setstate__(state)
         for group in self.param_groups:
             group["method"] = OLD_NAMES.get(group["method"], group["method"])
+
+
+def build(settings: KroneckerSettings, model: torch.nn.Module) -> KroneckerNG:
+    """Linear weights by Kronecker factors; embeddings and vectors by the diagonal."""
+    s = settings
+    matrices = [module.weight for module in model.modules() if isinstance(module, torch.nn.Linear)]
+    taken = {id(p) for p in matrices}
+    groups = [
+        {"params": matrices, "method": "kron", "weight_decay": s.weight_decay},
+        {"params": [p for p in model.parameters() if id(p) not in taken], "method": "diag", "weight_decay": 0.0},
+    ]
+    return KroneckerNG(
+        groups, lr=s.lr, momentum=s.kronecker_momentum, fisher_decay=s.fisher_decay, damping=s.damping,
+        diagonal_momentum=s.momentum, variant=s.variant, ns_precision=s.ns_precision,
+    )  # fmt: skip
 
 
 def settled(precision: str, params: Sequence[Tensor]) -> str:

@@ -70,6 +70,14 @@ def curvature_stats(fishers: Iterable[Tensor], damping: float) -> dict[str, floa
     }
 
 
+OLD_OPTIONS = {"alpha": "fisher_decay", "eps": "damping"}  # of options, in states of the first release
+
+
+def renamed(group: dict[str, Any]) -> dict[str, Any]:
+    """The options of a saved group under the names of today; those of torch's AdamW (betas, eps) are torch's."""
+    return group if "betas" in group else {OLD_OPTIONS.get(name, name): value for name, value in group.items()}
+
+
 def wants(optimizer: torch.optim.Optimizer, known: Sequence[str]) -> tuple[str, ...]:
     """Keywords that `optimizer.step` is to be given, of those in `known`; ConfigError when it wants another."""
     names: tuple[str, ...] = getattr(optimizer, "wants", ())
@@ -86,6 +94,7 @@ def may_inherit(optimizer: torch.optim.Optimizer, saved: Sequence[dict[str, Any]
     option of the saved groups is unknown to it (those younger than the state are its own).
     """
     names: tuple[str, ...] = getattr(optimizer, "state_kind", ())
+    saved = [renamed(group) for group in saved]
 
     def kind(groups: Sequence[dict[str, Any]]) -> list[tuple[Any, ...]]:
         return [(len(group["params"]), *(group.get(name) for name in names)) for group in groups]
@@ -203,7 +212,7 @@ class NaturalOptimizer(torch.optim.Optimizer):
     def get_stats(self) -> dict[str, float]:
         """Plain numbers, computed when asked: of the curvature held, and of the steps this process made."""
         return {
-            **curvature_stats(self._fishers(), float(self.defaults.get("eps", 0.0))),
+            **curvature_stats(self._fishers(), float(self.defaults.get("damping", 0.0))),
             "natural_steps": float(self._natural_steps),
             "ng_applications": float(self._natural_steps),
             "skipped_steps": float(self._skipped_steps),
@@ -225,6 +234,8 @@ class NaturalOptimizer(torch.optim.Optimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         defaults = dict(state.get("defaults", self.__dict__.get("defaults", {})))  # torch adds to them
+        if "param_groups" in state:
+            state = {**state, "param_groups": [renamed(group) for group in state["param_groups"]]}
         super().__setstate__(state)
         for name, value in {"_natural_steps": 0, "_skipped_steps": 0, "_outcome": "none"}.items():
             self.__dict__.setdefault(name, value)

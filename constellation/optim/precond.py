@@ -24,7 +24,7 @@ from constellation.storage.atomic import write_bytes, write_json
 
 SCHEMA = 1
 SETTINGS = (
-    "exponent", "eps", "floor", "trust", "lr", "lr_min", "lr_max", "refresh", "smooth", "probes", "seed",
+    "exponent", "damping", "floor", "trust", "lr", "lr_min", "lr_max", "refresh", "smooth", "probes", "seed",
 )  # fmt: skip
 
 

@@ -2,7 +2,7 @@
 
     c_i   a curvature diagonal (curvature.py), refreshed every few steps and smoothed, C <- s C + (1 - s) c
     m_i   = max(|C_i|, floor, trust * stderr_i)       magnitude; what is below its own error counts as its error
-    lr_i  = clip(lr (m_i + eps)^-q, lr_min, lr_max)
+    lr_i  = clip(lr (m_i + damping)^-q, lr_min, lr_max)
     b_i   <- momentum b_i + g_i                        theta_i <- (1 - lr wd) theta_i - lr_i b_i
 
 q = 1/2 is the seed's rate and turns condition number k into sqrt(k); q = 1 with lr = 1 is Newton's method for a
@@ -28,14 +28,16 @@ from constellation.errors import ConfigError
 from constellation.geometry.fisher import twice_differentiable
 from constellation.optim import precond
 from constellation.optim.curvature import UNITS, Curvature, ema_grad2, from_likelihood
+from constellation.optim.kinds import decayed
 from constellation.optim.natural import check_range, finite, state_like
+from constellation.optim.registry import ScaledSettings
 
 SEED_STRIDE = 1_000_003  # seeds of two runs meet after as many steps
-_TINY = 1e-30  # a curvature of 0 with eps = 0 has a long step, not an infinite one
+_TINY = 1e-30  # a curvature of 0 with damping = 0 has a long step, not an infinite one
 
 
 class CurvatureScaledSGD(precond.Scaled):
-    """State per parameter: `step`, `looks`, `scale` = (m + eps)^-q, the curvature held and, if any, `momentum`."""
+    """State per parameter: `step`, `looks`, `scale` = (m + damping)^-q, the curvature held and, if any, `momentum`."""
 
     wants = ("logits", "targets")
     state_kind = ("source",)
@@ -49,7 +51,7 @@ class CurvatureScaledSGD(precond.Scaled):
         source: str = "ema_grad2",
         momentum: float = 0.0,
         weight_decay: float = 0.0,  # decoupled
-        eps: float = 1e-12,  # unit of the curvature
+        damping: float = 1e-12,  # unit of the curvature
         floor: float = 0.0,  # least curvature, same unit
         trust: float = 1.0,  # standard errors a curvature counts at least; 0: errors are ignored
         lr_min: float = 0.0,
@@ -63,7 +65,7 @@ class CurvatureScaledSGD(precond.Scaled):
     ):
         defaults = {
             "lr": lr, "exponent": exponent, "source": source, "momentum": momentum, "weight_decay": weight_decay,
-            "eps": eps, "floor": floor, "trust": trust, "lr_min": lr_min, "lr_max": lr_max, "refresh": refresh,
+            "damping": damping, "floor": floor, "trust": trust, "lr_min": lr_min, "lr_max": lr_max, "refresh": refresh,
             "smooth": smooth, "probes": probes, "seed": seed, "maximize": maximize, "check_finite": check_finite,
         }  # fmt: skip
         super().__init__(params, defaults)
@@ -75,7 +77,9 @@ class CurvatureScaledSGD(precond.Scaled):
         ema = group["source"] == "ema_grad2"
         refresh = (1 if ema else 20) if group["refresh"] is None else group["refresh"]
         smooth = (0.99 if ema else 0.5) if group["smooth"] is None else group["smooth"]
-        check_range(who, **{n: (group[n], math.inf) for n in ("lr", "weight_decay", "eps", "floor", "trust", "lr_min")})
+        check_range(
+            who, **{n: (group[n], math.inf) for n in ("lr", "weight_decay", "damping", "floor", "trust", "lr_min")}
+        )
         check_range(who, exponent=(group["exponent"], 1), momentum=(group["momentum"], 1), smooth=(smooth, 1))
         if not group["lr_min"] <= group["lr_max"]:
             raise ConfigError(f"{who}: lr_min={group['lr_min']} must not exceed lr_max={group['lr_max']}")
@@ -198,7 +202,7 @@ class CurvatureScaledSGD(precond.Scaled):
             errors = [torch.where(e.isfinite(), e, 0) for _, e in pairs]
             torch._foreach_mul_(errors, group["trust"])
             torch._foreach_maximum_(magnitudes, errors)
-        torch._foreach_add_(magnitudes, group["eps"])
+        torch._foreach_add_(magnitudes, group["damping"])
         torch._foreach_clamp_min_(magnitudes, _TINY)
         torch._foreach_pow_(magnitudes, -group["exponent"])
         for p, scale in zip(params, magnitudes, strict=True):
@@ -252,3 +256,12 @@ class CurvatureScaledSGD(precond.Scaled):
         ArtifactError when the file is damaged or was saved for other parameters or another source.
         """
         precond.load(self, path)
+
+
+def build(settings: ScaledSettings, model: torch.nn.Module) -> CurvatureScaledSGD:
+    s = settings
+    lr = s.lr * (1 - s.momentum)  # momentum sums gradients here, `lr` is meant for their average
+    return CurvatureScaledSGD(
+        decayed(model, s.weight_decay), lr, s.exponent, source=s.curvature, damping=s.damping, momentum=s.momentum,
+        refresh=s.refresh, probes=s.probes,
+    )  # fmt: skip

@@ -6,14 +6,14 @@ means "in the bases", X' = Q_L^T X Q_R. The momentum M' is kept there and turned
 soap (Vyas et al. 2024): Adam in the bases. The first gradient that is not zero only makes the bases.
 
     M' <- b1 M' + (1 - b1) G',     V <- b2 V + (1 - b2) G'^2,     t counts from the second gradient on
-    W  <- (1 - lr wd) W - lr sqrt(1 - b2^t) / (1 - b1^t)  Q_L [M' / (sqrt V + eps)] Q_R^T
+    W  <- (1 - lr wd) W - lr sqrt(1 - b2^t) / (1 - b1^t)  Q_L [M' / (sqrt V + damping)] Q_R^T
     L  <- d L + (1 - d) G G^T,     R <- d R + (1 - d) G^T G;     every `refresh` steps Q <- followed(factor, Q)
 
 soap_muon (Acqua 2026, modded-nanogpt #278, after Vyas et al.): the same factors, but the Nesterov momentum is
 divided, and the polar factor of the quotient taken; lengths are those of KroneckerNG's muon.
 
     U' = (1 - b1) G' + b1 M',      V <- b2 V + (1 - b2) U'^2
-    W  <- (1 - lr wd) W - lr 0.2 sqrt(max(R, C))  Q_L polar(U' / (sqrt V + eps)) Q_R^T
+    W  <- (1 - lr wd) W - lr 0.2 sqrt(max(R, C))  Q_L polar(U' / (sqrt V + damping)) Q_R^T
 
 kl_shampoo (Lin et al. 2025): factors that minimise the Kullback-Leibler divergence between Gaussians of
 covariance E[g g^T] and L (x) R. Each sees the gradient whitened by the other; l, r are the eigenvalues.
@@ -23,7 +23,7 @@ covariance E[g g^T] and L (x) R. Each sees the gradient whitened by the other; l
     W   <- (1 - lr wd) W - lr / (1 - b1^t)  Q_L [M'_ij / sqrt(l_i r_j)] Q_R^T
 
     It starts from L = R = c 1, c the root mean square of the first gradient that is not zero, so that steps
-    do not depend on the scale of the loss. eps bounds l and r from below.
+    do not depend on the scale of the loss. damping bounds l and r from below.
 
 A side longer than `max_dim`, or than `max_aspect` times the other, gets no factor and Q = 1 (one-sided); its
 r or l remain as a diagonal. Left out of the papers: weight decay is AdamW's (before the step), and the momentum
@@ -128,12 +128,12 @@ def _step(members: list[Tensor], steps: int, state: Any, group: dict[str, Any]) 
 def _soap(
     states: list[dict[str, Any]], turned_NRC: Tensor, momentum_NRC: Tensor, t: int, group: dict[str, Any]
 ) -> Tensor:
-    b1, b2 = group["momentum"], group["alpha"]
+    b1, b2 = group["momentum"], group["fisher_decay"]
     fisher_NRC = stacked(states, "fisher")
     muon = group["variant"] == "soap_muon"
     u_NRC = turned_NRC.lerp(momentum_NRC, b1) if muon else turned_NRC
     fisher_NRC.mul_(b2).addcmul_(u_NRC, u_NRC, value=1 - b2)
-    scale_NRC = fisher_NRC.sqrt().add_(group["eps"] or torch.finfo(fisher_NRC.dtype).tiny)
+    scale_NRC = fisher_NRC.sqrt().add_(group["damping"] or torch.finfo(fisher_NRC.dtype).tiny)
     if muon:
         newton_schulz = tuple(group["ns_coefficients"]), group["ns_steps"], group["ns_precision"]
         part = polar(u_NRC / scale_NRC, *newton_schulz).to(u_NRC.dtype)
@@ -145,7 +145,7 @@ def _kl(
     states: list[dict[str, Any]], bases: list[Tensor | None], g_NRC: Tensor, half_NRC: Tensor, turned_NRC: Tensor,
     momentum_NRC: Tensor, t: int, group: dict[str, Any],
 ) -> Tensor:  # fmt: skip
-    b2, eps = group["alpha"], group["eps"] or torch.finfo(g_NRC.dtype).tiny
+    b2, least = group["fisher_decay"], group["damping"] or torch.finfo(g_NRC.dtype).tiny
     l_NR, r_NC = stacked(states, "left_values"), stacked(states, "right_values")
     if t == 1:
         c_N1 = g_NRC.square().mean((-2, -1)).sqrt()[:, None]
@@ -154,7 +154,10 @@ def _kl(
         for side in ("left", "right"):
             if side in states[0]:
                 stacked(states, side).diagonal(dim1=-2, dim2=-1).add_(c_N1)
-    inverse_l, inverse_r = l_NR.clamp(min=eps).reciprocal()[:, :, None], r_NC.clamp(min=eps).reciprocal()[:, None, :]
+    inverse_l, inverse_r = (
+        l_NR.clamp(min=least).reciprocal()[:, :, None],
+        r_NC.clamp(min=least).reciprocal()[:, None, :],
+    )
     dtype = torch.bfloat16 if group["products"] == "bfloat16" else g_NRC.dtype
     other_NRC = g_NRC if bases[0] is None else _product(bases[0].mT, g_NRC, dtype)  # Q_L^T G
     _update_factors(
@@ -166,13 +169,13 @@ def _kl(
     square_NRC = turned_NRC.square()
     l_NR.lerp_((square_NRC * inverse_r).mean(2), 1 - b2)
     r_NC.lerp_((square_NRC * inverse_l).mean(1), 1 - b2)
-    scale_NRC = l_NR.clamp(min=eps).rsqrt()[:, :, None] * r_NC.clamp(min=eps).rsqrt()[:, None, :]
+    scale_NRC = l_NR.clamp(min=least).rsqrt()[:, :, None] * r_NC.clamp(min=least).rsqrt()[:, None, :]
     return scale_NRC.mul_(momentum_NRC).div_(1 - group["momentum"] ** t)
 
 
 def _update_factors(states: list[dict[str, Any]], rows_NRC: Tensor, columns_NRC: Tensor, group: dict[str, Any]) -> None:
     """L <- d L + (1 - d) X X^T, R <- d R + (1 - d) Y^T Y."""
-    decay = group["alpha"] if group["factor_decay"] is None else group["factor_decay"]
+    decay = group["fisher_decay"] if group["factor_decay"] is None else group["factor_decay"]
     dtype = torch.bfloat16 if group["products"] == "bfloat16" else rows_NRC.dtype
     for side, x, y in (("left", rows_NRC, rows_NRC.mT), ("right", columns_NRC.mT, columns_NRC)):
         if side in states[0] and dtype == x.dtype:

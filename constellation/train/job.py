@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -12,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 
 from constellation import processor
-from constellation.config import Config
+from constellation.config import Config, override
 from constellation.roster import OCEAN
 
 
@@ -72,8 +71,5 @@ def resolve_precision(config: Config) -> Config:
     Where kernels get GPUs of their own it is those that count: the driver's machine may have none.
     """
     found = "bf16" if config.cluster.gpus_per_kernel > 0 else processor.precision(device().type)
-    if config.train.precision == "auto":
-        config = dataclasses.replace(config, train=dataclasses.replace(config.train, precision=found))
-    if config.optim.ns_precision == "auto":
-        config = dataclasses.replace(config, optim=dataclasses.replace(config.optim, ns_precision=found))
-    return config
+    asked = {"train.precision": config.train.precision, "optim.ns_precision": getattr(config.optim, "ns_precision", "")}
+    return override(config, {name: found for name, precision in asked.items() if precision == "auto"})

@@ -30,9 +30,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from constellation.errors import ArtifactError, ConfigError
+from constellation.settings import Count, check, says
 from constellation.storage import atomic
 
 SCHEMA = 1
@@ -46,15 +47,14 @@ _NAME = re.compile(r"[A-Za-z0-9._@-]{1,64}")
 class Limits:
     """What one key may ask for; None: no limit."""
 
-    requests_per_minute: int | None = None  # answers begun, >= 1; prompts x n of a request
-    tokens_per_minute: int | None = None  # of prompts and answers, >= 1
-    concurrent: int | None = None  # answers under way at once, >= 1
+    requests_per_minute: Annotated[Count, says("answers begun, prompts x n of a request; nothing: no limit")] | None = (
+        None
+    )
+    tokens_per_minute: Annotated[Count, says("of prompts and answers; nothing: no limit")] | None = None
+    concurrent: Annotated[Count, says("answers under way at once; nothing: no limit")] | None = None
 
     def __post_init__(self) -> None:
-        for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
-            if value is not None and not (type(value) is int and value >= 1):
-                raise ConfigError(f"{field.name}={value!r}: a whole number from 1 on, or nothing for no limit")
+        check(self)
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,9 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterable
 from dataclasses import dataclass, field
+from typing import Annotated
 
+from constellation.settings import Count, Positive, check, says
 from router.http.keys import Key
 
 _MINUTE_NS = 60 * 10**9
@@ -31,16 +33,19 @@ _PAST = 9  # weight of the past in the mean time an answer takes, beside 1 of th
 class Front:
     """How one front is offered, whoever asks."""
 
-    answers: int = 256  # under way or waiting at once, >= 1; prompts x n of a request
-    biases: int = 1 << 14  # of tokens, in all answers of one request
-    body_bytes: int = 4 * 1024 * 1024  # of a request, >= 1
-    bodies_bytes: int = 64 * 1024 * 1024  # of bodies that are being read at once
-    connections: int = 512  # of one peer at once, >= 1; a proxy is one peer
-    head_s: float = 20.0  # until a request's line and headers are there, from its first byte or the connection's start
-    body_s: float = 60.0  # until its body is there too
-    write_s: float = 30.0  # in which a peer has to read some of what waits for it
-    hosts: tuple[str, ...] | None = None  # names by which it may be asked (the header Host); None: whatever they say
-    access_log: bool = False  # a line for every request
+    answers: Annotated[Count, says("under way or waiting at once; prompts x n of a request")] = 256
+    biases: Annotated[Count, says("of tokens, in all answers of one request")] = 1 << 14
+    body_bytes: Annotated[Count, says("of a request")] = 4 * 1024 * 1024
+    bodies_bytes: Annotated[Count, says("of bodies that are being read at once")] = 64 * 1024 * 1024
+    connections: Annotated[Count, says("of one peer at once; a proxy is one peer")] = 512
+    head_s: Annotated[Positive, says("until a request's line and headers are there, from where they may begin")] = 20.0
+    body_s: Annotated[Positive, says("until its body is there too")] = 60.0
+    write_s: Annotated[Positive, says("in which a peer has to read some of what waits for it")] = 30.0
+    hosts: Annotated[tuple[str, ...] | None, says("names by which it may be asked, header Host; None: any")] = None
+    access_log: Annotated[bool, says("a line for every request")] = False
+
+    def __post_init__(self) -> None:
+        check(self)
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,22 @@ from typing import Annotated, Any, ClassVar, Literal, TypeVar
 import msgspec
 from msgspec import Meta, Struct
 
-from constellation.decoding.sample import Sampling
+from constellation.decoding.sampling import (
+    MOST_BIASES,
+    MOST_STOP_TOKENS,
+    MOST_TOP_K,
+    Bias,
+    FrequencyPenalty,
+    IgnoreEos,
+    MinP,
+    PresencePenalty,
+    RepetitionPenalty,
+    Sampling,
+    Temperature,
+    Token,
+    TopP,
+    Tops,
+)
 from constellation.errors import ConfigError
 
 MOST_CHOICES = 128  # answers to one prompt
@@ -52,9 +67,6 @@ NOT_IN_CHAT = {
 }  # fmt: skip
 
 Whole = Annotated[int, Meta(ge=0, le=MOST_TOKENS)]
-Token = Annotated[int, Meta(ge=0, le=2**32 - 1)]
-Penalty = Annotated[float, Meta(ge=-2, le=2)]
-Part01 = Annotated[float, Meta(ge=0, le=1)]
 Answers = Annotated[list[str], Meta(min_length=1, max_length=256)]
 _ANY_PROMPT = {
     "anyOf": [
@@ -118,21 +130,21 @@ class Generation(Addressed, kw_only=True):
     stream_options: StreamOptions | None = None
     max_tokens: Whole | None = None
     min_tokens: Whole = 0
-    temperature: Annotated[float, Meta(ge=0, le=100)] = 1.0  # 0 is greedy
-    top_p: Annotated[float, Meta(gt=0, le=1)] = 1.0
-    top_k: Annotated[int, Meta(ge=-1, le=2**31)] = 0  # 0 and -1: all
-    min_p: Part01 = 0.0
-    presence_penalty: Penalty = 0.0
-    frequency_penalty: Penalty = 0.0
-    repetition_penalty: Annotated[float, Meta(ge=0.01, le=100)] = 1.0
+    temperature: Temperature = 1.0
+    top_p: TopP = 1.0
+    top_k: Annotated[int, Meta(ge=-1, le=MOST_TOP_K)] = 0  # 0 and -1: all
+    min_p: MinP = 0.0
+    presence_penalty: PresencePenalty = 0.0
+    frequency_penalty: FrequencyPenalty = 0.0
+    repetition_penalty: RepetitionPenalty = 1.0
     logit_bias: Annotated[
-        dict[Annotated[str, Meta(pattern="^[0-9]{1,10}$")], Annotated[float, Meta(ge=-100, le=100)]],
-        Meta(max_length=300),
+        dict[Annotated[str, Meta(pattern="^[0-9]{1,10}$")], Bias],
+        Meta(max_length=MOST_BIASES),
     ] = {}
     seed: Annotated[int, Meta(ge=-(2**63), le=2**63 - 1)] | None = None  # None: drawn anew for each request
     stop: str | Annotated[list[str], Meta(max_length=16)] = []
-    stop_token_ids: Annotated[list[Token], Meta(max_length=64)] = []
-    ignore_eos: bool = False
+    stop_token_ids: Annotated[list[Token], Meta(max_length=MOST_STOP_TOKENS)] = []
+    ignore_eos: IgnoreEos = False
     add_special_tokens: bool = True  # the tokenizer adds none
     return_tokens_as_token_ids: bool = False  # log-probabilities name tokens "token_id:17"
     return_token_ids: bool = False  # choices hold `token_ids` and `prompt_token_ids`
@@ -184,7 +196,7 @@ class CompletionRequest(Generation, kw_only=True):
 
     prompt: Annotated[str | list[str | int | list[int]], Meta(extra_json_schema=_ANY_PROMPT)]
     echo: bool = False  # the choice begins with the prompt
-    logprobs: Annotated[int, Meta(ge=0, le=20)] | None = None
+    logprobs: Tops | None = None
     best_of: Annotated[int, Meta(ge=1, le=MOST_CHOICES)] | None = (
         None  # answers made, of which the likeliest n are kept
     )
@@ -261,7 +273,7 @@ class ChatRequest(Generation, kw_only=True):
     messages: Messages
     max_completion_tokens: Whole | None = None  # goes before max_tokens
     logprobs: bool = False
-    top_logprobs: Annotated[int, Meta(ge=0, le=20)] | None = None
+    top_logprobs: Tops | None = None
     add_generation_prompt: bool = True
     continue_final_message: bool = False
     response_format: ResponseFormat | None = None

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from constellation.errors import ConfigError
 from constellation.optim.basin import BasinNaturalGrad
 from constellation.optim.diagonal import DiagonalNG
-from constellation.optim.hybrid import HybridGeometricOptimizer, MixedQIGOptimizer
 from constellation.optim.kronecker import KroneckerNG
+from constellation.optim.mixed import HybridGeometricOptimizer
 
 X = torch.randint(0, 12, (20, 3), generator=torch.Generator().manual_seed(0))
 Y = X.sum(1) % 4
@@ -72,7 +72,7 @@ def test_every_part_moves_as_its_own_optimizer_to_the_bit(exact: bool, rest: str
     ours, theirs = Model(), Model()
     hybrid = HybridGeometricOptimizer(ours, 0.05, 0.02, cg_iters=6, use_exact_ng=exact, rest_optimizer=rest)
     block, matrices, vectors = parts(theirs)
-    natural: torch.optim.Optimizer = DiagonalNG(block, 0.05, power=0.5, eps=1e-8)
+    natural: torch.optim.Optimizer = DiagonalNG(block, 0.05, power=0.5, damping=1e-8)
     if exact:
         natural = BasinNaturalGrad(block, 0.05, 6, 1e-3)
     cheap: torch.optim.Optimizer
@@ -80,7 +80,7 @@ def test_every_part_moves_as_its_own_optimizer_to_the_bit(exact: bool, rest: str
     if rest == "adamw":
         cheap = torch.optim.AdamW(groups, 0.02, fused=True)
     elif rest == "diagonal_ng":
-        cheap = DiagonalNG(groups, 0.02, power=0.5, eps=1e-8)
+        cheap = DiagonalNG(groups, 0.02, power=0.5, damping=1e-8)
     else:
         groups[1]["method"] = "diag"
         cheap = KroneckerNG(groups, 0.02)
@@ -175,7 +175,7 @@ def test_damaged_gradients_skip_the_whole_step() -> None:
 
 def test_a_group_can_be_added_later_and_a_schedule_moves_every_rate() -> None:
     model = Model()
-    optimizer = MixedQIGOptimizer([{"params": list(model.head.parameters()), "method": "adamw"}], lr_rest=0.1)
+    optimizer = HybridGeometricOptimizer([{"params": list(model.head.parameters()), "method": "adamw"}], lr_rest=0.1)
     optimizer.add_param_group({"params": [model.mlp.weight], "method": "kron", "lr": 0.2})
     optimizer.add_param_group({"params": [model.basin_coords], "method": "exact", "lr": 0.4})
     schedule = torch.optim.lr_scheduler.StepLR(optimizer, 1, 0.5)

@@ -32,6 +32,7 @@ from constellation.optim.diagonal import DiagonalNG
 from constellation.optim.elementwise import adamw_step, diagonal_step
 from constellation.optim.kronecker import KRON, LARGEST_NORM, KroneckerNG, kronecker_step, settled
 from constellation.optim.natural import NaturalOptimizer, check_range
+from constellation.optim.registry import MixedSettings
 from constellation.optim.whiten import WHITENED
 
 BASIN = ("*basin*", "*embed*")
@@ -40,10 +41,10 @@ OPTIONS: dict[str, dict[str, Any]] = {  # method -> what its groups may say, wit
     "exact": {name: value for name, value in BASIN_SETTINGS.items() if name not in ("lr", "weight_decay")},
     "diag": {
         **{n: inspect.signature(DiagonalNG).parameters[n].default for n in (
-            "alpha", "momentum", "bias_correction", "batch_size", "foreach", "compile", "maximize",
+            "fisher_decay", "momentum", "bias_correction", "batch_size", "foreach", "compile", "maximize",
         )},
         "power": 0.5,  # the seeds' diagonal; 1.0 divides by F itself
-        "eps": 1e-8,
+        "damping": 1e-8,
     },
     "kron": {name: value for name, value in KRON.items() if name != "weight_decay"},
     "adamw": {"betas": (0.9, 0.999), "eps": 1e-8, "maximize": False},
@@ -72,7 +73,7 @@ class HybridGeometricOptimizer(NaturalOptimizer):
         rest_optimizer: str = "adamw",
         weight_decay: float = 0.01,  # decoupled, matrices of the rest
         *,
-        damping: float = 1e-3,  # lambda of the exact block
+        cg_damping: float = 1e-3,  # lambda of the exact block
         basin: Basin = BASIN,
         basin_options: Mapping[str, Any] | None = None,
         rest_options: Mapping[str, Any] | None = None,
@@ -85,7 +86,7 @@ class HybridGeometricOptimizer(NaturalOptimizer):
         model = params if isinstance(params, torch.nn.Module) else None
         given: list[Any] = list(params.named_parameters()) if isinstance(params, torch.nn.Module) else list(params)
         if not given or not isinstance(given[0], dict):
-            natural = {"cg_iters": cg_iters, "damping": damping} if use_exact_ng else {}
+            natural = {"cg_iters": cg_iters, "damping": cg_damping} if use_exact_ng else {}
             method, rest = "exact" if use_exact_ng else "diag", REST[rest_optimizer]
             given = _groups(
                 who, given, model, basin,
@@ -173,7 +174,28 @@ class HybridGeometricOptimizer(NaturalOptimizer):
                 group.setdefault(name, value)
 
 
-MixedQIGOptimizer = HybridGeometricOptimizer  # the seeds' other name
+def build(settings: MixedSettings, model: torch.nn.Module) -> HybridGeometricOptimizer:
+    return HybridGeometricOptimizer(model, **arguments(settings))
+
+
+def arguments(settings: MixedSettings) -> dict[str, Any]:
+    """What the settings say to the optimizers of this kind."""
+    s = settings
+    diagonal = {"fisher_decay": s.fisher_decay, "damping": s.damping, "momentum": s.momentum, "power": s.power}
+    rest = {
+        "adamw": {"betas": (s.momentum, s.fisher_decay), "eps": max(s.damping, 1e-8)},
+        "diagonal_ng": diagonal,
+        "kron": {
+            "variant": s.variant, "momentum": s.kronecker_momentum, "fisher_decay": s.fisher_decay,
+            "damping": s.damping, "ns_precision": s.ns_precision,
+        },
+    }  # fmt: skip
+    return {
+        "lr_ng": s.lr_ng, "lr_rest": s.lr, "cg_iters": s.cg_iters, "cg_damping": s.cg_damping,
+        "use_exact_ng": s.use_exact_ng, "rest_optimizer": s.rest_optimizer, "weight_decay": s.weight_decay,
+        "basin": s.basin.split(","), "basin_options": {} if s.use_exact_ng else diagonal,
+        "rest_options": rest[s.rest_optimizer],
+    }  # fmt: skip
 
 
 def _groups(
@@ -196,7 +218,12 @@ def _groups(
         raise ConfigError(f"{who}: the basin group is empty: {basin!r} names none of {some}, ...")
     if cheap["method"] == "kron":
         matrices = _linear(named, model)
-        others = {"method": "diag", "lr": cheap["lr"], "alpha": cheap["alpha"], "eps": cheap["eps"]}
+        others = {
+            "method": "diag",
+            "lr": cheap["lr"],
+            "fisher_decay": cheap["fisher_decay"],
+            "damping": cheap["damping"],
+        }
     else:
         matrices, others = {id(p) for _, p in named if p.dim() >= 2}, cheap
     params = [p for _, p in named]
