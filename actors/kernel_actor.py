@@ -1,6 +1,6 @@
 """KernelActor: one model in a process of its own, which trains it or answers with it.
 
-    Engine       the behaviour: one thread owns model, optimizer and device; anybody may ask about it
+    ActorEngine       the behaviour: one thread owns model, optimizer and device; anybody may ask about it
     KernelActor  its mailbox: the control group answers at once while the thread works
 
 Every call may be repeated: `train` and `serve` of what is going on already do nothing, `report` only
@@ -22,8 +22,8 @@ from typing import TYPE_CHECKING, Any
 
 import ray
 
-from actors.messages import BUSY, Report
-from actors.turn_stream import News, Told
+from actors.messages import BUSY, ActorReport
+from actors.turn_stream import News, TurnNews
 from constellation.config import Decode
 from constellation.errors import ConfigError, ConstellationError
 from constellation.storage.exclusive import exclusive
@@ -32,7 +32,7 @@ if TYPE_CHECKING:  # torch is imported in the actor's process only
     import numpy as np
     from numpy.typing import NDArray
 
-    from constellation.decoding.sample import Scored
+    from constellation.decoding.sample import TokenScore
     from constellation.telemetry.step import Step
     from constellation.train.job import Job
     from router.answer.turn import Answerer
@@ -41,7 +41,7 @@ LOOK_EVERY_S = 0.05
 LOCK_WAIT_S = 120.0  # how long a replacement waits for the lost actor to stop writing (a lease of NFS is 90 s)
 
 
-class Engine:
+class ActorEngine:
     """One thread that trains a Job, or answers turns; `report` and `stop` may be called from any other."""
 
     def __init__(self, role: str):
@@ -83,14 +83,14 @@ class Engine:
         """Its state, and what its batch says (kernel/batch.py)."""
         return {"state": self.state, **(self._answerer.stats() if self.state == "serving" else {})}
 
-    def report(self, since: int) -> Report:
+    def report(self, since: int) -> ActorReport:
         """What it is doing, with the steps after step `since`; those up to it are known and forgotten here."""
         state = self.state  # before the steps: whoever is told "done" has all of them
         with self._lock:
             while self._steps and self._steps[0].step <= since:
                 self._steps.popleft()
             steps = tuple(self._steps)
-        return Report(
+        return ActorReport(
             role=self.role, state=state, pid=os.getpid(), node=ray.util.get_node_ip_address(),
             node_id=ray.get_runtime_context().get_node_id(), step=self._step, checkpoint=self.checkpoint,
             error=self.error, steps=steps, notes=tuple(self._notes),
@@ -162,15 +162,15 @@ class Engine:
 
 
 class KernelMailbox:
-    """What others may ask of one Engine."""
+    """What others may ask of one ActorEngine."""
 
     def __init__(self, role: str, gpus: float = 0.0):
         import torch  # an actor that has started is ready to work
 
         if 0 < gpus < 1 and torch.cuda.is_available():
             torch.cuda.set_per_process_memory_fraction(gpus)  # a fraction of a GPU is bookkeeping to Ray
-        self._engine = Engine(role)
-        self._told = Told()
+        self._engine = ActorEngine(role)
+        self._told = TurnNews()
 
     @ray.method(concurrency_group="control")
     async def train(self, job: Job) -> None:
@@ -182,7 +182,7 @@ class KernelMailbox:
         await asyncio.wrap_future(self._engine.serve(run, threads, decode))
 
     @ray.method(concurrency_group="control")
-    async def report(self, since: int, patience_s: float = 0.0) -> Report:
+    async def report(self, since: int, patience_s: float = 0.0) -> ActorReport:
         """What is new after step `since`: at the end of the work, otherwise after `patience_s`."""
         for _ in range(round(patience_s / LOOK_EVERY_S)):
             if self._engine.state not in (*BUSY, "serving"):
@@ -214,7 +214,7 @@ class KernelMailbox:
     async def log_probs(self, windows: Sequence[Sequence[int]], tail: int) -> NDArray[np.float32]:
         return await asyncio.wrap_future((await self._loaded()).submit_log_probs(windows, tail))
 
-    async def score(self, windows: Sequence[Sequence[int]], top: int, tail: int | None) -> list[list[Scored]]:
+    async def score(self, windows: Sequence[Sequence[int]], top: int, tail: int | None) -> list[list[TokenScore]]:
         return await asyncio.wrap_future((await self._loaded()).submit_score(windows, top, tail))
 
     @ray.method(concurrency_group="control")

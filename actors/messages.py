@@ -15,7 +15,7 @@ BUSY = ("idle", "training")
 
 
 @dataclass(frozen=True)
-class Report:
+class ActorReport:
     """An actor's answer to "what is new?"; asking twice gives the same answer."""
 
     role: str

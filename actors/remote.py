@@ -32,10 +32,10 @@ from constellation.pipeline.request import open_plan
 from constellation.pipeline.status import models_of
 
 if TYPE_CHECKING:
-    from constellation.decoding.sample import Scored
+    from constellation.decoding.sample import TokenScore
     from router.answer.packet import Packet
     from router.answer.turn import Ear
-    from router.decide.policy import Choice
+    from router.decide.policy import RouteChoice
 
 LOOK_S = 0.2  # between two looks at whether the constellation was taken down
 TURN_S = 120.0  # one turn of one kernel on one batch
@@ -84,7 +84,7 @@ def kernels_of(run: Path, record: Record, say: Callable[[str], None] = print) ->
 @contextlib.contextmanager
 def _on_demand(supervisor: Supervisor, run: Path) -> Iterator[Callable[[str], Any]]:
     """Finds an actor of `run` by role and starts it if it is not there; a thread watches over them meanwhile."""
-    hires = {hire.role: hire for hire in servers(supervisor.placement, run.resolve(), supervisor.config)}
+    specs = {spec.role: spec for spec in servers(supervisor.placement, run.resolve(), supervisor.config)}
     end, failures, one_at_a_time = threading.Event(), list[BaseException](), threading.Lock()
 
     def watch() -> None:
@@ -99,7 +99,7 @@ def _on_demand(supervisor: Supervisor, run: Path) -> Iterator[Callable[[str], An
             raise failures[0]
         with one_at_a_time:
             if role not in supervisor.members:
-                supervisor.hire([hires[role]])
+                supervisor.start([specs[role]])
         return supervisor.members[role].actor
 
     thread = threading.Thread(target=watch, daemon=True)
@@ -156,13 +156,13 @@ class RayKernels:
 
     async def score(
         self, kernel: str, windows: Sequence[Sequence[int]], top: int, tail: int | None = None
-    ) -> list[list[Scored]]:
-        found: list[list[Scored]] = await self._ask(kernel, "score", windows, top, tail)
+    ) -> list[list[TokenScore]]:
+        found: list[list[TokenScore]] = await self._ask(kernel, "score", windows, top, tail)
         return found
 
-    async def route(self, texts: Sequence[bytes]) -> list[Choice]:
+    async def route(self, texts: Sequence[bytes]) -> list[RouteChoice]:
         """The router actor's decision on each text."""
-        found: list[Choice] = await self._ask("router", "route", list(texts))
+        found: list[RouteChoice] = await self._ask("router", "route", list(texts))
         return found
 
     async def steps(self) -> dict[str, int]:

@@ -9,29 +9,29 @@ from typing import TYPE_CHECKING, Any
 
 import ray
 
-from actors.messages import Report
+from actors.messages import ActorReport
 
 if TYPE_CHECKING:
-    from router.decide.policy import Choice
+    from router.decide.policy import RouteChoice
 
 
 class RouterMailbox:
     """Answers who should answer."""
 
     def __init__(self, folder: Path):
-        from router.decide.fisher_rao import Router
+        from router.decide.fisher_rao import FisherRaoRouter
 
-        self._router = Router.load(folder)
+        self._router = FisherRaoRouter.load(folder)
 
-    async def route(self, texts: list[bytes]) -> list[Choice]:
+    async def route(self, texts: list[bytes]) -> list[RouteChoice]:
         """One decision per text; ask for many at once."""
         return await asyncio.to_thread(self._router.route, texts)
 
     @ray.method(concurrency_group="control")
-    async def report(self, since: int, patience_s: float = 0.0) -> Report:
+    async def report(self, since: int, patience_s: float = 0.0) -> ActorReport:
         await asyncio.sleep(patience_s)
         node = ray.get_runtime_context().get_node_id()
-        return Report(
+        return ActorReport(
             role="router", state="serving", pid=os.getpid(), node=ray.util.get_node_ip_address(), node_id=node
         )
 

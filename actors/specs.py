@@ -1,4 +1,4 @@
-"""Hire: how to create an actor and what to tell it first, as plain data that can be used again after a death."""
+"""ActorSpec: how to create an actor and what to tell it first, as plain data that can be used again after a death."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ ROUTER = "router"
 
 
 @dataclass(frozen=True)
-class Hire:
+class ActorSpec:
     """One actor to be."""
 
     role: str
@@ -53,30 +53,30 @@ class Hire:
         return False
 
 
-def trainer(placement: Placement, number: int, job: Job) -> Hire:
+def trainer(placement: Placement, number: int, job: Job) -> ActorSpec:
     """An actor for `job` in bundle `number`."""
     t, part = job.config.train, placement.bundles[number]
     threads = t.ocean_threads if job.role == OCEAN else t.threads
     arguments = (job.role, part.get("GPU", 0.0))
     options = options_of(part, threads, placement.strategy(number))
-    return Hire(job.role, KernelActor, arguments, options, ("train", job), job.steps)
+    return ActorSpec(job.role, KernelActor, arguments, options, ("train", job), job.steps)
 
 
-def servers(placement: Placement, run: Path, config: Config, namespace: str | None = None) -> list[Hire]:
+def servers(placement: Placement, run: Path, config: Config, namespace: str | None = None) -> list[ActorSpec]:
     """The router and all models of `run`; detached and named by role if there is a `namespace`."""
     threads = config.train.threads
     with_first, with_ocean = halves(placement.bundles[0])
     rooms = {role: (number, placement.bundles[number]) for number, role in enumerate(config.kernels)}
     rooms |= {config.kernels[0]: (0, with_first), OCEAN: (0, with_ocean)}
-    hires = [Hire(ROUTER, RouterActor, (run / ROUTER,), options_of({}, 1, "DEFAULT"), ("report", 0))]
+    specs = [ActorSpec(ROUTER, RouterActor, (run / ROUTER,), options_of({}, 1, "DEFAULT"), ("report", 0))]
     for role, (number, part) in rooms.items():
         options = options_of(part, threads, placement.strategy(number))
-        hires.append(
-            Hire(role, KernelActor, (role, part.get("GPU", 0.0)), options, ("serve", run, threads, config.decode))
+        specs.append(
+            ActorSpec(role, KernelActor, (role, part.get("GPU", 0.0)), options, ("serve", run, threads, config.decode))
         )
     if namespace is None:
-        return hires
-    return [Hire(**{**vars(h), "lasting": {"name": h.role, "namespace": namespace}}) for h in hires]
+        return specs
+    return [ActorSpec(**{**vars(h), "lasting": {"name": h.role, "namespace": namespace}}) for h in specs]
 
 
 def options_of(part: Resources, threads: int, strategy: Any) -> dict[str, Any]:

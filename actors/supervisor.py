@@ -24,9 +24,9 @@ from typing import Any
 import ray
 from ray.exceptions import ActorDiedError, GetTimeoutError, RayError, RayTaskError, RuntimeEnvSetupError
 
-from actors.messages import BUSY, Report
+from actors.messages import BUSY, ActorReport
 from actors.placement import Placement, nodes, total
-from actors.specs import Hire, trainer
+from actors.specs import ActorSpec, trainer
 from constellation.config import Config
 from constellation.errors import ConstellationError, PlacementError, RunError
 from constellation.pipeline.status import KernelStatus
@@ -46,7 +46,7 @@ STOP_S = 10.0  # for the steps in progress to end
 class Member:
     """One actor and what is known of it. Times in seconds of time.monotonic()."""
 
-    hire: Hire
+    spec: ActorSpec
     actor: Any = None
     asked: Any = None  # the answer that is awaited
     asked_at: float = 0.0
@@ -54,13 +54,13 @@ class Member:
     born_at: float = 0.0
     restarts: int = 0
     started: bool = False  # it has answered its first call
-    report: Report | None = None
+    report: ActorReport | None = None
     step: Step | None = None  # newest
     noted: int = 0  # of its notes, said already
 
     @property
     def role(self) -> str:
-        return self.hire.role
+        return self.spec.role
 
     @property
     def state(self) -> str:
@@ -77,13 +77,13 @@ class Member:
         return self.state in ("starting", "serving", *BUSY)
 
     def start(self) -> None:
-        self.actor = self.hire.create()
+        self.actor = self.spec.create()
         self.started, self.report, self.noted = False, None, 0
         self.born_at = self.heard_at = time.monotonic()
         self.ask()
 
     def ask(self) -> None:
-        self.asked = self.actor.report.remote(self.seen, BEAT_S) if self.started else self.hire.begin(self.actor)
+        self.asked = self.actor.report.remote(self.seen, BEAT_S) if self.started else self.spec.begin(self.actor)
         self.asked_at = time.monotonic()
 
     def status(self, root: str | None) -> KernelStatus:
@@ -92,7 +92,7 @@ class Member:
         return KernelStatus(
             role=self.role, root=root, state=self.state,
             health=f"silent for {silent:.0f} s" if self.started and self.at_work and silent > HEALTH_S else "ok",
-            step=max(self.seen, report.step if report else 0), steps=self.hire.steps,
+            step=max(self.seen, report.step if report else 0), steps=self.spec.steps,
             loss_nats=step.loss_nats if step else None,
             node=f"{report.node} {report.node_id[:8]}" if report else None, pid=report.pid if report else None,
             restarts=self.restarts,
@@ -111,9 +111,9 @@ class Supervisor:
     members: dict[str, Member] = field(default_factory=dict)
     said_at: float = 0.0
 
-    def hire(self, hires: Sequence[Hire]) -> None:
+    def start(self, specs: Sequence[ActorSpec]) -> None:
         """Create actors and let them begin."""
-        for one in hires:
+        for one in specs:
             member = Member(one)
             member.start()
             self.members[one.role] = member  # started: another thread may be at beat()
@@ -129,7 +129,7 @@ class Supervisor:
         while True:
             while waiting and free:
                 place[waiting[0].role] = free.popleft()
-                self.hire([trainer(self.placement, place[waiting[0].role], waiting.popleft())])
+                self.start([trainer(self.placement, place[waiting[0].role], waiting.popleft())])
             if not self.members:
                 return
             for member, report in self.beat():
@@ -144,7 +144,7 @@ class Supervisor:
                     del self.members[member.role]
                     free.append(place[member.role])
 
-    def beat(self, wait_s: float = BEAT_S) -> list[tuple[Member, Report]]:
+    def beat(self, wait_s: float = BEAT_S) -> list[tuple[Member, ActorReport]]:
         """News of the next `wait_s` seconds; whoever died, hangs or lost its node is replaced on the way."""
         waiting = {member.asked: member for member in self._crew() if member.asked is not None}
         if waiting:
@@ -178,9 +178,9 @@ class Supervisor:
             self.members.clear()
 
     def _crew(self) -> list[Member]:
-        return list(self.members.values())  # a copy: hire() may be called meanwhile
+        return list(self.members.values())  # a copy: start() may be called meanwhile
 
-    def _hear(self, member: Member) -> Report | None:
+    def _hear(self, member: Member) -> ActorReport | None:
         """The answer that has come: news, or a reason to replace the actor."""
         role = member.role
         try:
@@ -202,7 +202,7 @@ class Supervisor:
             return None
         member.started, member.heard_at = True, time.monotonic()
         member.asked = None
-        if isinstance(answer, Report):
+        if isinstance(answer, ActorReport):
             member.report = answer
             for note in answer.notes[member.noted :]:
                 self.say(f"{role}: {note}")
@@ -249,7 +249,7 @@ class Supervisor:
         self.say(f"{member.role}: {why}; restarting from its last checkpoint ({member.restarts} of {limit})")
         ray.kill(member.actor)
         until = time.monotonic() + HEALTH_S
-        while not member.hire.name_is_free() and time.monotonic() < until:
+        while not member.spec.name_is_free() and time.monotonic() < until:
             time.sleep(0.05)
         member.start()
 

@@ -69,7 +69,7 @@ class SupervisorMailbox:
                 stack.callback(placement.release)
                 supervisor = Supervisor(self._config, placement, self._say, roots(self._run))
                 stack.callback(supervisor.dismiss)
-                supervisor.hire(servers(placement, self._run, self._config, namespace_of(self._name)))
+                supervisor.start(servers(placement, self._run, self._config, namespace_of(self._name)))
                 self._supervisor = supervisor
                 while not self._end.is_set():
                     supervisor.beat()

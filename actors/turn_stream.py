@@ -30,7 +30,7 @@ AHEAD = 16  # messages that may wait for a front
 News = tuple[str, int, tuple[int, ...], tuple[Any, ...]]  # request, number of the first token, tokens, their scores
 
 
-class Told:
+class TurnNews:
     """In the actor: who listens, and what is to be told."""
 
     def __init__(self) -> None:

@@ -24,20 +24,31 @@ if TYPE_CHECKING:
     from constellation.presets import preset
     from constellation.telemetry.step import Step
     from router.answer.query import Answer, Piece
-    from router.decide.policy import Choice
+    from router.decide.policy import RouteChoice
 
 __version__ = "0.1.0"
 
 _HOME = {
-    "Answer": "router.answer.query", "Choice": "router.decide.policy", "Config": "constellation.config",
+    "Answer": "router.answer.query", "RouteChoice": "router.decide.policy", "Config": "constellation.config",
     "Constellation": "constellation.api", "ConstellationError": "constellation.errors",
     "Piece": "router.answer.query", "Step": "constellation.telemetry.step", "Stream": "constellation.api",
     "load_kernel": "constellation.api", "open": "constellation.api", "preset": "constellation.presets",
     "train": "constellation.api",
 }  # fmt: skip
 __all__ = [
-    "Answer", "Choice", "Config", "Constellation", "ConstellationError", "Piece", "Step", "Stream", "__version__",
-    "load_kernel", "open", "preset", "train",
+    "Answer",
+    "Config",
+    "Constellation",
+    "ConstellationError",
+    "Piece",
+    "RouteChoice",
+    "Step",
+    "Stream",
+    "__version__",
+    "load_kernel",
+    "open",
+    "preset",
+    "train",
 ]  # fmt: skip
 
 

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from constellation.telemetry.step import Step
     from router.answer.query import Answer, Ask, Piece
     from router.answer.service import Service
-    from router.decide.policy import Choice
+    from router.decide.policy import RouteChoice
 
 T = TypeVar("T")
 AnyPath = str | os.PathLike[str]
@@ -291,12 +291,12 @@ class Constellation:
         return Stream(self.service, self._loop, _ask(prompt, max_new_tokens, temperature, seed, mode, **how))
 
     @overload
-    def route(self, texts: str | bytes) -> Choice: ...  # type: ignore[overload-overlap]
+    def route(self, texts: str | bytes) -> RouteChoice: ...  # type: ignore[overload-overlap]
 
     @overload
-    def route(self, texts: Sequence[str | bytes]) -> list[Choice]: ...
+    def route(self, texts: Sequence[str | bytes]) -> list[RouteChoice]: ...
 
-    def route(self, texts: str | bytes | Sequence[str | bytes]) -> Choice | list[Choice]:
+    def route(self, texts: str | bytes | Sequence[str | bytes]) -> RouteChoice | list[RouteChoice]:
         """Who would answer each text and why: kernel, posterior, distances. Nothing is decoded."""
         assert self.service.policy is not None
         found = self.service.policy.route([_utf8(text) for text in _several(texts)])

@@ -28,12 +28,12 @@ from starlette.types import ASGIApp
 from constellation import __version__
 from router.answer.service import Service
 from router.http import page, responses
-from router.http.endpoints import Desk
+from router.http.endpoints import Endpoints
 from router.http.failures import HANDLED, handle
 from router.http.keys import Keys
 from router.http.limits import Admission, Front
 from router.http.metrics import Metrics
-from router.http.middleware import Door
+from router.http.middleware import Middleware
 from router.http.openapi import components, operation
 from router.http.requests import (
     ChatRequest,
@@ -47,7 +47,7 @@ from router.http.translate import MODES
 
 
 @dataclass(frozen=True)
-class Settings:
+class AppSettings:
     """How a service is offered."""
 
     keys: Keys = field(default_factory=lambda: Keys(None))  # without a file everyone may ask
@@ -55,15 +55,15 @@ class Settings:
     cors: tuple[str, ...] = ()  # origins whose pages may ask; none
 
 
-def make_app(service: Service, settings: Settings | None = None) -> FastAPI:
-    """The application. `app.state.door` is what a server closes to drain, and whose `front` it keeps (server.py)."""
-    settings = settings or Settings()
+def make_app(service: Service, settings: AppSettings | None = None) -> FastAPI:
+    """The application. `app.state.gate` is what a server closes to drain, and whose `front` it keeps (server.py)."""
+    settings = settings or AppSettings()
     app = FastAPI(title="constellation", docs_url=None, redoc_url=None, openapi_url="/openapi.json")
-    desk = Desk(service, Admission(settings.front), Metrics())
+    endpoints = Endpoints(service, Admission(settings.front), Metrics())
     pages = page.files(service.policy, (*MODES, *service.kernels.names))
     for path, file in pages.items():
         app.add_api_route(path, _page(file), methods=["GET"], include_in_schema=False)
-    for method, path, handler, extra in _paths(desk):
+    for method, path, handler, extra in _paths(endpoints):
         app.add_api_route(
             path, handler, methods=[method], response_model=None, openapi_extra=extra, name=path,
             operation_id=handler.__name__,
@@ -71,38 +71,38 @@ def make_app(service: Service, settings: Settings | None = None) -> FastAPI:
     app.openapi = lambda: _document(app)  # type: ignore[method-assign]
     for kind in HANDLED:
         app.add_exception_handler(kind, handle)
-    known = frozenset({path for _, path, _, _ in _paths(desk)} | set(pages))
-    desk.door = app.state.door = Door(
-        app.build_middleware_stack(), settings.keys, desk.metrics, settings.front, known, frozenset(pages)
+    known = frozenset({path for _, path, _, _ in _paths(endpoints)} | set(pages))
+    endpoints.gate = app.state.gate = Middleware(
+        app.build_middleware_stack(), settings.keys, endpoints.metrics, settings.front, known, frozenset(pages)
     )
-    app.middleware_stack = _allowing(desk.door, settings.cors) if settings.cors else desk.door
+    app.middleware_stack = _allowing(endpoints.gate, settings.cors) if settings.cors else endpoints.gate
     return app
 
 
 def _allowing(app: ASGIApp, origins: Sequence[str]) -> ASGIApp:
-    """Pages of these origins may ask: outside the door, so that they may read its refusals too."""
+    """Pages of these origins may ask: outside the gate, so that they may read its refusals too."""
     told = ["X-Request-Id", "X-Constellation-Ignored", "Retry-After"]
     return CORSMiddleware(app, origins, allow_methods=["GET", "POST"], allow_headers=["*"], expose_headers=told)
 
 
-def _paths(desk: Desk) -> list[tuple[str, str, Callable[..., Any], dict[str, Any]]]:
+def _paths(endpoints: Endpoints) -> list[tuple[str, str, Callable[..., Any], dict[str, Any]]]:
     r = responses
     return [
-        ("POST", "/v1/completions", desk.completions,
+        ("POST", "/v1/completions", endpoints.completions,
          operation("Continue texts", CompletionRequest, r.Completion, r.Completion)),
-        ("POST", "/v1/chat/completions", desk.chat,
+        ("POST", "/v1/chat/completions", endpoints.chat,
          operation("Reply to a conversation", ChatRequest, r.ChatCompletion, r.ChatChunk)),
-        ("POST", "/v1/decisions", desk.decisions,
+        ("POST", "/v1/decisions", endpoints.decisions,
          operation("Decide between answers, without decoding", DecisionRequest, r.Decision)),
-        ("GET", "/v1/models", desk.models, operation("Who can be asked", None, r.Models)),
-        ("GET", "/v1/models/{model:path}", desk.model, operation("One of them", None, r.Model)),
-        ("POST", "/tokenize", desk.tokenize, operation("The tokens of a text", TokenizeRequest, r.Tokens)),
-        ("POST", "/detokenize", desk.detokenize, operation("The text of tokens", DetokenizeRequest, r.Prompt)),
-        ("GET", "/tokenizer_info", desk.tokenizer_info, operation("What the tokenizer is", None, None)),
-        ("POST", "/route", desk.route, operation("Who would answer a text, and why", RouteRequest, None)),
-        ("GET", "/health", desk.health, operation("Alive, and how busy", None, None)),
-        ("GET", "/ready", desk.ready, operation("Whether new requests are let in", None, None)),
-        ("GET", "/metrics", desk.scrape, operation("For Prometheus", None, None)),
+        ("GET", "/v1/models", endpoints.models, operation("Who can be asked", None, r.Models)),
+        ("GET", "/v1/models/{model:path}", endpoints.model, operation("One of them", None, r.Model)),
+        ("POST", "/tokenize", endpoints.tokenize, operation("The tokens of a text", TokenizeRequest, r.Tokens)),
+        ("POST", "/detokenize", endpoints.detokenize, operation("The text of tokens", DetokenizeRequest, r.Prompt)),
+        ("GET", "/tokenizer_info", endpoints.tokenizer_info, operation("What the tokenizer is", None, None)),
+        ("POST", "/route", endpoints.route, operation("Who would answer a text, and why", RouteRequest, None)),
+        ("GET", "/health", endpoints.health, operation("Alive, and how busy", None, None)),
+        ("GET", "/ready", endpoints.ready, operation("Whether new requests are let in", None, None)),
+        ("GET", "/metrics", endpoints.scrape, operation("For Prometheus", None, None)),
     ]  # fmt: skip
 
 

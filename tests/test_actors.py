@@ -88,10 +88,10 @@ def test_an_actor_without_a_gpu_sees_none_and_one_with_a_gpu_is_left_to_ray() ->
 
 def test_serving_needs_no_more_room_than_training(micro: Config) -> None:
     room = Placement(({"CPU": 1.0, "GPU": 1.0},) * 8, None, (), own=False)
-    hires = servers(room, Path("run"), micro, "somewhere")
-    asked = [hire.options for hire in hires]
+    specs = servers(room, Path("run"), micro, "somewhere")
+    asked = [spec.options for spec in specs]
     assert sum(o["num_gpus"] for o in asked) == 8 and sum(o["num_cpus"] for o in asked) == 8
-    assert [hire.lasting["name"] for hire in hires] == ["router", *ROLES, OCEAN]
+    assert [spec.lasting["name"] for spec in specs] == ["router", *ROLES, OCEAN]
 
 
 # -- locks and addresses -------------------------------------------------------------------------------------------
@@ -416,7 +416,7 @@ def test_a_constellation_stays_up_heals_and_goes_down(
     from actors.supervisor_actor import namespace_of
     from constellation.pipeline.status import newest_step
     from router.answer.local import LocalKernels
-    from router.decide.fisher_rao import Router
+    from router.decide.fisher_rao import FisherRaoRouter
 
     run = tmp_path / "run"
     shutil.copytree(micro_run, run)
@@ -442,13 +442,13 @@ def test_a_constellation_stays_up_heals_and_goes_down(
     with open_kernels(run, say=silent) as kernels:
         assert answers(kernels, run) == local
         assert [c.to_json() for c in asyncio.run(kernels.route(texts))] == [
-            c.to_json() for c in Router.load(run / "router").route(texts)
+            c.to_json() for c in FisherRaoRouter.load(run / "router").route(texts)
         ]
     command = [sys.executable, "-m", "constellation", "route", "--run", str(run), "--json", "--address"]
     asked_by_hand = [*command, status.address or ""]
     printed = subprocess.run(asked_by_hand, input=b"\n".join(texts), capture_output=True, check=True).stdout
     assert [json.loads(line) for line in printed.splitlines()] == [
-        c.to_json(ROLES) for c in Router.load(run / "router").route(texts)
+        c.to_json(ROLES) for c in FisherRaoRouter.load(run / "router").route(texts)
     ]
     heal(run, {k.role: k.pid for k in status.kernels}, killed=("supervisor", ROLES[0]))
     endless, ended = asked_for_ever(run), []

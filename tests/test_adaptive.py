@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from constellation.errors import ConfigError
 from constellation.optim.adaptive import AdaptiveMixedQIG
 from constellation.optim.gate import AdaptiveConfig
-from constellation.optim.ledger import Ledger
+from constellation.optim.gate_costs import GateCosts
 from constellation.optim.mixed import HybridGeometricOptimizer
 
 X = torch.randint(0, 12, (20, 3), generator=torch.Generator().manual_seed(0))
@@ -261,17 +261,15 @@ def test_impossible_requests_are_named() -> None:
 
 
 def test_the_ledger_counts_a_pause_as_three_gaps_and_prices_a_nat() -> None:
-    ledger = Ledger()
+    costs = GateCosts()
     for seconds in [1.0, 1.0, 1000.0]:
-        ledger.note_gap(seconds)
-    assert ledger.cheap_s == pytest.approx(5.0) and ledger.gap_s == pytest.approx(1.2)
+        costs.note_gap(seconds)
+    assert costs.cheap_s == pytest.approx(5.0) and costs.gap_s == pytest.approx(1.2)
     for loss, natural in zip([4.0, 3.0, 2.9, 1.9], itertools.cycle([True, False]), strict=False):
-        ledger.note_loss(loss)
-        ledger.note_step(natural, 2.0 if natural else 0.5, 2.0 if natural else None)
-    seen = ledger.telemetry(8.0)
-    assert ledger.natural_gain == pytest.approx(1.0) and ledger.cheap_gain == pytest.approx(0.1)
+        costs.note_loss(loss)
+        costs.note_step(natural, 2.0 if natural else 0.5, 2.0 if natural else None)
+    seen = costs.telemetry(8.0)
+    assert costs.natural_gain == pytest.approx(1.0) and costs.cheap_gain == pytest.approx(0.1)
     assert seen["reduction_ratio"] == pytest.approx(0.5)
     assert seen["natural_s_per_nat"] == pytest.approx(3.2) and seen["cheap_s_per_nat"] == pytest.approx(17.0)
-    assert ledger.overhead == pytest.approx(1 + ledger.extra_s / ledger.cheap_s) and ledger.extra_s == pytest.approx(
-        3.5
-    )
+    assert costs.overhead == pytest.approx(1 + costs.extra_s / costs.cheap_s) and costs.extra_s == pytest.approx(3.5)

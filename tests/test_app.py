@@ -19,7 +19,7 @@ from constellation.roster import OCEAN
 from router.answer.local import LocalKernels
 from router.answer.query import Ask
 from router.answer.service import Service
-from router.app import Settings, make_app
+from router.app import AppSettings, make_app
 from router.decide.fit import fit
 from router.http import keys
 from router.http.chat import render
@@ -528,7 +528,7 @@ def test_requests_have_ids():
 def test_a_key_is_needed_where_there_is_a_key_file(tmp_path):
     path = tmp_path / "keys.json"
     key = keys.add(path, "ada")
-    client = Client(Settings(keys=Keys(path)))
+    client = Client(AppSettings(keys=Keys(path)))
     for wrong in (None, "", "Bearer", "Bearer ", "Bearer ck-wrong", f"Basic {key}"):
         answer = client.ask(
             "POST", COMPLETIONS, headers={"Authorization": wrong} if wrong is not None else None, prompt="x"
@@ -544,7 +544,7 @@ def test_a_key_is_needed_where_there_is_a_key_file(tmp_path):
 def test_too_much_is_told_when_to_come_again(tmp_path):
     path = tmp_path / "keys.json"
     key = keys.add(path, "ada", Limits(requests_per_minute=2))
-    client = Client(Settings(keys=Keys(path), front=Front(answers=4, body_bytes=2000)))
+    client = Client(AppSettings(keys=Keys(path), front=Front(answers=4, body_bytes=2000)))
     bearer = {"Authorization": f"Bearer {key}"}
     large = client.ask("POST", COMPLETIONS, headers=bearer, prompt="x" * 3000)
     assert (large.status_code, large.json()["error"]["code"]) == (413, "request_too_large")
@@ -560,7 +560,7 @@ def test_how_much_all_keys_use_is_told_to_keys_that_may_know_it(tmp_path):
     """Else a key would know from the whole and its own use how much the others use."""
     path = tmp_path / "keys.json"
     ada, prometheus = keys.add(path, "ada"), keys.add(path, "prometheus", metrics=True)
-    client = Client(Settings(keys=Keys(path)))
+    client = Client(AppSettings(keys=Keys(path)))
     client.ask("POST", COMPLETIONS, headers={"Authorization": f"Bearer {ada}"}, prompt="x", max_tokens=1)
 
     def seen(key, path):
@@ -587,7 +587,7 @@ def test_every_path_is_charged(tmp_path):
     for i, (where, body) in enumerate(bodies.items()):
         for limits, refused in ((Limits(requests_per_minute=1), 429), (Limits(tokens_per_minute=1), 400)):
             key = keys.add(path, f"k{i}-{refused}", limits)
-            client = Client(Settings(keys=Keys(path)))
+            client = Client(AppSettings(keys=Keys(path)))
             bearer = {"Authorization": f"Bearer {key}"}
             first, second = (client.ask("POST", where.strip(), headers=bearer, **body) for _ in range(2))
             if refused == 429:
@@ -612,7 +612,7 @@ def test_nothing_is_made_of_what_is_not_let_in(tmp_path):
     """1024 prompts, 128 answers to each, 300 biases: counted, and refused before a token or a sampler is made of it."""
     path = tmp_path / "keys.json"
     poor = keys.add(path, "poor", Limits(requests_per_minute=1))
-    client = Client(Settings(keys=Keys(path)))
+    client = Client(AppSettings(keys=Keys(path)))
     bearer = {"Authorization": f"Bearer {poor}"}
     client.service.tokenizer = Untouched(TOKENIZER)
     biases = {str(i): 1 for i in range(300)}
@@ -645,7 +645,7 @@ def test_a_choice_is_charged_for_all_that_is_read(tmp_path):
     answers = ["the quick brown fox", "jumps over", "the lazy dog"]
     size = len(TOKENIZER.encode("x = ")) + sum(len(TOKENIZER.encode(one)) for one in answers)
     key = keys.add(path, "ada", Limits(tokens_per_minute=2 * size + 16))
-    client = Client(Settings(keys=Keys(path)))
+    client = Client(AppSettings(keys=Keys(path)))
     body = {"prompt": "x = ", "guided_choice": answers, "max_tokens": 1, "temperature": 0}
     asked = [client.ask("POST", COMPLETIONS, headers={"Authorization": f"Bearer {key}"}, **body) for _ in range(3)]
     assert [answer.status_code for answer in asked] == [200, 200, 429]
@@ -671,7 +671,7 @@ def test_a_schema_whose_references_double_keeps_nobody_waiting():
 
 def test_a_service_is_asked_by_its_own_names():
     """A page whose name was made to lead to this machine asks under that name (DNS rebinding)."""
-    client = Client(Settings(front=Front(hosts=("localhost", "[::1]"))))
+    client = Client(AppSettings(front=Front(hosts=("localhost", "[::1]"))))
     for host in ("localhost", "LOCALHOST:8000", "[::1]:8000", "[::1]"):
         assert client.ask("GET", "/health", headers={"Host": host}).status_code == 200
     for host in ("evil.example", "localhost.evil.example", "evil.example:8000", "127.0.0.1", ""):
@@ -714,7 +714,7 @@ def test_what_fails_here_is_told_to_the_log_too(caplog, tmp_path):
     assert "kernel ocean is away" in caplog.text
     path = tmp_path / "keys.json"
     key = keys.add(path, "ada")
-    client = Client(Settings(keys=Keys(path)))
+    client = Client(AppSettings(keys=Keys(path)))
     path.write_text('{"schema": 1, "keys": [{"name": "ada", "created": 1e400, "sha256": "%s"}]}' % ("0" * 64))
     caplog.clear()
     for _ in range(3):
@@ -727,7 +727,7 @@ def test_a_line_for_every_request_where_that_is_wished(caplog):
     caplog.set_level("INFO", "constellation.access")
     CLIENT.ask("GET", "/health")
     assert caplog.text == ""
-    client = Client(Settings(front=Front(access_log=True)))
+    client = Client(AppSettings(front=Front(access_log=True)))
     client.ask("POST", COMPLETIONS, headers={"X-Request-Id": "mine-7"}, prompt="x", max_tokens=1)
     client.ask("GET", "/no%0Awhere")
     first, second = (record.getMessage() for record in caplog.records)
@@ -739,7 +739,7 @@ def test_pages_of_other_origins_may_not_ask_unless_told():
     origin = {"Origin": "https://example.org", "Access-Control-Request-Method": "POST"}
     assert "access-control-allow-origin" not in CLIENT.ask("GET", "/health", headers=origin).headers
     assert CLIENT.ask("OPTIONS", COMPLETIONS, headers=origin).status_code == 405
-    client = Client(Settings(cors=("https://example.org",)))
+    client = Client(AppSettings(cors=("https://example.org",)))
     asked = client.ask("OPTIONS", COMPLETIONS, headers=origin)
     assert (asked.status_code, asked.headers["access-control-allow-origin"]) == (200, "https://example.org")
 
@@ -754,13 +754,13 @@ def test_a_door_that_is_closed_lets_nobody_in_and_those_inside_finish():
             inside = asyncio.create_task(http.post(COMPLETIONS, json=body))
             while not client.service._under_way:
                 await asyncio.sleep(0.001)
-            client.app.state.door.close()
+            client.app.state.gate.close()
             late, ready, health = await asyncio.gather(
                 http.post(COMPLETIONS, json=body), http.get("/ready"), http.get("/health")
             )
-            assert client.app.state.door.inside == 1
+            assert client.app.state.gate.inside == 1
             done = await inside
-            assert client.app.state.door.inside == 0
+            assert client.app.state.gate.inside == 0
             return done, late, ready, health
 
     done, late, ready, health = asyncio.run(go())

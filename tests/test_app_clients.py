@@ -31,7 +31,7 @@ from constellation.roster import ROLES
 from router.answer.local import LocalKernels
 from router.answer.service import Ask, Service
 from router.app import make_app
-from router.decide.fisher_rao import Router
+from router.decide.fisher_rao import FisherRaoRouter
 from router.http.server import Server
 from router.http.sse import DONE
 from tests.waiting import wait_for, wait_until
@@ -46,7 +46,7 @@ class Running:
     def __init__(self, run: Path):
         plan = open_plan(run)
         kernels = LocalKernels.from_run(run)
-        self.service = Service(plan.config, Router.load(plan.router), Tokenizer.load(plan.tokenizer), kernels)
+        self.service = Service(plan.config, FisherRaoRouter.load(plan.router), Tokenizer.load(plan.tokenizer), kernels)
         self.server = Server(make_app(self.service), port=0)
         self.thread = threading.Thread(target=self.server.run, daemon=True)
         self.thread.start()

@@ -15,7 +15,7 @@ from constellation.kernel.model import KernelLM
 from constellation.roster import OCEAN
 from router.answer.local import LocalKernels
 from router.answer.service import Service
-from router.app import Settings, make_app
+from router.app import AppSettings, make_app
 from router.decide.fit import fit
 from router.http.limits import Front
 from router.http.openapi import components
@@ -37,7 +37,7 @@ def service():
 
 
 torch.set_num_threads(1)
-APP = make_app(service(), Settings(front=Front(answers=64)))
+APP = make_app(service(), AppSettings(front=Front(answers=64)))
 SCHEMA = schemathesis.openapi.from_asgi("/openapi.json", APP)
 
 

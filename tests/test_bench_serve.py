@@ -17,7 +17,7 @@ from constellation.cli import run
 from constellation.errors import ConfigError
 from constellation.experiments import bench_serve
 from constellation.experiments.bench_serve import jain, judge
-from constellation.experiments.load import Asked, Load, drive
+from constellation.experiments.load import Exchange, Load, drive
 from constellation.experiments.parts import shares
 from constellation.experiments.served import resident_mb
 from tests.listening import listening
@@ -31,11 +31,11 @@ def url(micro_run: Path) -> Iterator[str]:
     from router.answer.local import LocalKernels
     from router.answer.service import Service
     from router.app import make_app
-    from router.decide.fisher_rao import Router
+    from router.decide.fisher_rao import FisherRaoRouter
 
     plan = open_plan(micro_run)
     kernels = LocalKernels.from_run(micro_run)
-    service = Service(plan.config, Router.load(plan.router), Tokenizer.load(plan.tokenizer), kernels)
+    service = Service(plan.config, FisherRaoRouter.load(plan.router), Tokenizer.load(plan.tokenizer), kernels)
     with listening(make_app(service)) as where:
         yield where
 
@@ -110,10 +110,10 @@ def test_every_way_an_answer_can_be_wrong_is_an_error(events: list[str], named: 
     assert done and all(named in asked.error and bool(asked.error) == bool(named) for asked in done)
 
 
-def asked(stream: int, due: float, first: float, gaps: list[tuple[float, int]], error: str = "") -> Asked:
+def asked(stream: int, due: float, first: float, gaps: list[tuple[float, int]], error: str = "") -> Exchange:
     tokens = 1 + sum(count for _, count in gaps)
     end = first + sum(gap for gap, _ in gaps)
-    return Asked(stream, due, due, first, end, end, tokens, False, error, gaps, Counter(heart=tokens))
+    return Exchange(stream, due, due, first, end, end, tokens, False, error, gaps, Counter(heart=tokens))
 
 
 SEEN = {"memory_mb": [(float(i), 100.0) for i in range(8)], "tokens_before": 5.0, "tokens_after": 29.0,

@@ -17,10 +17,10 @@ from constellation.config import Router as RouterConfig
 from constellation.coordizer.tokenizer import Tokenizer
 from constellation.errors import ArtifactError
 from router.answer import count_codec
-from router.answer.certificate import Ledger, digest_of, replay
+from router.answer.certificate import CertificateWriter, digest_of, replay
 from router.answer.verify import told_in, verify
 from router.answer.view import View
-from router.decide.fisher_rao import Router
+from router.decide.fisher_rao import FisherRaoRouter
 from router.decide.fit import fit
 
 NAMES = ("heart", "memory", "action")
@@ -30,9 +30,9 @@ SETTINGS = RouterConfig(bins=512, dims=8, every=32, max_prefix=256, hysteresis=0
 ROUTER = fit(TEXTS, SETTINGS, seed=0, names=NAMES, validation=TEXTS)
 
 
-def walked(parts: list[bytes], router: Router = ROUTER) -> tuple[str, list[str]]:
+def walked(parts: list[bytes], router: FisherRaoRouter = ROUTER) -> tuple[str, list[str]]:
     """A certificate of a look after each part, and who was in force."""
-    view, ledger, kernels = View(router), Ledger(router, "route"), []
+    view, ledger, kernels = View(router), CertificateWriter(router, "route"), []
     for part in parts:
         view.update(part)
         kernels.append(view.decide(view.stream.bytes_seen, router.config.hysteresis).kernel)
@@ -130,7 +130,7 @@ def answered(mode: str = "route", top_k: int = 2, prompt: str = PROMPT, text: st
     from router.decide.mixture import MIXED, weights
 
     data, start = (prompt + text).encode(), len(prompt.encode())
-    view, ledger, looks, wrote = View(ROUTER), Ledger(ROUTER, mode, top_k), [], []
+    view, ledger, looks, wrote = View(ROUTER), CertificateWriter(ROUTER, mode, top_k), [], []
     seen, moves = 0, []
     for at in (start, *range(start + 16, len(data) - 8, 32)):
         view.update(data[seen:at])

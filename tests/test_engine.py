@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from constellation.config import Kernel
-from constellation.decoding.batch import Batch, Reading, Writing
+from constellation.decoding.batch import Batch, Prefill, Writing
 from constellation.decoding.compiled import available
 from constellation.decoding.decode import decode_naive
 from constellation.decoding.engine import Engine
@@ -59,7 +59,7 @@ def writing(tokens, count=12, room=12, taken=0, **sampling):
 
 def reading(tokens, first=0):
     rows = []
-    work = Reading(tokens=list(tokens), first=first, emit=lambda at, logits: rows.append((at, logits.clone())))
+    work = Prefill(tokens=list(tokens), first=first, emit=lambda at, logits: rows.append((at, logits.clone())))
     work.rows = rows
     return work
 
@@ -302,7 +302,7 @@ class Held:
 
     def __init__(self):
         self.engine, self.inside, self.may_go = Engine(Batch(MODEL, slots=1)), threading.Event(), threading.Event()
-        self.first = sent(self.engine, Reading(tokens=window(4), first=3, emit=self.hold))
+        self.first = sent(self.engine, Prefill(tokens=window(4), first=3, emit=self.hold))
         self.inside.wait()
 
     def hold(self, at, logits):

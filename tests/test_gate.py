@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from constellation.errors import ConfigError
-from constellation.optim.gate import AdaptiveConfig, Decision, get_recommended_config_for_phase, should_apply_ng
+from constellation.optim.gate import AdaptiveConfig, GateDecision, get_recommended_config_for_phase, should_apply_ng
 
 MIDDLE = AdaptiveConfig()
 NEVER = AdaptiveConfig(math.inf, math.inf, 0, False, False, False, False)
@@ -24,7 +24,7 @@ TABLE = {  # min_kappa, min_basin_distance, force every, exploration, geometric,
 }
 
 
-def rules(decision: Decision) -> list[str]:
+def rules(decision: GateDecision) -> list[str]:
     return [reason.split(":")[0] for reason in decision.reasons]
 
 
@@ -131,7 +131,7 @@ def test_the_budget_closes_over_everything_and_zero_is_no_budget(telemetry: dict
 
 @given(anything, st.integers(0, 1000))
 def test_a_gate_that_never_opens_never_opens(telemetry: dict[str, Any], step: int) -> None:
-    assert should_apply_ng(telemetry, step, NEVER) == Decision(False)
+    assert should_apply_ng(telemetry, step, NEVER) == GateDecision(False)
 
 
 def test_a_decision_is_the_flag_of_backward() -> None:

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from constellation.config import Kernel
-from constellation.decoding.int8 import EXACT, LEVELS, Product, quantise
+from constellation.decoding.int8 import EXACT, LEVELS, Int8Product, quantise
 from constellation.decoding.packed import Packed
 from constellation.decoding.slots import Run, Slots
 from constellation.errors import ConfigError
@@ -32,7 +32,7 @@ def test_levels_are_within_half_a_step_and_the_largest_is_exact(rows, width, see
 
 
 def test_a_row_of_zeros_stays_zero():
-    assert Product(random(5, 8))(torch.zeros(3, 8)).abs().max() == 0
+    assert Int8Product(random(5, 8))(torch.zeros(3, 8)).abs().max() == 0
 
 
 @given(st.integers(1, 70), st.sampled_from([(24, 72), (96, 64), (384, 40), (33, 7), (1500, 9)]), st.integers(0, 100))
@@ -42,17 +42,17 @@ def test_a_product_is_the_integer_one_scaled(rows, shape, seed):
     x, weight, bias = random(rows, inner, seed=seed), random(outer, inner, seed=seed + 1), random(outer, seed=seed + 2)
     (xq, xs), (wq, ws) = quantise(x), quantise(weight)
     exact = xq.double() @ wq.double().T * xs.double() * ws.double().T + bias.double()
-    product = Product(weight, bias)
+    product = Int8Product(weight, bias)
     torch.testing.assert_close(product(x).double(), exact, rtol=1e-5, atol=1e-5)
     residual = random(rows, outer, seed=seed + 3)
     torch.testing.assert_close(
-        Product(weight).onto(x, residual).double(), exact - bias + residual, rtol=1e-5, atol=1e-5
+        Int8Product(weight).onto(x, residual).double(), exact - bias + residual, rtol=1e-5, atol=1e-5
     )
 
 
 @pytest.mark.parametrize("shape", [(24, 72), (384, 1152), (1024, 384), (128, 2048)])
 def test_rows_do_not_depend_on_how_many_there_are(shape):
-    product, x = Product(random(shape[1], shape[0]), torch.zeros(shape[1])), random(70, shape[0], seed=1)
+    product, x = Int8Product(random(shape[1], shape[0]), torch.zeros(shape[1])), random(70, shape[0], seed=1)
     whole = product(x)
     for count in (1, 2, 3, 4, 5, 7, 8, 15, 16, 17, 33, 64):
         assert torch.equal(product(x[:count].contiguous()), whole[:count])
@@ -62,13 +62,13 @@ def test_rows_do_not_depend_on_how_many_there_are(shape):
 def test_sums_of_the_largest_numbers_are_exact():
     """Where products of bytes are added in 16 bits they saturate: 127 x 127 twice."""
     levels = torch.full((1, EXACT), float(LEVELS))
-    product = Product(torch.cat((levels, -levels)))
+    product = Int8Product(torch.cat((levels, -levels)))
     assert torch.equal(product(levels), torch.tensor([[1.0, -1.0]]) * LEVELS**2 * EXACT)
 
 
 def test_the_error_of_a_product_is_that_of_two_roundings():
     x, weight = random(64, 512), random(300, 512, seed=1)
-    error = (Product(weight)(x) - x @ weight.T).std() / (x @ weight.T).std()
+    error = (Int8Product(weight)(x) - x @ weight.T).std() / (x @ weight.T).std()
     assert 0.002 < error < 0.02  # both roundings: 3 sigma / 127 / sqrt(12) each, times sqrt(2)
 
 

@@ -1,4 +1,4 @@
-"""The door: no key gets more than its rate and burst, whatever it tries; who waits as told gets in."""
+"""The gate: no key gets more than its rate and burst, whatever it tries; who waits as told gets in."""
 
 from __future__ import annotations
 
@@ -67,14 +67,14 @@ def test_a_bucket_agrees_with_the_integral_it_stands_for(per_minute: int, asks: 
 
 @given(per_minute=st.integers(1, 500), asks=TIMES, more=st.integers(1, 12))
 def test_who_waits_as_told_is_let_in(per_minute: int, asks: list[tuple[int, int]], more: int) -> None:
-    door, owner, now = Admission(), key(requests_per_minute=per_minute), 0
+    gate, owner, now = Admission(), key(requests_per_minute=per_minute), 0
     for gap, amount in asks:
         now += gap
-        door.admit(owner, now, answers=max(1, amount))
-    found = door.admit(owner, now, answers=more)
+        gate.admit(owner, now, answers=max(1, amount))
+    found = gate.admit(owner, now, answers=more)
     if isinstance(found, Refused) and found.status == 429 and found.code == "rate_limit_exceeded":
         assert found.retry_after_s is not None and found.retry_after_s >= 1
-        let_in(door.admit(owner, now + found.retry_after_s * S, answers=more))
+        let_in(gate.admit(owner, now + found.retry_after_s * S, answers=more))
 
 
 @settings(max_examples=50)
@@ -84,10 +84,10 @@ def test_who_waits_as_told_is_let_in(per_minute: int, asks: list[tuple[int, int]
 )
 def test_tokens_really_used_stay_below_rate_and_burst(asks: list[tuple[int, int, float]], stay: int) -> None:
     """Reservations come back when answers are shorter; up to `stay` of them overlap."""
-    door, owner, now, used, open_ = Admission(), key(tokens_per_minute=100), 0, 0, []
+    gate, owner, now, used, open_ = Admission(), key(tokens_per_minute=100), 0, 0, []
     for gap, reserve, share in asks:
         now += gap
-        found = door.admit(owner, now, tokens=reserve)
+        found = gate.admit(owner, now, tokens=reserve)
         if isinstance(found, Ticket):
             used += (spent := int(reserve * share))
             open_.append((found, spent))
@@ -98,21 +98,21 @@ def test_tokens_really_used_stay_below_rate_and_burst(asks: list[tuple[int, int,
 
 
 def test_what_was_reserved_and_not_used_can_be_used_at_once() -> None:
-    door, owner = Admission(), key(tokens_per_minute=100)
-    first = let_in(door.admit(owner, 0, tokens=100))
-    told = refused(door.admit(owner, 0, tokens=90))
+    gate, owner = Admission(), key(tokens_per_minute=100)
+    first = let_in(gate.admit(owner, 0, tokens=100))
+    told = refused(gate.admit(owner, 0, tokens=90))
     assert (told.status, told.code, told.headers) == (429, "rate_limit_exceeded", {"Retry-After": "54"})
     first.leave(10, 0)
     first.leave(10, 0)  # a second time gives nothing more
-    second = let_in(door.admit(owner, 0, tokens=90))
-    refused(door.admit(owner, 0, tokens=1))
+    second = let_in(gate.admit(owner, 0, tokens=90))
+    refused(gate.admit(owner, 0, tokens=1))
     second.leave(90, 0)
-    assert door.under_way == 0
+    assert gate.under_way == 0
 
 
 def test_tokens_that_are_known_later_are_reserved_then_or_not_at_all() -> None:
-    door, owner = Admission(), key(requests_per_minute=9, tokens_per_minute=100)
-    first, second = let_in(door.admit(owner, 0, tokens=40)), let_in(door.admit(owner, 0, tokens=20))
+    gate, owner = Admission(), key(requests_per_minute=9, tokens_per_minute=100)
+    first, second = let_in(gate.admit(owner, 0, tokens=40)), let_in(gate.admit(owner, 0, tokens=20))
     assert first.more(30, 0) is None
     told = refused(second.more(20, 0))  # 10 are left
     assert (told.status, told.retry_after_s) == (429, 6)
@@ -121,32 +121,32 @@ def test_tokens_that_are_known_later_are_reserved_then_or_not_at_all() -> None:
     assert (never.status, never.retry_after_s) == (400, None) and "101 tokens" in never.message
     first.leave(70, 0)
     second.leave(0, 0)  # what it reserved is there again, all of it
-    let_in(door.admit(owner, 0, tokens=30))
-    refused(door.admit(owner, 0, tokens=1))
+    let_in(gate.admit(owner, 0, tokens=30))
+    refused(gate.admit(owner, 0, tokens=1))
 
 
 def test_a_request_that_was_read_in_vain_counts_and_a_key_without_requests_is_not_read() -> None:
-    door, owner = Admission(), key(requests_per_minute=2)
+    gate, owner = Admission(), key(requests_per_minute=2)
     for _ in range(2):
-        assert door.hears(owner, 0) is None
-        door.charge(owner, 0)
-    told = refused(door.hears(owner, 0))
+        assert gate.hears(owner, 0) is None
+        gate.charge(owner, 0)
+    told = refused(gate.hears(owner, 0))
     assert (told.status, told.code, told.retry_after_s) == (429, "rate_limit_exceeded", 30)
-    assert door.hears(owner, 30 * S) is None and door.hears(key("bob", requests_per_minute=1), 0) is None
+    assert gate.hears(owner, 30 * S) is None and gate.hears(key("bob", requests_per_minute=1), 0) is None
 
 
 def test_biases_are_counted_over_all_answers() -> None:
-    door = Admission(Front(biases=600))
-    let_in(door.admit(key(), 0, answers=2, biases=600))
-    told = refused(door.admit(key(), 0, answers=3, biases=900))
+    gate = Admission(Front(biases=600))
+    let_in(gate.admit(key(), 0, answers=2, biases=600))
+    told = refused(gate.admit(key(), 0, answers=3, biases=900))
     assert (told.status, told.code) == (400, "request_too_large")
 
 
 def test_how_many_others_are_there_is_not_told() -> None:
     def full(others: int) -> Refused:
-        door = Admission(Front(answers=8))
-        let_in(door.admit(key("bob"), 0, answers=others))
-        return refused(door.admit(key(), 0, answers=6))
+        gate = Admission(Front(answers=8))
+        let_in(gate.admit(key("bob"), 0, answers=others))
+        return refused(gate.admit(key(), 0, answers=6))
 
     assert full(3) == full(8) and "bob" not in full(3).message
 
@@ -155,7 +155,7 @@ def test_bodies_that_are_read_at_once_are_bounded_together() -> None:
     """Whoever sends slowly holds no more than its part, and gives it back."""
 
     async def go() -> None:
-        door, more = Admission(Front(body_bytes=8, bodies_bytes=20)), asyncio.Event()
+        gate, more = Admission(Front(body_bytes=8, bodies_bytes=20)), asyncio.Event()
 
         async def slowly() -> AsyncIterator[bytes]:
             yield b"x" * 8
@@ -164,55 +164,55 @@ def test_bodies_that_are_read_at_once_are_bounded_together() -> None:
         async def at_once() -> AsyncIterator[bytes]:
             yield b"x" * 8
 
-        slow = [asyncio.ensure_future(door.body(slowly())) for _ in range(2)]
+        slow = [asyncio.ensure_future(gate.body(slowly())) for _ in range(2)]
         await asyncio.sleep(0)
-        assert door.reading_bytes == 16
-        told = refused(await door.body(at_once()))
+        assert gate.reading_bytes == 16
+        told = refused(await gate.body(at_once()))
         assert (told.status, told.code) == (429, "queue_full")
         slow[0].cancel()
         more.set()
         assert (await asyncio.gather(*slow, return_exceptions=True))[1] == b"x" * 8
-        assert door.reading_bytes == 0 and await door.body(at_once()) == b"x" * 8
+        assert gate.reading_bytes == 0 and await gate.body(at_once()) == b"x" * 8
 
     asyncio.run(go())
 
 
 def test_keys_do_not_share_their_rates() -> None:
-    door = Admission()
-    let_in(door.admit(key("ada", requests_per_minute=1), 0))
-    refused(door.admit(key("ada", requests_per_minute=1), 0))
-    let_in(door.admit(key("bob", requests_per_minute=1), 0))
-    let_in(door.admit(key("ada", requests_per_minute=2), 0))  # given another limit: a new bucket
-    assert door.under_way == 3
+    gate = Admission()
+    let_in(gate.admit(key("ada", requests_per_minute=1), 0))
+    refused(gate.admit(key("ada", requests_per_minute=1), 0))
+    let_in(gate.admit(key("bob", requests_per_minute=1), 0))
+    let_in(gate.admit(key("ada", requests_per_minute=2), 0))  # given another limit: a new bucket
+    assert gate.under_way == 3
 
 
 def test_a_full_front_says_when_one_will_probably_leave() -> None:
-    door = Admission(Front(answers=2))
-    tickets = [let_in(door.admit(key(), 0)), let_in(door.admit(key("bob"), 0))]
-    told = refused(door.admit(key("carol"), 0))
+    gate = Admission(Front(answers=2))
+    tickets = [let_in(gate.admit(key(), 0)), let_in(gate.admit(key("bob"), 0))]
+    told = refused(gate.admit(key("carol"), 0))
     assert (told.status, told.code, told.retry_after_s) == (429, "queue_full", 1)
     for ticket in tickets:
         ticket.leave(0, 600 * S)
-    let_in(door.admit(key("carol"), 600 * S, answers=2))
-    later = refused(door.admit(key("carol"), 600 * S)).retry_after_s
+    let_in(gate.admit(key("carol"), 600 * S, answers=2))
+    later = refused(gate.admit(key("carol"), 600 * S)).retry_after_s
     assert later is not None and 1 < later < 600  # answers took long, so does the wait
 
 
 def test_a_refused_request_takes_nothing() -> None:
-    door, owner = Admission(Front(answers=4)), key(requests_per_minute=4, tokens_per_minute=10, concurrent=4)
+    gate, owner = Admission(Front(answers=4)), key(requests_per_minute=4, tokens_per_minute=10, concurrent=4)
     for _ in range(9):
-        refused(door.admit(owner, 0, answers=2, tokens=11))
-        refused(door.admit(owner, 0, answers=5, tokens=1))
-    let_in(door.admit(owner, 0, answers=4, tokens=10))
+        refused(gate.admit(owner, 0, answers=2, tokens=11))
+        refused(gate.admit(owner, 0, answers=5, tokens=1))
+    let_in(gate.admit(owner, 0, answers=4, tokens=10))
 
 
 def test_answers_under_way_are_counted_and_given_back() -> None:
-    door, owner = Admission(), key(concurrent=3)
-    ticket = let_in(door.admit(owner, 0, answers=2))
-    assert refused(door.admit(owner, 0, answers=2)).status == 429
-    let_in(door.admit(owner, 0))
+    gate, owner = Admission(), key(concurrent=3)
+    ticket = let_in(gate.admit(owner, 0, answers=2))
+    assert refused(gate.admit(owner, 0, answers=2)).status == 429
+    let_in(gate.admit(owner, 0))
     ticket.leave(0, S)
-    let_in(door.admit(owner, S, answers=2))
+    let_in(gate.admit(owner, S, answers=2))
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,7 @@ Y = X.sum(1) % 4
 
 
 class Model(nn.Module):
-    """Named as in the seeds: coordinates, the map to the model, then a backbone."""
+    """Named as in the original design: coordinates, the map to the model, then a backbone."""
 
     def __init__(self, dtype: torch.dtype = torch.float64) -> None:
         super().__init__()

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from constellation.config import Config, Kernel
 from constellation.config import Router as RouterConfig
 from constellation.coordizer.tokenizer import Tokenizer
-from constellation.decoding.sample import Sampling, Settings, sample
+from constellation.decoding.sample import RowSettings, Sampling, sample
 from constellation.errors import ConfigError
 from constellation.kernel.model import KernelLM
 from constellation.roster import OCEAN
@@ -19,7 +19,7 @@ from router.answer.local import LocalKernels
 from router.answer.query import Ask
 from router.answer.service import Service
 from router.decide.mixture import BARYCENTER, MIXED, MIXTURE, combine, weights
-from router.decide.policy import Choice
+from router.decide.policy import RouteChoice
 from tests import asking
 
 NAMES = ("heart", "memory", "action")
@@ -127,7 +127,9 @@ class ByteSums:
             index = -1 if short else int(p.argmax())
             nowhere, none = np.full(len(p), np.nan, np.float32), np.zeros(0, np.float32)
             name = OCEAN if short else self.names[index]
-            out.append(Choice(name, index, p, none, nowhere, max(0, len(text) - 2), short, "", (), (), "sums", 0.0))
+            out.append(
+                RouteChoice(name, index, p, none, nowhere, max(0, len(text) - 2), short, "", (), (), "sums", 0.0)
+            )
         return out
 
     def trajectories(self, texts, every):
@@ -202,7 +204,7 @@ def test_a_mixture_of_all_is_the_dense_mixture_drawn_by_hand() -> None:
         with torch.no_grad():
             p_K = [torch.softmax(MODELS[n](torch.tensor([tokens]))[0, -1] + bias, -1).double() for n in NAMES]
         p = sum(w * one for w, one in zip(posterior / posterior.sum(), p_K))
-        token = int(sample(torch.log(p)[None].float(), Settings([Sampling(seed=7)]), [len(found)])[0])
+        token = int(sample(torch.log(p)[None].float(), RowSettings([Sampling(seed=7)]), [len(found)])[0])
         found.append(token)
         tokens.append(token)
         text += TOKENIZER.token_bytes[token]

@@ -12,13 +12,13 @@ import pytest
 from constellation import roster
 from constellation.geometry import e8
 from constellation.roster import ROLES
-from router.decide.fisher_rao import Router
+from router.decide.fisher_rao import FisherRaoRouter
 from router.http import page
 
 
 @pytest.fixture(scope="module")
-def router(micro_run: Path) -> Router:
-    return Router.load(micro_run / "router")
+def router(micro_run: Path) -> FisherRaoRouter:
+    return FisherRaoRouter.load(micro_run / "router")
 
 
 def test_the_coxeter_element_turns_its_plane_by_twelve_degrees() -> None:
@@ -46,7 +46,7 @@ def test_the_roots_lie_in_eight_rings_of_thirty_and_the_roles_apart() -> None:
     assert apart.min() > 0.47
 
 
-def test_the_map_says_where_kernels_and_edges_are(router: Router) -> None:
+def test_the_map_says_where_kernels_and_edges_are(router: FisherRaoRouter) -> None:
     drawn = page.e8_map(router, ["route"])
     edges = np.array(drawn["edges"]).reshape(-1, 2)
     assert len(edges) == 240 * 56 // 2 and (edges[:, 0] < edges[:, 1]).all()
@@ -56,7 +56,7 @@ def test_the_map_says_where_kernels_and_edges_are(router: Router) -> None:
     np.testing.assert_allclose(drawn["roots"], e8.roots() @ page.coxeter_plane().T, atol=1e-5)
 
 
-def test_a_text_is_placed_by_the_rotation_that_gave_the_addresses(router: Router) -> None:
+def test_a_text_is_placed_by_the_rotation_that_gave_the_addresses(router: FisherRaoRouter) -> None:
     found = e8.match_roots(router.charts, among=e8.simple_indices())
     np.testing.assert_allclose(page.placing(router), np.sqrt(2) * page.coxeter_plane() @ found.rotation, atol=1e-9)
     drawn = page.e8_map(router, ["route"])
@@ -73,7 +73,7 @@ def test_kernels_without_a_router_are_drawn_without_places() -> None:
     assert drawn["kernels"] == [] and drawn["view"] is None and len(drawn["roots"]) == 240
 
 
-def test_the_files_are_whole_and_ask_for_nothing_from_elsewhere(router: Router) -> None:
+def test_the_files_are_whole_and_ask_for_nothing_from_elsewhere(router: FisherRaoRouter) -> None:
     files = page.files(router, ["route", "ocean"])
     assert set(files) == {"/", "/page/page.js", "/page/page.css", "/page/icon.svg", "/page/map.json"}
     html = files["/"].body.decode()

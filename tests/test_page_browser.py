@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 from constellation.roster import ROLES
-from router.decide.fisher_rao import Router
+from router.decide.fisher_rao import FisherRaoRouter
 from router.http import keys, page
 from tests.waiting import wait_for
 
@@ -108,13 +108,13 @@ def serving(run: Path, **settings: Any) -> Iterator[str]:
     from constellation.pipeline.prepare import open_plan
     from router.answer.local import LocalKernels
     from router.answer.service import Service
-    from router.app import Settings, make_app
+    from router.app import AppSettings, make_app
     from router.http.server import Server
 
     plan = open_plan(run)
     kernels = LocalKernels.from_run(run)
-    service = Service(plan.config, Router.load(plan.router), Tokenizer.load(plan.tokenizer), kernels)
-    server = Server(make_app(service, Settings(**settings)), port=0)
+    service = Service(plan.config, FisherRaoRouter.load(plan.router), Tokenizer.load(plan.tokenizer), kernels)
+    server = Server(make_app(service, AppSettings(**settings)), port=0)
     thread = threading.Thread(target=server.run)
     thread.start()
     while not server.started:
@@ -173,7 +173,7 @@ def test_the_map_shows_the_roots_and_where_the_text_lies(browser: Browser, url: 
     browser.type("prompt", PROMPT)  # it moves as one writes
     browser.until("return $('query').querySelector('.star')")
     said = httpx.post(f"{url}/route", json={"prompt": PROMPT}, timeout=None).json()
-    drawn = page.e8_map(Router.load(micro_run / "router"), [])
+    drawn = page.e8_map(FisherRaoRouter.load(micro_run / "router"), [])
     u = np.array(said["z"][:8]) * drawn["scale"]
     x, y = np.array(drawn["view"]) @ (u / np.linalg.norm(u))
     at = "const star = $('query').querySelector('.star'); return star && [star.cx.baseVal.value, star.cy.baseVal.value]"

@@ -25,10 +25,10 @@ from router.answer.query import Ask, HandOff
 from router.answer.service import Service
 from router.answer.text import ShownText
 from router.answer.turn import Answerer
-from router.answer.verify import Told, verify
+from router.answer.verify import ShownAnswer, verify
 from router.answer.view import WholeText
 from router.decide.fit import fit
-from router.decide.policy import Choice, looks
+from router.decide.policy import RouteChoice, looks
 from tests.asking import streams, untimed
 from tests.kernels import random_kernel
 
@@ -68,7 +68,9 @@ class ByteSums:
             reason = "too short" if short else ""
             name = OCEAN if short else self.names[index]
             none = np.zeros(0, np.float32)
-            out.append(Choice(name, index, p, none, nowhere, max(0, len(text) - 2), short, reason, (), (), "sums", 0.0))
+            out.append(
+                RouteChoice(name, index, p, none, nowhere, max(0, len(text) - 2), short, reason, (), (), "sums", 0.0)
+            )
         return out
 
     def trajectories(self, texts, every):
@@ -409,7 +411,7 @@ def test_the_fitted_router_answers_and_its_stream_is_the_whole_text():
     assert [untimed(a) for a in answers(requests, _Unstreamed(router))] == [untimed(a, certificate="") for a in done]
     for request, answer in zip(requests, done, strict=True):
         story = json.loads(json.dumps(answer.to_json()))
-        verify(Told(story, answer.text, list(answer.token_ids), request.prompt.encode()), router, TOKENIZER)
+        verify(ShownAnswer(story, answer.text, list(answer.token_ids), request.prompt.encode()), router, TOKENIZER)
     assert done[0].looks[0].distance_rad > 0
     assert len(done[0].looks) >= len(looks(len(done[0].text), EVERY))
 

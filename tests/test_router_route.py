@@ -17,21 +17,21 @@ from constellation.errors import ArtifactError
 from constellation.geometry import e8, sphere
 from constellation.roster import OCEAN
 from router.decide.counts import count
-from router.decide.fisher_rao import Calibration, Router, corpus_mean
+from router.decide.fisher_rao import Calibration, FisherRaoRouter, corpus_mean
 from router.decide.policy import ABSTAINED, Policy, Trajectory, decide, looks
 
 K, BINS, DIMS = 5, 512, 12
 SETTINGS = config.Router(bins=BINS, dims=DIMS, every=32, min_prefix=8, max_prefix=512, smoothing=20.0)
 
 
-def made_up(seed: int = 0, weight: float = 0.0) -> Router:
+def made_up(seed: int = 0, weight: float = 0.0) -> FisherRaoRouter:
     """A router with arbitrary but valid arrays: its laws do not depend on a good fit."""
     rng = np.random.default_rng(seed)
     mean = np.sqrt(rng.dirichlet(np.full(BINS, 2.0)))
     frame = np.linalg.qr(np.concatenate([mean[None], rng.standard_normal((DIMS, BINS))]).T)[0].T
     frame *= np.sign(frame[0] @ mean)
     charts = rng.standard_normal((K, 8))
-    return Router(
+    return FisherRaoRouter(
         names=tuple("abcde"),
         config=SETTINGS,
         calibration=Calibration(0.2, -0.3, 3.0, 0.1, weight, weight / 2),
@@ -253,8 +253,8 @@ def test_it_is_a_policy():
 def test_routing_needs_no_torch(tmp_path):
     ROUTER.save(tmp_path)
     program = (
-        "import sys, pathlib; from router.decide.fisher_rao import Router; from router.decide.stream import Stream;"
-        "r = Router.load(pathlib.Path(sys.argv[1]));"
+        "import sys, pathlib; from router.decide.fisher_rao import FisherRaoRouter;"
+        "from router.decide.stream import Stream; r = FisherRaoRouter.load(pathlib.Path(sys.argv[1]));"
         "s = Stream(r); s.update(b'hello world'); s.choice(); r.route([b'hello']); r.trajectories([b'hello'], 2);"
         "assert 'torch' not in sys.modules and 'ray' not in sys.modules"
     )
@@ -266,7 +266,7 @@ def test_routing_needs_no_torch(tmp_path):
 
 def test_saved_and_loaded_it_answers_the_same_bits(tmp_path):
     digest = BLEND.save(tmp_path)
-    again = Router.load(tmp_path)
+    again = FisherRaoRouter.load(tmp_path)
     assert again.hash == BLEND.hash == digest and again.names == BLEND.names and again.config == BLEND.config
     text = b"the proof of the pudding"
     assert (again.route([text])[0].posterior == BLEND.route([text])[0].posterior).all()
@@ -276,7 +276,7 @@ def test_saved_and_loaded_it_answers_the_same_bits(tmp_path):
 def test_saving_another_router_replaces_the_first(tmp_path):
     ROUTER.save(tmp_path)
     BLEND.save(tmp_path)
-    assert Router.load(tmp_path).hash == BLEND.hash and len(list(tmp_path.iterdir())) == 2
+    assert FisherRaoRouter.load(tmp_path).hash == BLEND.hash and len(list(tmp_path.iterdir())) == 2
 
 
 def test_a_writer_killed_between_its_two_files_leaves_the_old_router(tmp_path):
@@ -284,12 +284,12 @@ def test_a_writer_killed_between_its_two_files_leaves_the_old_router(tmp_path):
     BLEND.save(tmp_path / "other")
     arrays = next((tmp_path / "other").glob("*.npz"))
     (tmp_path / arrays.name).write_bytes(arrays.read_bytes())
-    assert Router.load(tmp_path).hash == ROUTER.hash
+    assert FisherRaoRouter.load(tmp_path).hash == ROUTER.hash
 
 
 def refused(folder, words):
     with pytest.raises(ArtifactError) as caught:
-        Router.load(folder)
+        FisherRaoRouter.load(folder)
     assert words in str(caught.value) and "\n" not in str(caught.value)
 
 
@@ -304,7 +304,7 @@ def test_one_flipped_bit_is_refused_or_harmless(tmp_path_factory, data, which):
     held[data.draw(st.integers(0, len(held) - 1))] ^= 1 << data.draw(st.integers(0, 7))
     path.write_bytes(held)
     try:
-        assert Router.load(folder).hash == ROUTER.hash
+        assert FisherRaoRouter.load(folder).hash == ROUTER.hash
     except ArtifactError as error:
         assert "\n" not in str(error)
 

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from constellation import config
-from router.decide.fisher_rao import Calibration, Router
+from router.decide.fisher_rao import Calibration, FisherRaoRouter
 from router.decide.policy import decide
 from router.decide.stream import Stream
 
@@ -15,13 +15,13 @@ SETTINGS = config.Router(bins=BINS, dims=DIMS, every=32, min_prefix=8)
 
 
 @pytest.fixture(scope="module")
-def router() -> Router:
+def router() -> FisherRaoRouter:
     rng = np.random.default_rng(0)
     mean = np.sqrt(rng.dirichlet(np.full(BINS, 2.0)))
     frame = np.linalg.qr(np.concatenate([mean[None], rng.standard_normal((DIMS, BINS))]).T)[0].T
     frame *= np.sign(frame[0] @ mean)
     charts = rng.standard_normal((K, 8))
-    return Router(
+    return FisherRaoRouter(
         names=("a", "b", "c"),
         config=SETTINGS,
         calibration=Calibration(0.3, -0.5, 2.0, 0.0, 0.5, 0.25),
@@ -38,7 +38,7 @@ def router() -> Router:
     )
 
 
-def equal(stream: Stream, router: Router, text: bytes) -> None:
+def equal(stream: Stream, router: FisherRaoRouter, text: bytes) -> None:
     streamed, routed = stream.choice(), router.route([text])[0]
     assert streamed.to_json() == routed.to_json()
     for name in ("posterior", "z", "distances_rad"):

@@ -13,7 +13,7 @@ from scipy import stats
 
 from constellation.decoding import native
 from constellation.decoding.compiled import available
-from constellation.decoding.sample import PREFILTER, Sampling, Settings, penalised, sample, uniform
+from constellation.decoding.sample import PREFILTER, RowSettings, Sampling, penalised, sample, uniform
 from constellation.errors import ConfigError
 
 GOLDEN, ONE, TWO, WORD = 0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB, 2**64 - 1
@@ -89,7 +89,7 @@ def draw(logits_BV, samplings, positions, seen=None, counts=None):
     table = torch.zeros_like(logits_BV)
     for row, of in enumerate(counts or []):
         table[row, list(of)] = torch.tensor(list(of.values()), dtype=torch.float32)
-    together = Settings(samplings, ends=(EOS,))
+    together = RowSettings(samplings, ends=(EOS,))
     if WAY == "torch":
         return sample(logits_BV, together, positions, marks, table).tolist()
     return native.draw(penalised(logits_BV, together, np.array(positions), marks, table), together.records, positions)

@@ -13,7 +13,7 @@ import torch
 from constellation.config import Config, Kernel
 from constellation.config import Router as RouterConfig
 from constellation.coordizer.tokenizer import Tokenizer
-from constellation.decoding.batch import Reading
+from constellation.decoding.batch import Prefill
 from constellation.decoding.sample import Sampling
 from constellation.errors import ConfigError, RunError
 from constellation.roster import OCEAN
@@ -215,7 +215,7 @@ class Held:
         self.service = Service(CONFIG, POLICY, TOKENIZER, local)
         self.engine = local.answerer("heart").engine
         self.inside, self.may_go = threading.Event(), threading.Event()
-        self.engine.submit([Reading(tokens=[0], first=0, emit=self._hold)], lambda: None)
+        self.engine.submit([Prefill(tokens=[0], first=0, emit=self._hold)], lambda: None)
         self.inside.wait()
 
     def _hold(self, at: int, logits: Any) -> None:

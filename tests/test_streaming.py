@@ -23,7 +23,7 @@ from constellation.roster import OCEAN
 from router.answer.concurrency import Post
 from router.answer.local import LocalKernels
 from router.answer.packet import Packet
-from router.answer.query import Ask, Life, Piece, Reading, Turn
+from router.answer.query import Ask, Piece, QueryLife, ReadCall, Turn
 from router.answer.service import Answer, Service
 from router.answer.turn import SOON_TOKENS, Answerer, Ear
 from router.app import make_app
@@ -77,7 +77,7 @@ ASKS = [
 
 def told_life(ask: Ask, cuts: list[int], again: bool) -> tuple[list[Piece], Answer]:
     """Drives a life, telling it of each turn's tokens but the last in pieces of the given sizes, or twice."""
-    life, kernels, results, pieces = Life(0, ask, POLICY, TOKENIZER, CONFIG), local(), None, list[Piece]()
+    life, kernels, results, pieces = QueryLife(0, ask, POLICY, TOKENIZER, CONFIG), local(), None, list[Piece]()
     steps, at = life.live(), 0
     while True:
         try:
@@ -91,7 +91,7 @@ def told_life(ask: Ask, cuts: list[int], again: bool) -> tuple[list[Piece], Answ
         results = []
         for call in step:
             if not isinstance(call, Turn):
-                assert isinstance(call, Reading)
+                assert isinstance(call, ReadCall)
                 results.append(kernels.answerer(call.kernel).submit_log_probs([call.window], call.tail).result()[0])
                 continue
             after = kernels.answerer(call.kernel).begin(call.packet, call.budget_bytes).result()
@@ -135,7 +135,7 @@ def test_a_text_ends_at_the_stop_that_ended_it_not_at_one_that_min_tokens_let_pa
 
 
 def test_a_turn_that_is_taken_again_with_other_tokens_is_an_error_and_not_another_text() -> None:
-    life = Life(0, Ask("x", Sampling(seed=1), "heart"), POLICY, TOKENIZER, CONFIG)
+    life = QueryLife(0, Ask("x", Sampling(seed=1), "heart"), POLICY, TOKENIZER, CONFIG)
     steps = life.live()
     (call,) = next(steps)  # type: ignore[misc]
     assert isinstance(call, Turn)

@@ -14,7 +14,7 @@ from typing import Any
 import httpx
 import pytest
 
-from router.app import Settings, make_app
+from router.app import AppSettings, make_app
 from router.http.limits import Front
 from router.http.server import Server
 from tests.test_app import COMPLETIONS, service
@@ -25,7 +25,7 @@ PATIENCE_S = 1000.0  # of a test that waits for what is to happen
 @contextmanager
 def running(**front: Any) -> Iterator[Server]:
     """A server in a thread of this process."""
-    server = Server(make_app(service(), Settings(front=Front(**front))), port=0)
+    server = Server(make_app(service(), AppSettings(front=Front(**front))), port=0)
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()
     while not server.started:
@@ -114,7 +114,7 @@ def test_a_request_whose_body_does_not_come_is_ended_and_its_place_given_back(ca
         with connected(server) as whole:
             whole.sendall(SHORT)
             assert b"200 OK" in whole.recv(65536)
-        while server.door.inside:
+        while server.gate.inside:
             time.sleep(0.01)
     assert not [record for record in caplog.records if record.levelno > logging.INFO]
 
@@ -126,7 +126,7 @@ def test_readers_that_never_read_do_not_keep_others_out() -> None:
         mute = [connected(server, receive_bytes=2048) for _ in range(3)]
         for one in mute:
             one.sendall(LONG)
-        while server.door.inside < 3:
+        while server.gate.inside < 3:
             time.sleep(0.01)
         until = time.monotonic() + PATIENCE_S
         with httpx.Client(base_url="http://{}:{}".format(*address(server)), timeout=PATIENCE_S) as client:
@@ -134,7 +134,7 @@ def test_readers_that_never_read_do_not_keep_others_out() -> None:
                 assert time.monotonic() < until, "they keep everybody out"
                 time.sleep(0.05)
             assert answer.status_code == 200
-        while server.door.inside:
+        while server.gate.inside:
             assert time.monotonic() < until
             time.sleep(0.01)
         for one in mute:

@@ -16,8 +16,8 @@ from constellation.commands import options
 from constellation.errors import ArtifactError, ConfigError, RunError
 
 if TYPE_CHECKING:
-    from router.decide.fisher_rao import Router
-    from router.decide.policy import Choice
+    from router.decide.fisher_rao import FisherRaoRouter
+    from router.decide.policy import RouteChoice
 
 
 @click.command()
@@ -45,9 +45,9 @@ def command(run: Path, address: str | None, as_json: bool, verify: str | None) -
         raise ConfigError(f"{run} is not trained yet; constellation train --run {run} --resume")
     text = None if verify is None else sys.stdin.read() if verify == "-" else read(verify)
     options.say_unfinished(run)
-    from router.decide.fisher_rao import Router
+    from router.decide.fisher_rao import FisherRaoRouter
 
-    router = Router.load(plan.router)
+    router = FisherRaoRouter.load(plan.router)
     if text is not None:
         check(text, router, plan.tokenizer, as_json)
         return
@@ -64,7 +64,9 @@ def command(run: Path, address: str | None, as_json: bool, verify: str | None) -
 
 
 @contextlib.contextmanager
-def _decider(run: Path, router: Router, address: str | None) -> Iterator[Callable[[list[bytes]], list[Choice]]]:
+def _decider(
+    run: Path, router: FisherRaoRouter, address: str | None
+) -> Iterator[Callable[[list[bytes]], list[RouteChoice]]]:
     """What decides: `router`, or the router actor of `run` in the Ray at `address`."""
     if address is None:
         yield router.route
@@ -75,7 +77,7 @@ def _decider(run: Path, router: Router, address: str | None) -> Iterator[Callabl
         yield lambda texts: asyncio.run(kernels.route(texts))
 
 
-def check(text: str, router: Router, tokenizer: Path, as_json: bool) -> None:
+def check(text: str, router: FisherRaoRouter, tokenizer: Path, as_json: bool) -> None:
     """Replay the certificate in `text`, or those of the answers in it, and say what holds; RunError when not."""
     from constellation.coordizer.tokenizer import Tokenizer
     from router.answer.certificate import replay

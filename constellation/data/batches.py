@@ -24,7 +24,7 @@ Integers = NDArray[np.int64]
 _ROUNDS = 6
 
 
-class Tokens(Protocol):
+class TokenStream(Protocol):
     """What is read: a TokenCache, or anything with a one-dimensional `tokens` array."""
 
     @property
@@ -39,7 +39,7 @@ class Batches:
     is read round and round.
     """
 
-    def __init__(self, cache: Tokens, segments: Integers | None, context: int, batch: int, seed: int) -> None:
+    def __init__(self, cache: TokenStream, segments: Integers | None, context: int, batch: int, seed: int) -> None:
         if context < 1 or batch < 1 or seed < 0:
             raise ConfigError(f"context={context}, batch={batch}, seed={seed}: at least 1, 1 and 0 are wanted")
         total = len(cache.tokens)

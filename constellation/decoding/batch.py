@@ -31,7 +31,7 @@ from constellation.decoding.compiled import available
 from constellation.decoding.graph import Graph, Wide
 from constellation.decoding.native import NativeSlots, Panels, Panels8, draw, suits
 from constellation.decoding.packed import Packed
-from constellation.decoding.sample import RECORD, Sampling, Scored, Settings, penalised, sample, scored
+from constellation.decoding.sample import RECORD, RowSettings, Sampling, TokenScore, penalised, sample, scored
 from constellation.decoding.slots import BLOCK, Run, Slots
 from constellation.errors import ConfigError, RunError
 from constellation.kernel.model import KernelLM, parameter_count
@@ -72,11 +72,11 @@ class Writing(Work):
     room: int
     take: Callable[[int], bool]
     taken: int = 0  # tokens sampled so far, here or elsewhere: the counter of the random numbers
-    scored: list[Scored] = dataclasses.field(default_factory=list)  # of the tokens sampled here, if asked for
+    scored: list[TokenScore] = dataclasses.field(default_factory=list)  # of the tokens sampled here, if asked for
 
 
 @dataclasses.dataclass(eq=False, kw_only=True)
-class Reading(Work):
+class Prefill(Work):
     """Hand the logits (M, V) of some rows to `emit(first, logits)`, for all positions from `first` on, in order."""
 
     first: int
@@ -118,7 +118,7 @@ class Batch:
         self._at: NDArray[np.int64] | None = None  # slots of those who write; None: to be found anew
         self._records = np.zeros(slots, RECORD)  # how each who writes draws
         self._left = False  # somebody's future was cancelled
-        self._settings: tuple[list[Writing], Settings] | None = None
+        self._settings: tuple[list[Writing], RowSettings] | None = None
         self._seen_SV: Tensor | None = None
         self._counts_SV: Tensor | None = None
         self.steps = self.sampled = self.fed = self.reused = 0
@@ -200,7 +200,7 @@ class Batch:
 
     def _place(self, work: Work) -> tuple[int, int]:
         """The slot for a request and how many tokens of its window are held there."""
-        most = work.first if isinstance(work, Reading) else work.window - 1
+        most = work.first if isinstance(work, Prefill) else work.window - 1
         same = self._held[:, :most] == np.array(work.tokens[work.start : work.start + most], np.int32)
         shared = np.minimum(np.where(same.all(1), most, same.argmin(1)) if most else 0, self._length)
         free = np.array([owner is None for owner in self._owner])
@@ -352,7 +352,7 @@ class Batch:
 
     def _read(self, work: Work, position: int, x_ND: Tensor) -> None:
         self.fed += len(x_ND)
-        if isinstance(work, Reading) and position + len(x_ND) > work.first:
+        if isinstance(work, Prefill) and position + len(x_ND) > work.first:
             wanted = max(position, work.first)
             try:
                 work.emit(wanted, self.slots.logits(x_ND[wanted - position :]))
@@ -417,7 +417,7 @@ class Batch:
         if native and not any(w.sampling.penalised for w in writing):
             return draw(logits_NV, self._records[slots], taken)
         if self._settings is None or self._settings[0] != writing:
-            self._settings = (writing, Settings([w.sampling for w in writing], self.packed.device, self.ends))
+            self._settings = (writing, RowSettings([w.sampling for w in writing], self.packed.device, self.ends))
         settings = self._settings[1]
         seen_NV = self._seen_SV[slots] if settings.penalised and self._seen_SV is not None else None
         counts_NV = self._counts_SV[slots] if settings.counted and self._counts_SV is not None else None

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from constellation.decoding.batch import Batch, Writing
-from constellation.decoding.sample import Sampling, Settings, sample
+from constellation.decoding.sample import RowSettings, Sampling, sample
 from constellation.kernel.model import KernelLM
 
 
@@ -48,7 +48,7 @@ def decode_naive(model: KernelLM, window: Sequence[int], sampling: Sampling, tak
 
     The last `taken` tokens of `window` were generated before.
     """
-    tokens, settings = list(window), Settings([sampling], model.embedding.weight.device)
+    tokens, settings = list(window), RowSettings([sampling], model.embedding.weight.device)
     for position in range(taken, taken + sampling.max_new_tokens):
         read = tokens[-model.config.context :]
         logits = model(torch.tensor([read], device=model.embedding.weight.device))[:, -1]

@@ -26,7 +26,7 @@ def quantise(x_NI: Tensor) -> tuple[Tensor, Tensor]:
     return (x_NI / scale_N1).round_(), scale_N1
 
 
-class Product:
+class Int8Product:
     """x W^T + b with W in int8 (packed.py says what a product is)."""
 
     def __init__(self, weight_OI: Tensor, bias_O: Tensor | None = None):

@@ -125,7 +125,7 @@ class Packed:
         if self._other:
             return self._other(weight_OI, bias_O)
         if self.precision == "int8":
-            return int8.Product(weight_OI, bias_O)
+            return int8.Int8Product(weight_OI, bias_O)
         return (Packed32 if self.onednn and weight_OI.numel() >= FEW else Plain32)(weight_OI, bias_O)
 
     def _layer(self, block: torch.nn.Module) -> Layer:

@@ -44,10 +44,12 @@ RECORD = np.dtype([
 ])  # fmt: skip  # struct sampling of csrc/draw.c
 _COLDEST = torch.finfo(torch.float32).tiny  # a temperature that rounds to zero would give 0 / 0
 
-Scored = tuple[float, tuple[tuple[int, float], ...]]  # a token's log-probability, and the likeliest ones with theirs
+TokenScore = tuple[
+    float, tuple[tuple[int, float], ...]
+]  # a token's log-probability, and the likeliest ones with theirs
 
 
-class Settings:
+class RowSettings:
     """The settings of a batch as tensors, made once for as long as the batch stays together.
 
     `ends` are the tokens that end an answer besides a request's own `stop_token_ids`.
@@ -118,7 +120,7 @@ def _mix(x: NDArray[np.uint64]) -> NDArray[np.uint64]:
 @torch.inference_mode()
 def sample(
     logits_BV: Tensor,
-    settings: Settings,
+    settings: RowSettings,
     positions: Sequence[int],
     seen_BV: Tensor | None = None,
     counts_BV: Tensor | None = None,
@@ -146,7 +148,7 @@ def sample(
 
 def penalised(
     x_BV: Tensor,
-    settings: Settings,
+    settings: RowSettings,
     positions: NDArray[np.int64],
     seen_BV: Tensor | None,
     counts_BV: Tensor | None,
@@ -168,7 +170,7 @@ def penalised(
     return x_BV
 
 
-def _draw_plain(x_BV: Tensor, p_BV: Tensor, u_B1: Tensor, settings: Settings, rows: Tensor) -> Tensor:
+def _draw_plain(x_BV: Tensor, p_BV: Tensor, u_B1: Tensor, settings: RowSettings, rows: Tensor) -> Tensor:
     return _invert(p_BV.cumsum(-1, dtype=torch.float64), u_B1)
 
 
@@ -178,7 +180,7 @@ def _invert(cumulative: Tensor, target_B1: Tensor) -> Tensor:
 
 
 def _draw_filtered(
-    x_BV: Tensor, p_BV: Tensor, u_B1: Tensor, settings: Settings, rows: Tensor, width: int = PREFILTER
+    x_BV: Tensor, p_BV: Tensor, u_B1: Tensor, settings: RowSettings, rows: Tensor, width: int = PREFILTER
 ) -> Tensor:
     vocabulary = x_BV.shape[1]
     width = min(width, vocabulary)
@@ -205,7 +207,7 @@ def _draw_filtered(
     return tokens
 
 
-def _draw_wide(x_BV: Tensor, p_BV: Tensor, u_B: Tensor, settings: Settings, rows: Tensor) -> Tensor:
+def _draw_wide(x_BV: Tensor, p_BV: Tensor, u_B: Tensor, settings: RowSettings, rows: Tensor) -> Tensor:
     """`_draw_filtered` by top-p and min-p of prefixes of any length, without sorting the row.
 
     A float's leading bits are its bucket, and grow with it: 2^7 buckets for each power of 2. The mass of the buckets
@@ -243,7 +245,7 @@ def _sorted_bucket(
     return ids[order], before + p_V[ids[order]].double().cumsum(0)
 
 
-def scored(log_p_TV: Tensor, tokens: Sequence[int], top: int) -> list[Scored]:
+def scored(log_p_TV: Tensor, tokens: Sequence[int], top: int) -> list[TokenScore]:
     """The log-probability of each token and the `top` likeliest ones, of one tensor: equal tokens, equal numbers."""
     mine = log_p_TV.gather(1, torch.tensor(tokens, device=log_p_TV.device)[:, None])[:, 0].tolist()
     # always as many, so that among equals the order does not depend on how many are told

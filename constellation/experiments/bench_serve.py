@@ -36,7 +36,7 @@ from constellation.config import Data
 from constellation.data.corpus import read_corpus
 from constellation.errors import ConfigError
 from constellation.experiments.harness import described, finish, machine_line
-from constellation.experiments.load import Asked, Load, drive
+from constellation.experiments.load import Exchange, Load, drive
 from constellation.experiments.parts import sampled
 from constellation.experiments.served import resident_mb, running, served
 
@@ -65,7 +65,7 @@ def run(
     return finish(result, report(result), out)
 
 
-def judge(done: Sequence[Asked], seen: dict[str, Any], load: Load) -> dict[str, Any]:
+def judge(done: Sequence[Exchange], seen: dict[str, Any], load: Load) -> dict[str, Any]:
     """The numbers and verdicts, of what the clients saw and what the service said of itself."""
     right = [asked for asked in done if not asked.error]
     first_ms = [1e3 * (asked.first_s - asked.due_s) for asked in right if asked.first_s is not None]
@@ -158,7 +158,7 @@ def report(result: dict[str, Any]) -> list[str]:
 
 async def _measure(
     url: str, load: Load, prompts: Sequence[str], key: str, pid: int | None
-) -> tuple[list[Asked], dict[str, Any]]:
+) -> tuple[list[Exchange], dict[str, Any]]:
     """The requests, and what was seen of the service before, during and after them."""
     headers = {"Authorization": f"Bearer {key}"} if key else {}
     async with httpx.AsyncClient(base_url=url, headers=headers, timeout=WARM_UP_S) as client:

@@ -37,7 +37,7 @@ from constellation.experiments.route_quality import mutual_information
 from constellation.geometry import e8
 from router.decide import counts
 from router.decide.clustering import pool, spherical
-from router.decide.fisher_rao import CHART, Router, log_ratio
+from router.decide.fisher_rao import CHART, FisherRaoRouter, log_ratio
 from router.decide.fit import fit
 
 AFTER = 2048  # bytes after the prefix that the gain is measured on
@@ -74,7 +74,7 @@ def codes(k: int, chart_P8: NDArray[np.float64], weight_P: NDArray[np.float64], 
 
 
 def _one_seed(
-    router: Router, texts: list[bytes], held: list[bytes], label: NDArray[Any], sizes: Sequence[int], seed: int
+    router: FisherRaoRouter, texts: list[bytes], held: list[bytes], label: NDArray[Any], sizes: Sequence[int], seed: int
 ) -> list[dict[str, Any]]:
     rng, settings = np.random.default_rng(seed), router.config
     low, high = np.log(settings.min_prefix), np.log(settings.max_prefix)
@@ -105,7 +105,7 @@ def _one_seed(
     return rows
 
 
-def _chart(router: Router, texts: list[bytes]) -> NDArray[np.float64]:
+def _chart(router: FisherRaoRouter, texts: list[bytes]) -> NDArray[np.float64]:
     return router.chart(router.judge(*router.sums(texts)).z)
 
 

@@ -40,7 +40,7 @@ class Load:
 
 
 @dataclass
-class Asked:
+class Exchange:
     """One request. Times in seconds from the start of the load."""
 
     stream: int
@@ -56,10 +56,10 @@ class Asked:
     kernels: Counter[str] = field(default_factory=Counter)  # tokens by who wrote them
 
 
-async def drive(url: str, load: Load, prompts: Sequence[str], key: str = "") -> list[Asked]:
+async def drive(url: str, load: Load, prompts: Sequence[str], key: str = "") -> list[Exchange]:
     """Every request that was made, in the order of their ends."""
     draw = random.Random(load.seed)
-    done: list[Asked] = []
+    done: list[Exchange] = []
     waiting: asyncio.Queue[float] = asyncio.Queue()
     headers = {"Authorization": f"Bearer {key}"} if key else {}
     limits = httpx.Limits(max_connections=load.streams, max_keepalive_connections=load.streams)
@@ -83,7 +83,7 @@ async def drive(url: str, load: Load, prompts: Sequence[str], key: str = "") -> 
                 due = await waiting.get()
             if due >= load.seconds:
                 return
-            asked = Asked(number, due, left=draw.random() < load.leave)
+            asked = Exchange(number, due, left=draw.random() < load.leave)
             body = _body(load, prompts[draw.randrange(len(prompts))], draw.randrange(2**31))
             await _ask(client, asked, body, load.tokens, begin)
             done.append(asked)
@@ -106,7 +106,7 @@ def _body(load: Load, prompt: str, seed: int) -> dict[str, Any]:
     return body | ({"mode": load.mode} if load.mode else {})
 
 
-async def _ask(client: httpx.AsyncClient, asked: Asked, body: dict[str, Any], tokens: int, begin: float) -> None:
+async def _ask(client: httpx.AsyncClient, asked: Exchange, body: dict[str, Any], tokens: int, begin: float) -> None:
     """Sends one request and fills `asked` with what came of it."""
 
     def now() -> float:
@@ -142,7 +142,7 @@ async def _ask(client: httpx.AsyncClient, asked: Asked, body: dict[str, Any], to
         asked.end_s = now()
 
 
-def _piece(asked: Asked, now_s: float, tokens: int, kernel: str) -> None:
+def _piece(asked: Exchange, now_s: float, tokens: int, kernel: str) -> None:
     if asked.last_s is None:
         asked.first_s = now_s
     else:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from constellation.config import Kernel
 
 
-class Block(nn.Module):
+class NanoBlock(nn.Module):
     def __init__(self, width: int, heads: int):
         super().__init__()
         self.heads = heads
@@ -38,7 +38,7 @@ class NanoGPT(nn.Module):
         super().__init__()
         self.wte = nn.Embedding(config.vocab_size, config.width)
         self.wpe = nn.Embedding(config.context, config.width)
-        self.blocks = nn.ModuleList(Block(config.width, config.heads) for _ in range(config.layers))
+        self.blocks = nn.ModuleList(NanoBlock(config.width, config.heads) for _ in range(config.layers))
         self.ln_f = nn.LayerNorm(config.width, bias=False)
         for p in self.parameters():
             if p.dim() > 1:

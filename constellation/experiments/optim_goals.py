@@ -1,4 +1,4 @@
-"""The goals of `bench optim` with pass or miss, and the seed's claimed numbers beside the measured ones."""
+"""The goals of `bench optim` with pass or miss, and the original design's claimed numbers beside the measured ones."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from constellation.experiments.optim_tasks import TASKS
 from constellation.experiments.statistics import holm
 
 SOAP_MUON_HEAVYBALL = ("muon", "pytorch_optimizer_soap", "heavyball_soap", "heavyball_psgd")
-CLAIMS = (  # the seed's table: row, speed, convergence, basin distance, phi quality
+CLAIMS = (  # the original design's table: row, speed, convergence, basin distance, phi quality
     ("AdamW (baseline)", "1.0x", "baseline", "baseline", "baseline"),
     ("QIGDiagonalNG", "0.95x", "+15% faster", "-20%", "+10%"),
     ("MixedQIG (diagonal)", "0.90x", "+25% faster", "-35%", "+15%"),
@@ -121,7 +121,7 @@ def _language_model_goals(task: str, rows: Mapping[str, Any], goal: Any) -> None
 
 
 def claims(result: Result) -> list[dict[str, str]]:
-    """The seed's claimed numbers beside ours: speed = AdamW's step time / its own, faster = AdamW's steps / its own."""
+    """The original design's claimed numbers beside ours: speed = AdamW's step time / its own, faster = AdamW's steps / its own."""
     rows = result["summary"].get("basin", {}).get("rows", {})
     by_claim = {row.claim: name for name, row in ROWS.items() if row.claim}
     out = []

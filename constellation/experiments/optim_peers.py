@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from constellation.experiments.optim_tasks import Problem
+from constellation.experiments.optim_tasks import TaskProblem
 
 Optimizer = Any  # torch.optim.Optimizer, or Several
 
@@ -44,19 +44,19 @@ class Several:
 
 
 @dataclass(frozen=True)
-class Row:
+class Contestant:
     """One optimizer."""
 
     name: str
     source: str  # "ours" or the package
     lr: float  # documented default, the unit of the search
-    build: Callable[[Problem, float, float], Optimizer]
+    build: Callable[[TaskProblem, float, float], Optimizer]
     sees: bool = False  # step(logits=..., targets=...): it forms curvature from the likelihood
     gate: bool = False  # step(telemetry={"loss": ...}) too
     rate: str = "linear"  # linear: up, then down to zero | flat: up, as schedule-free asks | none: always lr, untuned
     cost: float = 1.0  # CPU time of a training step over AdamW's on small models, for the estimate alone
     trials: int | None = None  # fewer trials than the others
-    claim: str = ""  # its row of the seed's table
+    claim: str = ""  # its row of the original design's table
 
 
 def memory(knob: float) -> float:
@@ -82,7 +82,7 @@ def matrices(model: nn.Module) -> tuple[list[Tensor], list[Tensor]]:
     return linear, [p for p in model.parameters() if id(p) not in taken]
 
 
-def _all(problem: Problem) -> list[Tensor]:
+def _all(problem: TaskProblem) -> list[Tensor]:
     return list(problem.model.parameters())
 
 
@@ -90,50 +90,52 @@ def _fused(params: list[Tensor], lr: float, knob: float) -> torch.optim.AdamW:
     return torch.optim.AdamW(params, lr=lr, betas=(0.9, memory(knob)), weight_decay=0.0, fused=True)
 
 
-def _with_adamw(make: Callable[[list[Tensor]], torch.optim.Optimizer], problem: Problem, lr: float, knob: float) -> Any:
+def _with_adamw(
+    make: Callable[[list[Tensor]], torch.optim.Optimizer], problem: TaskProblem, lr: float, knob: float
+) -> Any:
     linear, rest = matrices(problem.model)
     if not rest:
         return make(linear)
     return Several(make(linear), _fused(rest, lr, knob)) if linear else _fused(rest, lr, knob)
 
 
-def _adamw(problem: Problem, lr: float, knob: float) -> Optimizer:
+def _adamw(problem: TaskProblem, lr: float, knob: float) -> Optimizer:
     return _fused(_all(problem), lr, knob)
 
 
-def _qig_diagonal(problem: Problem, lr: float, knob: float) -> Optimizer:
+def _qig_diagonal(problem: TaskProblem, lr: float, knob: float) -> Optimizer:
     from constellation.optim import QIGDiagonalNG
 
     return QIGDiagonalNG(_all(problem), lr=lr, fisher_decay=memory(knob))
 
 
-def _qig_bare(problem: Problem, lr: float, knob: float) -> Optimizer:
+def _qig_bare(problem: TaskProblem, lr: float, knob: float) -> Optimizer:
     from constellation.optim import QIGDiagonalNG
 
     return QIGDiagonalNG(_all(problem), lr=lr, fisher_decay=memory(knob), check_finite=False)
 
 
-def _diagonal_bare(problem: Problem, lr: float, knob: float) -> Optimizer:
+def _diagonal_bare(problem: TaskProblem, lr: float, knob: float) -> Optimizer:
     from constellation.optim import DiagonalNG
 
     return DiagonalNG(_all(problem), lr=lr, fisher_decay=memory(knob), power=1.0, compile=True, check_finite=False)
 
 
-def _diagonal(problem: Problem, lr: float, knob: float) -> Optimizer:
+def _diagonal(problem: TaskProblem, lr: float, knob: float) -> Optimizer:
     from constellation.optim import DiagonalNG
 
     sampled: dict[str, Any] = {"source": "sampled", "refresh": 5} if problem.likelihood == "softmax" else {}
     return DiagonalNG(_all(problem), lr=lr, fisher_decay=memory(knob), power=1.0, **sampled)
 
 
-def _simple(problem: Problem, lr: float, knob: float) -> Optimizer:
+def _simple(problem: TaskProblem, lr: float, knob: float) -> Optimizer:
     from constellation.optim import SimpleFisherOptimizer
 
     return SimpleFisherOptimizer(_all(problem), lr=lr, damping=around(1e-8, knob))
 
 
-def _kronecker(variant: str) -> Callable[[Problem, float, float], Optimizer]:
-    def build(problem: Problem, lr: float, knob: float) -> Optimizer:
+def _kronecker(variant: str) -> Callable[[TaskProblem, float, float], Optimizer]:
+    def build(problem: TaskProblem, lr: float, knob: float) -> Optimizer:
         from constellation.optim import KroneckerNG
 
         linear, rest = matrices(problem.model)
@@ -144,7 +146,7 @@ def _kronecker(variant: str) -> Callable[[Problem, float, float], Optimizer]:
     return build
 
 
-def _exact_ng(problem: Problem, lr: float, knob: float) -> Optimizer:
+def _exact_ng(problem: TaskProblem, lr: float, knob: float) -> Optimizer:
     from constellation.optim import BasinNaturalGrad
 
     return BasinNaturalGrad(
@@ -153,8 +155,8 @@ def _exact_ng(problem: Problem, lr: float, knob: float) -> Optimizer:
     )  # fmt: skip
 
 
-def _hybrid(exact: bool) -> Callable[[Problem, float, float], Optimizer]:
-    def build(problem: Problem, lr: float, knob: float) -> Optimizer:
+def _hybrid(exact: bool) -> Callable[[TaskProblem, float, float], Optimizer]:
+    def build(problem: TaskProblem, lr: float, knob: float) -> Optimizer:
         from constellation.optim import HybridGeometricOptimizer
 
         return HybridGeometricOptimizer(
@@ -165,7 +167,7 @@ def _hybrid(exact: bool) -> Callable[[Problem, float, float], Optimizer]:
     return build
 
 
-def _adaptive(problem: Problem, lr: float, knob: float) -> Optimizer:
+def _adaptive(problem: TaskProblem, lr: float, knob: float) -> Optimizer:
     from constellation.optim import AdaptiveMixedQIG
 
     return AdaptiveMixedQIG(
@@ -174,20 +176,20 @@ def _adaptive(problem: Problem, lr: float, knob: float) -> Optimizer:
     )  # fmt: skip
 
 
-def _scaled(problem: Problem, lr: float, knob: float) -> Optimizer:
+def _scaled(problem: TaskProblem, lr: float, knob: float) -> Optimizer:
     from constellation.optim import CurvatureScaledSGD
 
     return CurvatureScaledSGD(_all(problem), lr=lr, momentum=0.9, smooth=memory(knob))
 
 
-def _muon(problem: Problem, lr: float, knob: float) -> Optimizer:
+def _muon(problem: TaskProblem, lr: float, knob: float) -> Optimizer:
     def muon(params: list[Tensor]) -> torch.optim.Optimizer:
         return torch.optim.Muon(params, lr=lr, momentum=inertia(knob), weight_decay=0.0, adjust_lr_fn="match_rms_adamw")
 
     return _with_adamw(muon, problem, lr, 0.3)  # 40 steps: the middle of what wins elsewhere
 
 
-def _pytorch_optimizer_soap(problem: Problem, lr: float, knob: float) -> Optimizer:
+def _pytorch_optimizer_soap(problem: TaskProblem, lr: float, knob: float) -> Optimizer:
     from pytorch_optimizer import SOAP
 
     def soap(params: list[Tensor]) -> torch.optim.Optimizer:
@@ -205,7 +207,7 @@ def _heavyball() -> Any:
     return heavyball
 
 
-def _heavyball_soap(problem: Problem, lr: float, knob: float) -> Optimizer:
+def _heavyball_soap(problem: TaskProblem, lr: float, knob: float) -> Optimizer:
     beta = memory(knob)
 
     def soap(params: list[Tensor]) -> torch.optim.Optimizer:
@@ -215,7 +217,7 @@ def _heavyball_soap(problem: Problem, lr: float, knob: float) -> Optimizer:
     return _with_adamw(soap, problem, lr, knob)
 
 
-def _heavyball_psgd(problem: Problem, lr: float, knob: float) -> Optimizer:
+def _heavyball_psgd(problem: TaskProblem, lr: float, knob: float) -> Optimizer:
     def psgd(params: list[Tensor]) -> torch.optim.Optimizer:
         made: torch.optim.Optimizer = _heavyball().PSGDKron(params, lr=lr, weight_decay=0.0)
         return made
@@ -223,7 +225,7 @@ def _heavyball_psgd(problem: Problem, lr: float, knob: float) -> Optimizer:
     return _with_adamw(psgd, problem, lr, knob)
 
 
-def _schedulefree(problem: Problem, lr: float, knob: float) -> Optimizer:
+def _schedulefree(problem: TaskProblem, lr: float, knob: float) -> Optimizer:
     from schedulefree import AdamWScheduleFree
 
     return AdamWScheduleFree(_all(problem), lr=lr, betas=(0.9, memory(knob)), weight_decay=0.0)
@@ -233,26 +235,26 @@ BASELINE = "adamw"
 ROWS = {
     row.name: row
     for row in (
-        Row("adamw", "torch AdamW(fused)", 1e-3, _adamw, claim="AdamW (baseline)"),
-        Row("qig_diagonal", "ours", 1e-3, _qig_diagonal, cost=1.0, claim="QIGDiagonalNG"),
-        Row("diagonal", "ours", 1e-3, _diagonal, sees=True, cost=1.2),
-        Row("qig_diagonal_bare", "ours, check_finite=False", 1e-3, _qig_bare),  # these two for their cost alone
-        Row("diagonal_bare", "ours, compile=True, check_finite=False", 1e-3, _diagonal_bare),
-        Row("simple_fisher", "ours", 1e-3, _simple, cost=1.0),
-        Row("curvature_scaled", "ours", 1e-3, _scaled, cost=1.1),
-        Row("kron_muon", "ours", 1e-3, _kronecker("muon"), cost=1.3),
-        Row("kron_soap", "ours", 1e-3, _kronecker("soap"), cost=1.4),
-        Row("kron_kl_shampoo", "ours", 1e-3, _kronecker("kl_shampoo"), cost=1.4),
-        Row("kron_soap_muon", "ours", 1e-3, _kronecker("soap_muon"), cost=1.6),
-        Row("exact_ng", "ours", 1.0, _exact_ng, sees=True, rate="none", cost=10.0, trials=5),
-        Row("hybrid_diagonal", "ours", 1e-3, _hybrid(False), cost=1.1, claim="MixedQIG (diagonal)"),
-        Row("hybrid_exact", "ours", 1e-3, _hybrid(True), sees=True, cost=4.5, claim="MixedQIG (exact)"),
-        Row("adaptive", "ours", 1e-3, _adaptive, sees=True, gate=True, cost=1.3, claim="AdaptiveMixedQIG"),
-        Row("muon", "torch Muon + AdamW", 1e-3, _muon, cost=1.3),
-        Row("pytorch_optimizer_soap", "pytorch_optimizer SOAP + AdamW", 3e-3, _pytorch_optimizer_soap, cost=1.4),
-        Row("heavyball_soap", "heavyball SOAP + AdamW", 3e-3, _heavyball_soap, cost=2.5),
-        Row("heavyball_psgd", "heavyball PSGDKron + AdamW", 1e-3, _heavyball_psgd, cost=2.5),
-        Row("schedulefree", "schedulefree AdamW", 2.5e-3, _schedulefree, rate="flat", cost=1.1),
+        Contestant("adamw", "torch AdamW(fused)", 1e-3, _adamw, claim="AdamW (baseline)"),
+        Contestant("qig_diagonal", "ours", 1e-3, _qig_diagonal, cost=1.0, claim="QIGDiagonalNG"),
+        Contestant("diagonal", "ours", 1e-3, _diagonal, sees=True, cost=1.2),
+        Contestant("qig_diagonal_bare", "ours, check_finite=False", 1e-3, _qig_bare),  # these two for their cost alone
+        Contestant("diagonal_bare", "ours, compile=True, check_finite=False", 1e-3, _diagonal_bare),
+        Contestant("simple_fisher", "ours", 1e-3, _simple, cost=1.0),
+        Contestant("curvature_scaled", "ours", 1e-3, _scaled, cost=1.1),
+        Contestant("kron_muon", "ours", 1e-3, _kronecker("muon"), cost=1.3),
+        Contestant("kron_soap", "ours", 1e-3, _kronecker("soap"), cost=1.4),
+        Contestant("kron_kl_shampoo", "ours", 1e-3, _kronecker("kl_shampoo"), cost=1.4),
+        Contestant("kron_soap_muon", "ours", 1e-3, _kronecker("soap_muon"), cost=1.6),
+        Contestant("exact_ng", "ours", 1.0, _exact_ng, sees=True, rate="none", cost=10.0, trials=5),
+        Contestant("hybrid_diagonal", "ours", 1e-3, _hybrid(False), cost=1.1, claim="MixedQIG (diagonal)"),
+        Contestant("hybrid_exact", "ours", 1e-3, _hybrid(True), sees=True, cost=4.5, claim="MixedQIG (exact)"),
+        Contestant("adaptive", "ours", 1e-3, _adaptive, sees=True, gate=True, cost=1.3, claim="AdaptiveMixedQIG"),
+        Contestant("muon", "torch Muon + AdamW", 1e-3, _muon, cost=1.3),
+        Contestant("pytorch_optimizer_soap", "pytorch_optimizer SOAP + AdamW", 3e-3, _pytorch_optimizer_soap, cost=1.4),
+        Contestant("heavyball_soap", "heavyball SOAP + AdamW", 3e-3, _heavyball_soap, cost=2.5),
+        Contestant("heavyball_psgd", "heavyball PSGDKron + AdamW", 1e-3, _heavyball_psgd, cost=2.5),
+        Contestant("schedulefree", "schedulefree AdamW", 2.5e-3, _schedulefree, rate="flat", cost=1.1),
     )
 }
 

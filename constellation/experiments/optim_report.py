@@ -1,4 +1,4 @@
-"""What `bench optim` says: ratios to tuned AdamW, goals with pass or miss, the seed's claims beside what was measured.
+"""What `bench optim` says: ratios to tuned AdamW, goals with pass or miss, the original design's claims beside what was measured.
 
 Everything is a function of the raw result, so README's table is made again from the committed JSON:
 `constellation bench optim --table results/optim.json` rewrites what stands between <!-- optim --> and <!-- /optim -->.
@@ -97,7 +97,7 @@ def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
 
 
 def readme_table(result: Result) -> str:
-    """What README shows: ratios by task, the seed's claims, the goals."""
+    """What README shows: ratios by task, the original design's claims, the goals."""
     summary = result["summary"]
     tasks = [n for n in summary if TASKS[n].steps and ("lm" in TASKS[n].tags or n in ("basin", "digits"))]
     names = [n for n in ROWS if any(n in summary[task]["rows"] for task in tasks)]
@@ -119,7 +119,7 @@ def readme_table(result: Result) -> str:
     return "\n".join([
         f"Steps / CPU-seconds to tuned AdamW's held-out loss, ratios to AdamW's, geometric means over {seeds} paired "
         "seeds (less is better; intervals in `results/optim.md`):", "", *table,
-        "The seed's claims on its own kind of model (the task with a basin block) beside what was measured. Its "
+        "The original design's claims on its own kind of model (the task with a basin block) beside what was measured. Its "
         'columns "Basin Distance" and "Phi Quality" are not measured here.', "", *_claims(result),
         *_goals(result),
     ])  # fmt: skip
@@ -152,7 +152,7 @@ def markdown(result: Result) -> str:
         f"`constellation bench optim`, profile {result['profile']['name']}; {machine['processor']}, {machine['cores']} "
         f"cores, {machine['workers']} workers of one thread; " + ", ".join(f"{k} {v}" for k, v in versions.items())
         + f"; corpus {result['corpus']}, digits {result['digits']}; {result['cpu_s'] / 60:.0f} CPU-minutes.",
-        "", "## Goals", "", *_goals(result), "## The seed's claims", "",
+        "", "## Goals", "", *_goals(result), "## The original design's claims", "",
         'On the task with a basin block. "Basin Distance" and "Phi Quality" are not measured here.', "",
         *_claims(result),
     ]  # fmt: skip

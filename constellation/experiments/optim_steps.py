@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from constellation.config import Kernel
 from constellation.experiments.optim_peers import BASELINE, ROWS, Optimizer
-from constellation.experiments.optim_tasks import Problem
+from constellation.experiments.optim_tasks import TaskProblem
 from constellation.geometry.fisher import KINDS, FisherBlock, flatten
 from constellation.kernel.model import KernelLM
 
@@ -80,7 +80,7 @@ def _stepper(name: str, config: Kernel, device: str) -> _Contestant:
     def nothing(*_: Any) -> Any:
         raise AssertionError("a step cost has no data")
 
-    optimizer = ROWS[name].build(Problem(model, nothing, nothing, nothing, nothing, ""), 1e-4, 0.5)
+    optimizer = ROWS[name].build(TaskProblem(model, nothing, nothing, nothing, nothing, ""), 1e-4, 0.5)
     if hasattr(optimizer, "train"):  # schedule-free steps in this mode only
         optimizer.train()
     return _Contestant(optimizer, list(model.parameters()), grads)

@@ -8,7 +8,7 @@
     rosenbrock chained Rosenbrock valley as least squares                     deterministic, f above 0
     poisson    physics-informed network of Poisson's equation, float64        deterministic, relative L2 error
 
-A `Problem` is a task at one seed. `outputs(x)` are the natural parameters of its likelihood, so that a
+A `TaskProblem` is a task at one seed. `outputs(x)` are the natural parameters of its likelihood, so that a
 curvature product can be formed from them: class logits, Bernoulli logits or Gaussian residuals.
 """
 
@@ -38,7 +38,7 @@ TRAIN_BYTES, DEV_WINDOWS, VOCAB = 6_000_000, 32, 1024
 
 
 @dataclass(frozen=True)
-class Problem:
+class TaskProblem:
     """A task at one seed."""
 
     model: nn.Module
@@ -65,7 +65,7 @@ class Task:
     name: str
     title: str
     metric: str
-    build: Callable[[Path, int], Problem]  # of the data folder and a seed
+    build: Callable[[Path, int], TaskProblem]  # of the data folder and a seed
     rows: tuple[str, ...]  # names in optim_peers.ROWS, the baseline first
     steps: int = 0
     seconds: float = 0.0  # CPU-seconds of a run, instead of steps
@@ -128,7 +128,7 @@ class _Stream:
     tokens: NDArray[np.integer]
 
 
-def _language_model(folder: Path, data: str, model: nn.Module, context: int, batch: int, seed: int) -> Problem:
+def _language_model(folder: Path, data: str, model: nn.Module, context: int, batch: int, seed: int) -> TaskProblem:
     train, dev = (_Stream(a) for a in _load(folder, data))
     stream = Batches(train, None, context, batch, seed)
     held = [torch.from_numpy(a) for a in Batches(dev, None, context, DEV_WINDOWS * 1024 // (8 * context), 0).at(0)]
@@ -144,30 +144,30 @@ def _language_model(folder: Path, data: str, model: nn.Module, context: int, bat
     def metric() -> float:
         return float(loss(model(held[0]), held[1]))
 
-    return Problem(model, at, model, loss, metric, "softmax")
+    return TaskProblem(model, at, model, loss, metric, "softmax")
 
 
 def _kernel(seed: int, **settings: int) -> KernelLM:
     return KernelLM(Kernel(**settings), seed=seed)  # type: ignore[arg-type]
 
 
-def char(folder: Path, seed: int) -> Problem:
+def char(folder: Path, seed: int) -> TaskProblem:
     model = _kernel(seed, vocab_size=256, width=64, layers=2, heads=2, hidden=176, context=64)
     return _language_model(folder, "char", model, 64, 16, seed)
 
 
-def bpe(folder: Path, seed: int) -> Problem:
+def bpe(folder: Path, seed: int) -> TaskProblem:
     model = _kernel(seed, vocab_size=VOCAB, width=128, layers=4, heads=4, hidden=344, context=128)
     return _language_model(folder, "bpe", model, 128, 8, seed)
 
 
-def basin(folder: Path, seed: int) -> Problem:
+def basin(folder: Path, seed: int) -> TaskProblem:
     model = _kernel(seed, vocab_size=VOCAB, width=64, layers=2, heads=2, hidden=176, context=64)
     problems.factorise(model, coordinates=16, seed=seed)
     return _language_model(folder, "bpe", model, 64, 8, seed)
 
 
-def digits(folder: Path, seed: int) -> Problem:
+def digits(folder: Path, seed: int) -> TaskProblem:
     train, dev = (torch.from_numpy(a) for a in _load(folder, "digits"))
     model = problems.autoencoder(train.shape[1], seed)
 
@@ -182,10 +182,10 @@ def digits(folder: Path, seed: int) -> Problem:
     def metric() -> float:
         return float(loss(model(dev), dev))
 
-    return Problem(model, at, model, loss, metric, "bernoulli")
+    return TaskProblem(model, at, model, loss, metric, "bernoulli")
 
 
-def logistic(folder: Path, seed: int) -> Problem:
+def logistic(folder: Path, seed: int) -> TaskProblem:
     x, y, optimum = problems.logistic_data(seed)
     model = nn.Linear(x.shape[1], 2, bias=False, dtype=torch.float64)
     nn.init.zeros_(model.weight)
@@ -194,20 +194,20 @@ def logistic(folder: Path, seed: int) -> Problem:
         with torch.no_grad():
             return max(float(F.cross_entropy(model(x), y)) - optimum, 1e-16)
 
-    return Problem(model, lambda step: (x, y), model, F.cross_entropy, metric, "softmax")
+    return TaskProblem(model, lambda step: (x, y), model, F.cross_entropy, metric, "softmax")
 
 
-def rosenbrock(folder: Path, seed: int) -> Problem:
+def rosenbrock(folder: Path, seed: int) -> TaskProblem:
     model = problems.Valley(seed)
     return _least_squares(model, torch.zeros(1), lambda: float(model(torch.zeros(1)).square().sum().detach()))
 
 
-def poisson(folder: Path, seed: int) -> Problem:
+def poisson(folder: Path, seed: int) -> TaskProblem:
     model = problems.Poisson(seed)
     return _least_squares(model, model.points, model.error)
 
 
-def _least_squares(model: problems.Valley | problems.Poisson, x: Tensor, metric: Callable[[], float]) -> Problem:
+def _least_squares(model: problems.Valley | problems.Poisson, x: Tensor, metric: Callable[[], float]) -> TaskProblem:
     """f = |r|^2 / 2 of all residuals r = outputs(x)."""
     with torch.no_grad():
         zero = torch.zeros_like(model(x))
@@ -215,7 +215,7 @@ def _least_squares(model: problems.Valley | problems.Poisson, x: Tensor, metric:
     def loss(r: Tensor, y: Tensor) -> Tensor:
         return (r - y).square().sum() / 2
 
-    return Problem(model, lambda step: (x, zero), model, loss, metric, "gaussian", model.jacobian)
+    return TaskProblem(model, lambda step: (x, zero), model, loss, metric, "gaussian", model.jacobian)
 
 
 _KRON = ("kron_muon", "kron_soap", "kron_kl_shampoo", "kron_soap_muon")

@@ -23,7 +23,7 @@ import torch
 
 from constellation.errors import ConstellationError
 from constellation.experiments.optim_peers import ROWS, Optimizer
-from constellation.experiments.optim_tasks import TASKS, Problem, Task
+from constellation.experiments.optim_tasks import TASKS, Task, TaskProblem
 from constellation.storage.atomic import read_json, write_json
 
 WARM_UP = 0.05
@@ -94,7 +94,7 @@ def train(trial: Trial, task: Task, data: Path) -> dict[str, Any]:
     return {**result, "outcome": outcome, "stats": plain}
 
 
-def _loop(trial: Trial, task: Task, problem: Problem, optimizer: Optimizer, result: dict[str, Any]) -> str:
+def _loop(trial: Trial, task: Task, problem: TaskProblem, optimizer: Optimizer, result: dict[str, Any]) -> str:
     row = ROWS[trial.row]
     rates = [group["lr"] for group in optimizer.param_groups]
     switch = getattr(optimizer, "train", None), getattr(optimizer, "eval", None)  # schedule-free's two sets of weights

@@ -49,7 +49,7 @@ class Solution:
         return high / low if low > 0 else float("inf")
 
 
-class Block(Protocol):
+class Coordinates(Protocol):
     """What `solve` needs to know of F: fisher.FisherBlock has it."""
 
     size: int
@@ -64,7 +64,7 @@ class Block(Protocol):
 
 
 def solve(
-    block: Block,
+    block: Coordinates,
     b: Tensor,
     *,
     damping: float,
@@ -89,7 +89,7 @@ def solve(
     )  # fmt: skip
 
 
-def choose(block: Block, damping: float) -> str:
+def choose(block: Coordinates, damping: float) -> str:
     """The smaller of the P x P and the R x R system if it is small enough to be formed, else cg."""
     limit = PASSES_LIMIT if block.jacobian is None else KNOWN_LIMIT
     if block.rows and block.rows < block.size and block.rows <= limit and damping > 0:

@@ -10,7 +10,7 @@ seconds would exceed it is refused, whatever asked for it, and before the first 
 gradient for each of its cg_iters products. Decisions under a budget follow the clock, so runs that must repeat
 themselves bit for bit on any machine set max_overhead=0 or bring a `clock` of their own.
 
-    decision = optimizer.should_apply_ng(telemetry, step)       the seeds' loop; or step(telemetry={...}) alone
+    decision = optimizer.should_apply_ng(telemetry, step)       the original design's loop; or step(telemetry={...}) alone
     loss.backward(create_graph=decision)                        retain_graph=True is enough, a logits callable better
     optimizer.step(logits=...)
 """
@@ -27,8 +27,8 @@ from torch import Tensor
 
 from constellation.errors import ConfigError
 from constellation.geometry.fisher import FisherBlock, flatten, twice_differentiable
-from constellation.optim.gate import AdaptiveConfig, Decision, should_apply_ng
-from constellation.optim.ledger import Ledger
+from constellation.optim.gate import AdaptiveConfig, GateDecision, should_apply_ng
+from constellation.optim.gate_costs import GateCosts
 from constellation.optim.mixed import HybridGeometricOptimizer, arguments
 from constellation.optim.natural import state_like
 from constellation.optim.registry import AdaptiveSettings
@@ -40,8 +40,8 @@ class AdaptiveMixedQIG(HybridGeometricOptimizer):
     """`settings` are HybridGeometricOptimizer's. The gate's memory is in param_groups[0]["gate"], plain numbers."""
 
     wants = ("logits", "targets", "telemetry")
-    decision: Decision  # of the last step
-    _pending: Decision | None  # of the coming one
+    decision: GateDecision  # of the last step
+    _pending: GateDecision | None  # of the coming one
     _seen: dict[str, Any]  # telemetry told for it
     _ended: float | None  # clock at the end of the last step
     _measuring_s: float
@@ -62,15 +62,15 @@ class AdaptiveMixedQIG(HybridGeometricOptimizer):
         super().__init__(model, lr_ng, lr_rest, use_exact_ng=use_exact_ng, **settings)
         if "home" not in self.param_groups[0]:
             raise ConfigError("AdaptiveMixedQIG: tagged groups have no cheap home; pass a model or named_parameters()")
-        self.param_groups[0]["gate"] = dict(vars(Ledger()))
+        self.param_groups[0]["gate"] = dict(vars(GateCosts()))
 
-    def should_apply_ng(self, telemetry: Mapping[str, Any], step: int | None = None) -> Decision:
-        """Decision and reasons for the coming step, on which step() then acts. `step` None: the optimizer's count."""
-        ledger = self._ledger()
-        own = ledger.telemetry(self._unmeasured()) | self._staleness()
+    def should_apply_ng(self, telemetry: Mapping[str, Any], step: int | None = None) -> GateDecision:
+        """Whether and why the coming step is natural, by which step() then goes. `step` None: its own count."""
+        costs = self._costs()
+        own = costs.telemetry(self._unmeasured()) | self._staleness()
         decision = should_apply_ng(
             {**own, **{name: value for name, value in telemetry.items() if value is not None}},
-            ledger.steps if step is None else step,
+            costs.steps if step is None else step,
             self.config,
         )
         self._pending, self._seen = decision, dict(telemetry)
@@ -96,23 +96,23 @@ class AdaptiveMixedQIG(HybridGeometricOptimizer):
             self._seen, self._pending = dict(telemetry), None
         if loss is not None:
             self._seen.setdefault("loss", float(loss.detach() if isinstance(loss, Tensor) else loss))
-        began, ledger = self._now(), self._ledger()
-        ledger.note_gap(None if self._ended is None else began - self._ended)
+        began, costs = self._now(), self._costs()
+        costs.note_gap(None if self._ended is None else began - self._ended)
         if self._seen.get("loss") is not None:
-            ledger.note_loss(float(self._seen["loss"]))
-        self._remember(ledger)
+            costs.note_loss(float(self._seen["loss"]))
+        self._remember(costs)
         self._measuring_s = 0.0
         super().step(logits=_once(logits), targets=targets)
-        ledger = self._ledger()
+        costs = self._costs()
         if self._outcome == "stepped":
             self._ended = self._now()
             predicted = self._block.stats.get("predicted_reduction") if self.decision.apply else None
-            ledger.note_step(self.decision.apply, self._ended - began - self._measuring_s, predicted)
-            ledger.refused_steps += bool(self.decision.reasons) and not self.decision.apply
+            costs.note_step(self.decision.apply, self._ended - began - self._measuring_s, predicted)
+            costs.refused_steps += bool(self.decision.reasons) and not self.decision.apply
         else:
-            ledger.steps += 1
+            costs.steps += 1
             self._ended = None
-        self._remember(ledger)
+        self._remember(costs)
         self._pending, self._seen = None, {}
         return loss
 
@@ -136,12 +136,12 @@ class AdaptiveMixedQIG(HybridGeometricOptimizer):
 
     def _measure(self, logits: Any) -> None:
         """kappa_eff from one Fisher product along the gradient, when it is due, affordable and not told."""
-        ledger, every, limit = self._ledger(), self.config.kappa_every, self.config.max_overhead
+        costs, every, limit = self._costs(), self.config.kappa_every, self.config.max_overhead
         told = self._seen.get("kappa_eff") is not None
-        if logits is None or told or not every or ledger.steps % every:
+        if logits is None or told or not every or costs.steps % every:
             return
-        expected = ledger.measuring_s or ledger.gap_s or math.inf  # before the first a gradient's time is assumed
-        if limit and ledger.overhead_after(expected) > limit:
+        expected = costs.measuring_s or costs.gap_s or math.inf  # before the first a gradient's time is assumed
+        if limit and costs.overhead_after(expected) > limit:
             return
         began = self._now()
         params = [p for p in self.param_groups[0]["params"] if p.grad is not None]
@@ -152,8 +152,8 @@ class AdaptiveMixedQIG(HybridGeometricOptimizer):
             curved, squared = torch.stack([g @ block.matvec(g), g @ g]).tolist()
         self._measuring_s = self._now() - began
         if squared > 0 and math.isfinite(curved):
-            ledger.note_curvature(curved / squared, self._measuring_s)
-            self._remember(ledger)
+            costs.note_curvature(curved / squared, self._measuring_s)
+            self._remember(costs)
 
     def _staleness(self) -> dict[str, float]:
         """Angle between the mean gradient now and at the last natural step, [0, pi]; pi before there was one."""
@@ -181,15 +181,15 @@ class AdaptiveMixedQIG(HybridGeometricOptimizer):
         basin = self.param_groups[0]
         return float(basin["cg_iters"]) if basin["method"] == "exact" else 0.0
 
-    def _ledger(self) -> Ledger:
-        return Ledger(**self.param_groups[0]["gate"])
+    def _costs(self) -> GateCosts:
+        return GateCosts(**self.param_groups[0]["gate"])
 
-    def _remember(self, ledger: Ledger) -> None:
-        self.param_groups[0]["gate"] = dict(vars(ledger))
+    def _remember(self, costs: GateCosts) -> None:
+        self.param_groups[0]["gate"] = dict(vars(costs))
 
     def _forget(self) -> None:
         """What belongs to this process: the moment the last step ended, and what is told for the next."""
-        self.decision = Decision(False)
+        self.decision = GateDecision(False)
         self._ended = None
         self._pending = None
         self._seen = {}
@@ -217,14 +217,14 @@ class AdaptiveMixedQIG(HybridGeometricOptimizer):
 
     def get_stats(self) -> dict[str, float]:
         """The hybrid's, with natural steps counted over the whole run, their seconds, and the gate's measurements."""
-        ledger = self._ledger()
-        natural = float(ledger.natural_steps)
+        costs = self._costs()
+        natural = float(costs.natural_steps)
         own = {
-            "natural_steps": natural, "ng_applications": natural, "refused_steps": float(ledger.refused_steps),
-            "natural_rate": natural / ledger.steps if ledger.steps else 0.0, "natural_seconds": ledger.natural_s,
-            "overhead": ledger.overhead,
+            "natural_steps": natural, "ng_applications": natural, "refused_steps": float(costs.refused_steps),
+            "natural_rate": natural / costs.steps if costs.steps else 0.0, "natural_seconds": costs.natural_s,
+            "overhead": costs.overhead,
         }  # fmt: skip
-        measured = {"kappa_eff": ledger.kappa_eff, "natural_gain": ledger.natural_gain, "cheap_gain": ledger.cheap_gain}
+        measured = {"kappa_eff": costs.kappa_eff, "natural_gain": costs.natural_gain, "cheap_gain": costs.cheap_gain}
         return {**super().get_stats(), **own, **{name: v for name, v in measured.items() if v is not None}}
 
 

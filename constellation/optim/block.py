@@ -119,7 +119,7 @@ def basin_step(
 
 
 @dataclass(frozen=True)
-class Plan:
+class StepPlan:
     """A step that is known and not yet taken: with several blocks all are known before one moves."""
 
     began: float
@@ -142,7 +142,7 @@ def plan(
     logits: Logits | None,
     targets: Tensor | None,
     jacobian: Tensor | Callable[[], Tensor] | None,
-) -> Plan | BasinOutcome:
+) -> StepPlan | BasinOutcome:
     """The step of a block, or why there is none; nothing moves but the memory of the solver."""
     began = time.perf_counter()
     moving = [p for p in params if p.grad is not None]
@@ -169,12 +169,12 @@ def plan(
         **{name: memory[name] for name in ("fisher_mean", "fisher_std", "condition_number") if name in memory},
     }
     damped = curved + damping * float(x @ x)
-    return Plan(
+    return StepPlan(
         began, moving, group, memory, solution.outcome, solution.x, slope, curved, damped, stats, measure,
     )  # fmt: skip
 
 
-def take(plan: Plan) -> BasinOutcome:
+def take(plan: StepPlan) -> BasinOutcome:
     """The planned step: parameters move, or the outcome says why not."""
     group, memory = plan.group, plan.memory
 

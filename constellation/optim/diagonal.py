@@ -6,7 +6,7 @@
 
 power = 1 divides by the Fisher diagonal, the natural gradient of Amari (1998) restricted to a diagonal
 metric. The step is then inversely proportional to the scale of the loss: unscale first (GradScaler's scale
-is taken out here). power = 1/2 is the seeds' QIGDiagonalNG: RMSprop when b = 0 and nothing is corrected,
+is taken out here). power = 1/2 is the original design's QIGDiagonalNG: RMSprop when b = 0 and nothing is corrected,
 Adam (Kingma & Ba 2015) otherwise. It does not see the scale of the loss and runs in torch's fused kernel.
 
     source    f_i
@@ -126,7 +126,7 @@ class DiagonalNG(NaturalOptimizer):
 
 
 class QIGDiagonalNG(DiagonalNG):
-    """The seeds' diagonal optimizer, g / (sqrt F + damping): torch.optim.RMSprop at weight_decay = 0.
+    """The original design's diagonal optimizer, g / (sqrt F + damping): torch.optim.RMSprop at weight_decay = 0.
 
     Bit for bit with foreach=True; the default, torch's fused kernel, rounds in another order. Not a natural
     gradient, which divides by F: that is DiagonalNG. Weight decay is decoupled, RMSprop's is not.

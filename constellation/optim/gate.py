@@ -17,7 +17,7 @@ and nothing vetoes it:
     price        natural_s_per_nat > cheap_s_per_nat     (must_pay); not over forced
     budget       overhead_after > max_overhead           over everything: the budget is hard
 
-The seeds' rules are the first seven; the others are intrinsic, measured by AdaptiveMixedQIG itself
+The original design's rules are the first seven; the others are intrinsic, measured by AdaptiveMixedQIG itself
 (reduction ratio and prices as in the trust-region tests of More 1978).
 """
 
@@ -29,17 +29,17 @@ from typing import Any
 
 from constellation.optim.registry import AdaptiveConfig, phase_settings
 
-__all__ = ["AdaptiveConfig", "Decision", "get_recommended_config_for_phase", "should_apply_ng"]
+__all__ = ["AdaptiveConfig", "GateDecision", "get_recommended_config_for_phase", "should_apply_ng"]
 
-GEOMETRIC_PHI, GEOMETRIC_KAPPA = 0.7, 30.0  # the seeds' constants
+GEOMETRIC_PHI, GEOMETRIC_KAPPA = 0.7, 30.0  # the original design's constants
 CURIOUS_KAPPA, CURIOUS_DISTANCE = 25.0, 0.4
 
 
 @dataclass(frozen=True)
-class Decision:
+class GateDecision:
     """Whether to take a natural step, and every reason as "rule: what was measured".
 
-    Usable as the flag of the seeds' loop: `loss.backward(create_graph=decision)`.
+    Usable as the flag of the original design's loop: `loss.backward(create_graph=decision)`.
     """
 
     apply: bool
@@ -57,7 +57,7 @@ def get_recommended_config_for_phase(phase: str) -> AdaptiveConfig:
     return AdaptiveConfig(**phase_settings(phase))
 
 
-def should_apply_ng(telemetry: Mapping[str, Any], step: int, config: AdaptiveConfig) -> Decision:
+def should_apply_ng(telemetry: Mapping[str, Any], step: int, config: AdaptiveConfig) -> GateDecision:
     """The rules above. A number that is absent or NaN fires nothing; names are compared without case."""
 
     def number(name: str, absent: float) -> float:
@@ -111,4 +111,4 @@ def should_apply_ng(telemetry: Mapping[str, Any], step: int, config: AdaptiveCon
     )
     opened = tuple(reason for fires, reason in triggers if fires)
     closed = tuple(reason for fires, reason in vetoes if fires) if opened else ()
-    return Decision(bool(opened) and not closed, opened + closed)
+    return GateDecision(bool(opened) and not closed, opened + closed)

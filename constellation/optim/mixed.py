@@ -11,7 +11,7 @@ schedulers, scalers and checkpoints see one ordinary optimizer. Groups made from
 then the rest at lr_rest, its matrices with weight decay and its vectors without. At rest_optimizer="kron" weights of
 linear layers go by Kronecker factors and what is left, embeddings and vectors, by the diagonal.
 
-The basin block of the seeds are the embedding coordinates and the map from them to the model: parameters whose name
+The basin block of the original design are the embedding coordinates and the map from them to the model: parameters whose name
 contains "basin" or "embed" (a constellation kernel: the embedding, which is its output head too).
 """
 
@@ -43,7 +43,7 @@ OPTIONS: dict[str, dict[str, Any]] = {  # method -> what its groups may say, wit
         **{n: inspect.signature(DiagonalNG).parameters[n].default for n in (
             "fisher_decay", "momentum", "bias_correction", "batch_size", "foreach", "compile", "maximize",
         )},
-        "power": 0.5,  # the seeds' diagonal; 1.0 divides by F itself
+        "power": 0.5,  # the original design's diagonal; 1.0 divides by F itself
         "damping": 1e-8,
     },
     "kron": {name: value for name, value in KRON.items() if name != "weight_decay"},

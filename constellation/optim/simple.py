@@ -1,4 +1,4 @@
-"""SimpleFisherOptimizer: the seeds' first optimizer, kept by its name as a baseline.
+"""SimpleFisherOptimizer: the original design's first optimizer, kept by its name as a baseline.
 
     theta_i <- (1 - lr wd) theta_i - lr g_i / (|g_i| + damping)
 

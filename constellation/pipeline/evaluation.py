@@ -19,13 +19,13 @@ from constellation.processor import cores
 from constellation.train.checkpoint import load_model
 from constellation.train.score import score
 from router.decide.evaluate import Scores, evaluate
-from router.decide.fisher_rao import Router
+from router.decide.fisher_rao import FisherRaoRouter
 
 
 def evaluate_run(run: Path, corpus: Path | None, top_k: int = 3) -> dict[str, Any]:
     """Bits per byte of every way to answer `corpus` (None: the run's held-out documents), as plain data."""
     plan = open_plan(run)
-    router = Router.load(plan.router)
+    router = FisherRaoRouter.load(plan.router)
     models = {role: load_model(plan.folder(role)) for role in plan.config.models}
     tokenizer = Tokenizer.load(plan.tokenizer)
     with tempfile.TemporaryDirectory() as scratch:

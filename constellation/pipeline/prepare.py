@@ -29,7 +29,7 @@ from constellation.storage.atomic import write_json
 from constellation.train import checkpoint
 from constellation.train.job import Job, steps_for
 from router.decide import partition
-from router.decide.fisher_rao import Router
+from router.decide.fisher_rao import FisherRaoRouter
 from router.decide.fit import fit
 from router.decide.policy import Policy
 
@@ -63,11 +63,11 @@ def ocean_job(plan: Plan) -> Job:
     return Job(OCEAN, plan.folder(OCEAN), plan.config, steps, plan.train, plan.dev, plan.tokenizer)
 
 
-def fit_router(plan: Plan) -> Router:
+def fit_router(plan: Plan) -> FisherRaoRouter:
     """The fitted router, from disk when an earlier sitting fitted it; also writes each role's token ranges."""
     if (plan.router / segments.LISTING).exists():
-        return Router.load(plan.router)
-    router: Router = fit_policy(fit, plan)
+        return FisherRaoRouter.load(plan.router)
+    router: FisherRaoRouter = fit_policy(fit, plan)
     router.save(plan.router)
     write_assignment(plan.router, router, plan)
     return router

@@ -35,17 +35,17 @@ def service_of(run: Path, kernels: Kernels) -> Service:
     """The service of a run whose kernels are `kernels`."""
     from constellation.coordizer.tokenizer import Tokenizer
     from router.answer.service import Service
-    from router.decide.fisher_rao import Router
+    from router.decide.fisher_rao import FisherRaoRouter
 
     plan, created = open_plan(run), int((run / "constellation.json").stat().st_mtime)
-    router, tokenizer = Router.load(plan.router), Tokenizer.load(plan.tokenizer)
+    router, tokenizer = FisherRaoRouter.load(plan.router), Tokenizer.load(plan.tokenizer)
     return Service(plan.config, router, tokenizer, kernels, name=NAME, created=created)
 
 
 def application(run: Path, kernels: Kernels, key_file: Path | None = None, front: Front | None = None) -> FastAPI:
     """The application in front of a run; without a key file everyone may ask."""
     try:
-        from router.app import Settings, make_app
+        from router.app import AppSettings, make_app
         from router.http.keys import Keys
         from router.http.limits import Front
     except ModuleNotFoundError as error:
@@ -53,7 +53,7 @@ def application(run: Path, kernels: Kernels, key_file: Path | None = None, front
     front = front or Front()
     if front.access_log:
         _log_on_stderr("constellation.access")
-    return make_app(service_of(run, kernels), Settings(keys=Keys(key_file), front=front))
+    return make_app(service_of(run, kernels), AppSettings(keys=Keys(key_file), front=front))
 
 
 def _log_on_stderr(name: str) -> None:

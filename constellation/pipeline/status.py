@@ -155,10 +155,10 @@ def summary(run: Path) -> dict[str, Any]:
 
 def roots(run: Path) -> dict[str, str]:
     """E8 addresses of the kernels as the fitted router gave them, in words; empty before that."""
-    from router.decide.fisher_rao import Router
+    from router.decide.fisher_rao import FisherRaoRouter
 
     try:
-        router = Router.load(run / "router")
+        router = FisherRaoRouter.load(run / "router")
     except ArtifactError:
         return {}
     return {role: root_name(vector) for role, vector in zip(router.names, router.roots.tolist(), strict=True)}

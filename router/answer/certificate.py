@@ -34,9 +34,9 @@ from constellation.errors import ArtifactError
 from router.answer import count_codec
 from router.answer.view import View
 from router.decide.counts import SPAN
-from router.decide.fisher_rao import Router
+from router.decide.fisher_rao import FisherRaoRouter
 from router.decide.mixture import MIXED, Weights, weights
-from router.decide.policy import ABSTAINED, Choice, decide, kernel_name
+from router.decide.policy import ABSTAINED, RouteChoice, decide, kernel_name
 from router.decide.stream import Stream
 
 SCHEMA = 2
@@ -44,15 +44,15 @@ DIGITS = 1e-5  # how far z and posterior may be from the replay: other machines 
 
 
 @dataclass
-class Ledger:
+class CertificateWriter:
     """Collects what a certificate says, look by look."""
 
-    router: Router
+    router: FisherRaoRouter
     mode: str
     top_k: int = 1
     looks: list[list[Any]] = field(default_factory=list)
     _counts: NDArray[np.int64] | None = None
-    _choice: Choice | None = None
+    _choice: RouteChoice | None = None
 
     def add(self, view: View) -> None:
         """The look that `view` has just taken."""
@@ -83,7 +83,7 @@ class Decided:
 
     at_bytes: int
     kernel: str  # in force from here on
-    choice: Choice
+    choice: RouteChoice
     new: NDArray[np.int64]  # trigrams since the look before, (B,)
     panel: Weights | None  # who writes from here on; None when the certificate does not say how many do
 
@@ -114,7 +114,7 @@ class Replay:
         return {name: getattr(self, name) for name in ("router_hash", "mode", "at_bytes", "kernels")}
 
 
-def replay(certificate: str, router: Router) -> Replay:
+def replay(certificate: str, router: FisherRaoRouter) -> Replay:
     """What `certificate` says, computed anew; ArtifactError, with the first difference, if it does not hold."""
     router_hash, mode, kernels, looks, z, posterior, top_k, text, tokens = _open(certificate)
     if router_hash != router.hash:
@@ -150,12 +150,12 @@ def replay(certificate: str, router: Router) -> Replay:
     return Replay(router_hash, mode, tuple(decided), text, tokens)
 
 
-def name_of(router: Router, kernel: int) -> str:
+def name_of(router: FisherRaoRouter, kernel: int) -> str:
     return kernel_name(router.names, kernel) if ABSTAINED <= kernel < len(router.names) else f"kernel {kernel}"
 
 
 def _open(certificate: str) -> tuple[Any, ...]:
-    """The parts after the schema, of the types that `Ledger` writes, None for what schema 1 has not; ArtifactError."""
+    """The parts after the schema, of the types that are written, None for what schema 1 has not; ArtifactError."""
     foreign = ValueError("not as this project writes it")
     try:
         schema, *parts = msgpack.unpackb(base64.b64decode(certificate.encode(), altchars=b"-_", validate=True))

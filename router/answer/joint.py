@@ -15,12 +15,12 @@ from numpy.typing import NDArray
 
 from constellation.coordizer.tokenizer import Tokenizer
 from constellation.decoding.batch import slid
-from constellation.decoding.sample import Scored, Settings, sample, scored
+from constellation.decoding.sample import RowSettings, TokenScore, sample, scored
 from router.answer.packet import Packet
 from router.answer.turn import Ending, kept, step_of
 
 
-class Pen:
+class JointAnswer:
     """Writes on: `opening` is the window that the request came with, `written` all tokens of the answer so far."""
 
     def __init__(
@@ -30,7 +30,7 @@ class Pen:
         self.tokens, self.answered = [*opening, *written], len(written)
         self.window = tuple(self.tokens[slid(len(self.tokens), context, step_of(context)) :])
         self.ending, self.finish = Ending(packet, tokenizer), packet.finish
-        self.scored: list[Scored] = []
+        self.scored: list[TokenScore] = []
 
     @property
     def room(self) -> int:
@@ -49,7 +49,7 @@ class Pen:
         """
         count, sampling = len(log_p_TV), self.packet.sampling
         logits_TV = torch.from_numpy(log_p_TV.astype(np.float32))
-        settings = Settings([sampling] * count, ends=(self.tokenizer.eos,))
+        settings = RowSettings([sampling] * count, ends=(self.tokenizer.eos,))
         seen_TV = _running(self.window, draft, logits_TV) > 0 if settings.penalised else None
         mine = self.tokens[len(self.tokens) - self.answered :]
         counts_TV = _running(mine, draft, logits_TV) if settings.counted else None

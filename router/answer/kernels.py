@@ -12,7 +12,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from constellation.decoding.sample import Scored
+from constellation.decoding.sample import TokenScore
 from router.answer.packet import Packet
 from router.answer.turn import Ear
 
@@ -45,7 +45,7 @@ class Kernels(Protocol):
 
     async def score(
         self, kernel: str, windows: Sequence[Sequence[int]], top: int, tail: int | None = None
-    ) -> list[list[Scored]]:
+    ) -> list[list[TokenScore]]:
         """Log-probability of each window's last `tail` tokens (None: all but the first), and the `top` likeliest."""
         ...
 

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from constellation import roster
 from constellation.config import Decode
 from constellation.coordizer.tokenizer import Tokenizer
-from constellation.decoding.sample import Scored
+from constellation.decoding.sample import TokenScore
 from constellation.errors import ConfigError
 from constellation.kernel.model import KernelLM
 from constellation.train.checkpoint import load_model, steps_on_disk
@@ -92,7 +92,7 @@ class LocalKernels:
 
     async def score(
         self, kernel: str, windows: Sequence[Sequence[int]], top: int, tail: int | None = None
-    ) -> list[list[Scored]]:
+    ) -> list[list[TokenScore]]:
         return await asyncio.wrap_future((await self._answerer(kernel)).submit_score(windows, top, tail))
 
     async def stats(self) -> dict[str, dict[str, Any]]:

@@ -23,7 +23,7 @@ from typing import Any
 import msgpack
 import numpy as np
 
-from constellation.decoding.sample import Sampling, Scored
+from constellation.decoding.sample import Sampling, TokenScore
 from constellation.errors import ArtifactError, ConfigError
 
 SCHEMA = 3
@@ -45,7 +45,7 @@ class Packet:
     position: int = 0  # tokens sampled so far: with sampling.seed the whole state of the sampler
     pending: bytes = b""  # end of the answer's bytes in which a stop text may have begun
     finish: str = ""  # "stop" | "eos" | "length" once the answer is whole
-    logprobs: tuple[Scored, ...] | None = None  # of the last turn's tokens, float32; None when not asked for
+    logprobs: tuple[TokenScore, ...] | None = None  # of the last turn's tokens, float32; None when not asked for
 
     def __post_init__(self) -> None:
         if not self.tokens or min(self.tokens) < 0 or max(self.tokens) > 0xFFFFFFFF:
@@ -107,7 +107,7 @@ class Packet:
             raise ArtifactError(f"packet: not one of this project ({type(error).__name__}: {error})") from None
 
 
-def pack_scores(scores: Sequence[Scored] | None) -> bytes:
+def pack_scores(scores: Sequence[TokenScore] | None) -> bytes:
     """A byte n, then for each token its log-probability and n (token, log-probability); b"" for None."""
     if scores is None:
         return b""
@@ -118,7 +118,7 @@ def pack_scores(scores: Sequence[Scored] | None) -> bytes:
     return bytes([top]) + table.tobytes()
 
 
-def unpack_scores(packed: bytes) -> tuple[Scored, ...] | None:
+def unpack_scores(packed: bytes) -> tuple[TokenScore, ...] | None:
     if not packed:
         return None
     table = np.frombuffer(packed[1:], _scores(packed[0]))

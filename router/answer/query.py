@@ -2,7 +2,7 @@
 
     look -> turn of W bytes -> text -> look at all bytes so far -> the same kernels, or a hand-off -> ...
 
-`live` is a generator without any transport in it. It yields lists of calls (`Turn`, `Reading`, `Bits`), is sent
+`live` is a generator without any transport in it. It yields lists of calls (`Turn`, `ReadCall`, `Bits`), is sent
 their results, and yields a `Piece` for every stretch of new text; it returns the `Answer`. Its driver is service.py,
 for the command line, Python and HTTP alike.
 
@@ -29,16 +29,16 @@ import numpy as np
 
 from constellation.config import Config
 from constellation.coordizer.tokenizer import Tokenizer
-from constellation.decoding.sample import Sampling, Scored
+from constellation.decoding.sample import Sampling, TokenScore
 from constellation.errors import ConfigError, RunError
 from constellation.roster import OCEAN
-from router.answer.certificate import Ledger
-from router.answer.joint import Pen
+from router.answer.certificate import CertificateWriter
+from router.answer.joint import JointAnswer
 from router.answer.packet import Packet
 from router.answer.text import ShownText
 from router.answer.turn import step_of
 from router.answer.view import Look, View
-from router.decide.fisher_rao import Router
+from router.decide.fisher_rao import FisherRaoRouter
 from router.decide.mixture import MIXED, Weights, combine, weights
 from router.decide.policy import FIRST, Policy
 
@@ -65,7 +65,7 @@ class Piece:
     text: str
     token_ids: tuple[int, ...]
     kernel: str  # who wrote it; the heaviest of those that wrote it together
-    logprobs: tuple[Scored, ...] | None = None  # one for each token; None when not asked for
+    logprobs: tuple[TokenScore, ...] | None = None  # one for each token; None when not asked for
 
 
 @dataclass(frozen=True)
@@ -120,7 +120,7 @@ class Bits:
 
 
 @dataclass(frozen=True)
-class Reading:
+class ReadCall:
     """Wanted: `kernel`'s log-probabilities of the next token after each of the last `tail` of `window`, (tail, V)."""
 
     kernel: str
@@ -128,7 +128,7 @@ class Reading:
     tail: int
 
 
-Call = Turn | Bits | Reading
+Call = Turn | Bits | ReadCall
 Steps = Generator[list[Call] | Piece, Sequence[Any], Answer]
 
 
@@ -146,7 +146,7 @@ def check(ask: Ask, policy: Policy | None, names: Sequence[str]) -> None:
         raise ConfigError(f"top_k={ask.top_k!r}: must be a whole number of kernels, at least 1")
 
 
-class Life:
+class QueryLife:
     """One request from its first look to its answer. `policy` may be None when one kernel is named."""
 
     def __init__(self, number: int | str, ask: Ask, policy: Policy | None, tokenizer: Tokenizer, config: Config):
@@ -160,11 +160,15 @@ class Life:
         self.fresh_bytes = 0  # since the last look
         self.token_ids: list[int] = []
         self.heard: list[int] = []  # tokens of the turn under way
-        self.heard_scores: list[Scored] = []
+        self.heard_scores: list[TokenScore] = []
         self.told = 0  # how many of them pieces hold already
         self.kernels: list[str] = []
         self.looks: list[Look] = []
-        self.ledger = Ledger(policy, ask.mode, ask.top_k) if self.view and isinstance(policy, Router) else None
+        self.certificate = (
+            CertificateWriter(policy, ask.mode, ask.top_k)
+            if self.view and isinstance(policy, FisherRaoRouter)
+            else None
+        )
         self.draft_bytes = FIRST  # a draft's length, which follows how far the last ones were good
         self.hand_offs: list[HandOff] = []
         self.seconds = 0.0
@@ -198,23 +202,23 @@ class Life:
 
     def _together(self) -> Generator[list[Call], Sequence[Any], Packet]:
         """The packet after a stretch that all of the panel wrote: draft, read, draw."""
-        pen = Pen(self.packet, self.opening, self.token_ids, self.tokenizer, self.config.kernel.context)
-        window, draft, budget = pen.window, tuple[int, ...](), min(self._budget(), self.draft_bytes)
-        if self.ask.draft and pen.room and budget:
-            (drafted,) = yield [Turn(self.packet.kernel, pen.drafting(), budget, draft=True)]
-            draft = _new(self.packet, drafted)[: pen.room]
-        rows = yield [Reading(name, (*window, *draft), len(draft) + 1) for name, _ in self.panel]
-        drawn = pen.draw(combine(self.ask.mode, np.stack(rows), [w for _, w in self.panel]), draft)
+        joint = JointAnswer(self.packet, self.opening, self.token_ids, self.tokenizer, self.config.kernel.context)
+        window, draft, budget = joint.window, tuple[int, ...](), min(self._budget(), self.draft_bytes)
+        if self.ask.draft and joint.room and budget:
+            (drafted,) = yield [Turn(self.packet.kernel, joint.drafting(), budget, draft=True)]
+            draft = _new(self.packet, drafted)[: joint.room]
+        rows = yield [ReadCall(name, (*window, *draft), len(draft) + 1) for name, _ in self.panel]
+        drawn = joint.draw(combine(self.ask.mode, np.stack(rows), [w for _, w in self.panel]), draft)
         left = self._budget()
         for at, token in enumerate(drawn):
-            pen.write(token)
+            joint.write(token)
             left -= len(self.tokenizer.token_bytes[token])
-            if pen.finish or left <= 0 or at == len(draft) or token != draft[at]:
+            if joint.finish or left <= 0 or at == len(draft) or token != draft[at]:
                 break
         if draft:  # one that is wrong at once costs more than it saves: none until the next look, after a few of them
             kept = at >= len(draft) or token == draft[at]
             self.draft_bytes = min(self.every, 2 * budget) if kept else budget if at else budget // 2
-        return pen.written()
+        return joint.written()
 
     def _budget(self) -> int:
         """Bytes until the next look; the first turn is a short one, so that the first text comes soon."""
@@ -236,8 +240,8 @@ class Life:
         before = self.packet.kernel
         look = self.view.decide(self.num_bytes, self.config.router.hysteresis)
         self.panel = ((look.kernel, 1.0),)
-        if self.ledger:
-            self.ledger.add(self.view)
+        if self.certificate:
+            self.certificate.add(self.view)
         if self.ask.mode in MIXED and not look.abstained:
             assert self.view.choice is not None
             self.panel = weights(self.view.names, self.view.choice.posterior, self.ask.top_k)
@@ -247,7 +251,7 @@ class Life:
             self.hand_offs.append(HandOff(self.num_bytes, before, look.kernel))
         self.packet = replace(self.packet, kernel=look.kernel)
 
-    def hear(self, position: int, tokens: tuple[int, ...], scores: tuple[Scored, ...] = ()) -> None:
+    def hear(self, position: int, tokens: tuple[int, ...], scores: tuple[TokenScore, ...] = ()) -> None:
         """Tokens of the turn under way, the first of which is number `position` of the answer.
 
         A turn that is taken again, by a kernel that replaces a lost one, is heard again, which changes nothing.
@@ -317,7 +321,7 @@ class Life:
             hand_offs=tuple(self.hand_offs),
             seconds=self.seconds,
             seconds_per_token=self.seconds / max(1, len(self.token_ids)),
-            certificate=self.ledger.certificate(self.written, self.token_ids) if self.ledger else "",
+            certificate=self.certificate.certificate(self.written, self.token_ids) if self.certificate else "",
         )
 
 

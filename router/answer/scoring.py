@@ -30,7 +30,7 @@ HELD_BYTES = 1 << 28  # of them here at once, whoever asks
 
 
 @dataclass(frozen=True)
-class Scored:
+class ScoredText:
     """One token given those before it; nats are natural logarithms."""
 
     log_prob: float
@@ -84,7 +84,7 @@ class Reader:
         """Room for the log-probabilities of all tokens at so many positions, whoever sends them."""
         return self._room.of(positions * self.config.vocab_size * 4)  # float32
 
-    async def read(self, read: Sequence[int], panels: Sequence[Weights], mode: str, top: int) -> list[Scored]:
+    async def read(self, read: Sequence[int], panels: Sequence[Weights], mode: str, top: int) -> list[ScoredText]:
         """`read[1:]` scored, each token by its panel, given those before it: read[0] is an end of text."""
         pieces = spans(panels, self.config.context)
         parts = await together([self.scores([read[a : c + 1]], c - b, panels[b], mode, top) for a, b, c in pieces])
@@ -92,15 +92,15 @@ class Reader:
 
     async def scores(
         self, windows: Sequence[Sequence[int]], count: int, panel: Weights, mode: str, top: int
-    ) -> list[list[Scored]]:
+    ) -> list[list[ScoredText]]:
         """The last `count` tokens of each window, scored by the panel, given those before them.
 
         One kernel sends the scores alone. Several have to send the log-probabilities of all tokens: piece by piece.
         """
         if len(panel) == 1:
             found = await self.kernels.score(panel[0][0], windows, top, count)
-            return [[Scored(*one) for one in row] for row in found]
-        rows: list[list[Scored]] = [[] for _ in windows]
+            return [[ScoredText(*one) for one in row] for row in found]
+        rows: list[list[ScoredText]] = [[] for _ in windows]
         most = max(1, PIECE_BYTES // (4 * self.config.vocab_size * len(panel)))  # positions of a piece
         for begin in range(0, count, most):
             many = min(most, count - begin)
@@ -110,7 +110,7 @@ class Reader:
                 group = cut[at : at + width]
                 log_p_BTV = await self._joint([window[:-1] for window in group], many, panel, mode)
                 for row, window, log_p_TV in zip(rows[at:], group, log_p_BTV):
-                    row += [Scored(*one) for one in scored(torch.from_numpy(log_p_TV), list(window[-many:]), top)]
+                    row += [ScoredText(*one) for one in scored(torch.from_numpy(log_p_TV), list(window[-many:]), top)]
         return rows
 
     async def _joint(self, windows: Sequence[Sequence[int]], tail: int, panel: Weights, mode: str) -> list[np.ndarray]:

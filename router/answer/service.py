@@ -21,9 +21,9 @@ import numpy as np
 
 from constellation.config import Config
 from constellation.coordizer.tokenizer import Tokenizer
-from constellation.decoding.sample import Scored as KernelScored
+from constellation.decoding.sample import TokenScore
 from constellation.errors import ConfigError
-from router.answer.certificate import Ledger
+from router.answer.certificate import CertificateWriter
 from router.answer.concurrency import together
 from router.answer.encoding import encoded
 from router.answer.kernels import Kernels
@@ -33,25 +33,25 @@ from router.answer.query import (
     Ask,
     Bits,
     Call,
-    Life,
     Piece,
-    Reading,
+    QueryLife,
+    ReadCall,
     Turn,
     check,
     numbered,
     opened,
     read_prompt,
 )
-from router.answer.scoring import Reader, Scored, panels
+from router.answer.scoring import Reader, ScoredText, panels
 from router.answer.turn import Ear
 from router.answer.view import View
-from router.decide.fisher_rao import Router
+from router.decide.fisher_rao import FisherRaoRouter
 from router.decide.policy import Policy
 
-__all__ = ["ROUTE", "Answer", "Ask", "Decision", "Piece", "Service", "numbered"]
+__all__ = ["ROUTE", "Answer", "Ask", "Decided", "Piece", "Service", "numbered"]
 
 
-class Decision(NamedTuple):
+class Decided(NamedTuple):
     """How likely each allowed answer is; who judged, and why, as an answer in which nothing is written."""
 
     probabilities: list[float]
@@ -83,7 +83,7 @@ class Service:
     def check(self, ask: Ask) -> None:
         """ConfigError if `ask` cannot be answered, before anything is decoded."""
         check(ask, self.policy, self.kernels.names)
-        Life("", ask, self.policy, self.tokenizer, self.config)
+        QueryLife("", ask, self.policy, self.tokenizer, self.config)
 
     async def stream(self, ask: Ask, early: bool = True) -> AsyncGenerator[Piece | Answer, None]:
         """The pieces of the answer as they come, then the `Answer`. Leaving early frees what it took.
@@ -92,11 +92,11 @@ class Service:
         """
         check(ask, self.policy, self.kernels.names)
         with self._working() as work:
-            life = Life(ask.request or work, replace(ask, request=work), self.policy, self.tokenizer, self.config)
+            life = QueryLife(ask.request or work, replace(ask, request=work), self.policy, self.tokenizer, self.config)
             steps, came = life.live(), asyncio.Event()
             fetching: asyncio.Task[list[Any]] | None = None
 
-            def hear(position: int, tokens: tuple[int, ...], scores: tuple[KernelScored, ...]) -> None:
+            def hear(position: int, tokens: tuple[int, ...], scores: tuple[TokenScore, ...]) -> None:
                 life.hear(position, tokens, scores)
                 came.set()
 
@@ -134,7 +134,7 @@ class Service:
 
     async def score(
         self, tokens: Sequence[int], mode: str = ROUTE, top: int = 0, top_k: int = 3
-    ) -> list[Scored | None]:
+    ) -> list[ScoredText | None]:
         """Every token given those before it; None for a first token that is the end of another text.
 
         As `constellation eval` does it: decisions every W bytes by the bytes before them, OCEAN up to the
@@ -152,7 +152,7 @@ class Service:
     async def decide(
         self, prompt: str | tuple[int, ...], answers: Sequence[str] | Sequence[Sequence[int]], mode: str = ROUTE,
         top_k: int = 3,
-    ) -> Decision:  # fmt: skip
+    ) -> Decided:  # fmt: skip
         """Probability that the text goes on with each of `answers`, normalised over them; nothing is decoded.
 
         Answers are texts, or the tokens of texts. All are read at once by the kernel, or kernels, that the prompt
@@ -166,7 +166,7 @@ class Service:
             raise ConfigError("answers: at least one is needed, none empty, no two the same")
         ask = Ask(prompt, mode=mode, top_k=top_k)
         check(ask, self.policy, self.kernels.names)
-        life = Life("", ask, self.policy, self.tokenizer, self.config)
+        life = QueryLife("", ask, self.policy, self.tokenizer, self.config)
         longest = max(map(len, asked))
         room = self.config.kernel.context - longest
         if room < 1:
@@ -183,7 +183,7 @@ class Service:
         for group, rows in zip(alike.values(), parts):
             log_p[group] = [sum(one.log_prob for one in row) for row in rows]
         p = np.exp(log_p - log_p.max())
-        return Decision([float(x) for x in p / p.sum()], life.judged())
+        return Decided([float(x) for x in p / p.sum()], life.judged())
 
     def explain(self, text: str) -> dict[str, Any]:
         """Who would answer `text` and why: `Choice.to_json`, the router's hash and a certificate of the decision."""
@@ -195,10 +195,10 @@ class Service:
         view.decide(len(data), self.config.router.hysteresis)
         assert view.choice is not None
         found = view.choice.to_json(self.policy.names)
-        if isinstance(self.policy, Router):
-            ledger = Ledger(self.policy, ROUTE)
-            ledger.add(view)
-            found |= {"router_hash": self.policy.hash, "certificate": ledger.certificate()}
+        if isinstance(self.policy, FisherRaoRouter):
+            writer = CertificateWriter(self.policy, ROUTE)
+            writer.add(view)
+            found |= {"router_hash": self.policy.hash, "certificate": writer.certificate()}
         return found
 
     async def health(self) -> dict[str, Any]:
@@ -217,7 +217,7 @@ class Service:
 
     async def _fetch(self, calls: Sequence[Call], hear: Ear | None) -> list[Any]:
         """The results of all calls."""
-        positions = sum(call.tail for call in calls if isinstance(call, Reading))
+        positions = sum(call.tail for call in calls if isinstance(call, ReadCall))
         if not positions:
             return await together([self._call(call, hear) for call in calls])
         async with self._reader.room(positions):

@@ -24,9 +24,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from constellation.coordizer.tokenizer import Tokenizer
-from constellation.decoding.batch import Batch, Reading, Writing
+from constellation.decoding.batch import Batch, Prefill, Writing
 from constellation.decoding.engine import Engine
-from constellation.decoding.sample import Scored, scored
+from constellation.decoding.sample import TokenScore, scored
 from constellation.errors import ArtifactError, ConfigError
 from constellation.kernel.model import KernelLM
 from router.answer.packet import Packet
@@ -35,7 +35,9 @@ T = TypeVar("T")
 NATS = 0.6931471805599453  # of a bit
 SOON_TOKENS, SOON_S = 8, 0.04  # a reader is told of a token before so many more have come, and so soon
 
-Ear = Callable[[int, tuple[int, ...], tuple[Scored, ...]], None]  # (number of the first token, tokens, their scores)
+Ear = Callable[
+    [int, tuple[int, ...], tuple[TokenScore, ...]], None
+]  # (number of the first token, tokens, their scores)
 
 
 class Answerer:
@@ -71,7 +73,7 @@ class Answerer:
 
     def submit_score(
         self, windows: Sequence[Sequence[int]], top: int, tail: int | None = None
-    ) -> Future[list[list[Scored]]]:
+    ) -> Future[list[list[TokenScore]]]:
         """For each window the log-probability of its last `tail` tokens (None: of all but the first), given those
         before them, and the `top` likeliest tokens in their places; both of one tensor."""
         return self._scores(windows, top, tail, lambda found: found)
@@ -101,9 +103,9 @@ class Answerer:
         return self.engine.stats()
 
     def _scores(
-        self, windows: Sequence[Sequence[int]], top: int, tail: int | None, make: Callable[[list[list[Scored]]], T]
+        self, windows: Sequence[Sequence[int]], top: int, tail: int | None, make: Callable[[list[list[TokenScore]]], T]
     ) -> Future[T]:
-        found: list[list[Scored]] = [[] for _ in windows]
+        found: list[list[TokenScore]] = [[] for _ in windows]
         for window in windows:
             wanted = max(1, len(window) - 1) if tail is None else tail
             if not 1 <= wanted < len(window):
@@ -118,9 +120,9 @@ class Answerer:
     def _read(self, windows: Sequence[list[int]], tail: int | None, emit: Any, make: Callable[[], T]) -> Future[T]:
         """What `make` makes after `emit(window, position, log-probabilities (M, V))` for the last `tail` positions."""
 
-        def reading(at: int, window: list[int]) -> Reading:
+        def reading(at: int, window: list[int]) -> Prefill:
             first = max(0, len(window) - tail) if tail else 0
-            return Reading(
+            return Prefill(
                 tokens=window,
                 first=first,
                 emit=lambda position, logits_MV: emit(at, position, torch.log_softmax(logits_MV, -1)),

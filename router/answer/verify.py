@@ -20,14 +20,14 @@ from constellation.coordizer.tokenizer import Tokenizer
 from constellation.errors import ArtifactError
 from router.answer.certificate import DIGITS, Replay, digest_of, replay
 from router.decide.counts import SPAN, trigrams
-from router.decide.fisher_rao import Router
+from router.decide.fisher_rao import FisherRaoRouter
 from router.decide.mixture import MIXED
 
 REPLACED = "\ufffd"  # a byte that belongs to no character, as text shows it
 
 
 @dataclass(frozen=True)
-class Told:
+class ShownAnswer:
     """One answer of a reply in JSON: `story` says who wrote it, and holds the certificate."""
 
     story: Mapping[str, Any]
@@ -36,13 +36,13 @@ class Told:
     prompt: bytes | None = None  # None when the reply does not show it
 
 
-def told_in(reply: Mapping[str, Any], tokenizer: Tokenizer) -> list[Told]:
+def told_in(reply: Mapping[str, Any], tokenizer: Tokenizer) -> list[ShownAnswer]:
     """The answers in `reply`: of `constellation generate --json`, or of the service; ArtifactError without one."""
     if isinstance(reply.get("certificate"), str):
         prompt = reply.get("prompt")
         known = prompt.encode("utf-8", "surrogatepass") if isinstance(prompt, str) else None
-        return [Told(reply, reply.get("text"), reply.get("token_ids"), known)]
-    first, found = reply.get("constellation"), list[Told]()
+        return [ShownAnswer(reply, reply.get("text"), reply.get("token_ids"), known)]
+    first, found = reply.get("constellation"), list[ShownAnswer]()
     choices = reply.get("choices") or [{}]  # a decision has none
     for choice in choices if isinstance(choices, list) else []:
         story = choice.get("constellation", first) if isinstance(choice, dict) else None
@@ -51,13 +51,13 @@ def told_in(reply: Mapping[str, Any], tokenizer: Tokenizer) -> list[Told]:
             break
         message, ids = choice.get("message"), choice.get("prompt_token_ids")
         text = message.get("content") if isinstance(message, dict) else choice.get("text")
-        found.append(Told(story, text, choice.get("token_ids"), None if ids is None else _bytes(ids, tokenizer)))
+        found.append(ShownAnswer(story, text, choice.get("token_ids"), None if ids is None else _bytes(ids, tokenizer)))
     if not found or not all(isinstance(one.story.get("certificate"), str) for one in found):
         raise ArtifactError('certificate: the answer has no field "certificate", at the top or under "constellation"')
     return found
 
 
-def verify(told: Told, router: Router, tokenizer: Tokenizer) -> Replay:
+def verify(told: ShownAnswer, router: FisherRaoRouter, tokenizer: Tokenizer) -> Replay:
     """The replay of its certificate; ArtifactError, with the first difference, unless it is this answer's."""
     if not told.story["certificate"]:
         raise ArtifactError("certificate: empty, for the mode named one kernel: nothing was decided")

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from router.decide.fisher_rao import Router
-from router.decide.policy import ABSTAINED, Choice, Policy, Trajectory, decide, kernel_name
+from router.decide.fisher_rao import FisherRaoRouter
+from router.decide.policy import ABSTAINED, Policy, RouteChoice, Trajectory, decide, kernel_name
 from router.decide.stream import Stream
 
 
@@ -30,9 +30,9 @@ class View:
 
     def __init__(self, policy: Policy):
         self.names = policy.names
-        self.stream = Stream(policy) if isinstance(policy, Router) else WholeText(policy)
+        self.stream = Stream(policy) if isinstance(policy, FisherRaoRouter) else WholeText(policy)
         self.current = ABSTAINED
-        self.choice: Choice | None = None
+        self.choice: RouteChoice | None = None
 
     def update(self, data: bytes) -> None:
         self.stream.update(data)
@@ -68,5 +68,5 @@ class WholeText:
     def update(self, data: bytes) -> None:
         self.text += data
 
-    def choice(self) -> Choice:
+    def choice(self) -> RouteChoice:
         return self.policy.route([self.text])[0]

@@ -30,7 +30,7 @@ from constellation.roster import ROLES
 from constellation.storage import array_file
 from router.decide.clustering import SAMPLE_BYTES, sample, spherical
 from router.decide.partition import balanced
-from router.decide.policy import Choice, Trajectory, even, look_often_at_first
+from router.decide.policy import RouteChoice, Trajectory, even, look_often_at_first
 
 KIND = "tfidf"
 TERMS = 20_000  # words of highest document frequency
@@ -91,7 +91,7 @@ class TfidfRouter:
         fitted = cls(tuple(names), settings, terms, inverse[:, None] * svd.components_.T, centres, np.zeros(len(names)))
         return balanced(fitted, texts, settings.every)
 
-    def route(self, texts: Sequence[bytes]) -> list[Choice]:
+    def route(self, texts: Sequence[bytes]) -> list[RouteChoice]:
         return [
             _choice(self.names, t.posterior[-1], bool(t.abstain[-1]), "too short", max(len(text) - 2, 0), "tfidf")
             for text in texts
@@ -152,7 +152,7 @@ class RandomRouter:
     names: tuple[str, ...] = ROLES
     seed: int = 0
 
-    def route(self, texts: Sequence[bytes]) -> list[Choice]:
+    def route(self, texts: Sequence[bytes]) -> list[RouteChoice]:
         return [
             _choice(self.names, self._posterior(text), False, "", max(len(text) - 2, 0), "random") for text in texts
         ]
@@ -172,10 +172,10 @@ class RandomRouter:
 
 def _choice(
     names: Sequence[str], posterior: NDArray[np.float32], abstained: bool, reason: str, counts: int, how: str
-) -> Choice:
+) -> RouteChoice:
     best = int(posterior.argmax())
     order = np.argsort(-posterior, kind="stable").tolist()
-    return Choice(
+    return RouteChoice(
         kernel="ocean" if abstained else names[best],
         index=-1 if abstained else best,
         posterior=posterior,

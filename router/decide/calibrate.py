@@ -16,13 +16,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from constellation.errors import DataError
-from router.decide.fisher_rao import SHORT_BYTES, Calibration, Router
+from router.decide.fisher_rao import SHORT_BYTES, Calibration, FisherRaoRouter
 
 WORTH_NATS = 0.005  # a blend that gains less is not used
 _TEXTS = 512  # of a length looked at, at most
 
 
-def calibrate(router: Router, validation: Sequence[bytes]) -> Calibration:
+def calibrate(router: FisherRaoRouter, validation: Sequence[bytes]) -> Calibration:
     """Temperatures and blend weights for `router`, whose own are ignored."""
     texts = [text for text in validation if len(text) >= 2 * router.config.min_prefix][: 4 * _TEXTS]
     if not texts:
@@ -47,7 +47,7 @@ def calibrate(router: Router, validation: Sequence[bytes]) -> Calibration:
 
 
 def abstention(
-    router: Router, texts: Sequence[bytes], rng: np.random.Generator
+    router: FisherRaoRouter, texts: Sequence[bytes], rng: np.random.Generator
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """Lengths in bytes, (G,), and how far from its nearest centre a training text of that length may lie, (G,) radians.
 
@@ -74,7 +74,7 @@ def abstention(
     return np.array(sizes), np.maximum.accumulate(limits)
 
 
-def _doublings(router: Router, longest: int) -> list[int]:
+def _doublings(router: FisherRaoRouter, longest: int) -> list[int]:
     sizes = [router.config.min_prefix]
     while 2 * sizes[-1] <= longest:
         sizes.append(2 * sizes[-1])
@@ -82,7 +82,7 @@ def _doublings(router: Router, longest: int) -> list[int]:
 
 
 def _scores(
-    router: Router, texts: Sequence[bytes]
+    router: FisherRaoRouter, texts: Sequence[bytes]
 ) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.float64]]:
     """n (P,), KL score (P, K) and cosines in the chart (P, K)."""
     n_P, frame_PF, kl_PK = router.sums(texts)

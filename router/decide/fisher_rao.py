@@ -36,11 +36,11 @@ from constellation import config
 from constellation.errors import ArtifactError
 from constellation.storage import array_file
 from router.decide import counts
-from router.decide.policy import ABSTAINED, Choice, Trajectory, even, kernel_name, look_often_at_first
+from router.decide.policy import ABSTAINED, RouteChoice, Trajectory, even, kernel_name, look_often_at_first
 
 KIND = "router"
 CHART = 8  # coordinates of u: E8 lives in R^8
-NEIGHBOURS = 8  # kernels a Choice names at most
+NEIGHBOURS = 8  # kernels a RouteChoice names at most
 SHORT_BYTES = 128  # the blend has one weight below, one from here on
 _ROOT, _FRAME, _LOG = 2.0**20, 2.0**22, 2.0**24  # grids of the exact sums
 _PIECE = 1 << 20  # bytes of text, or entries of a table, in the air at once
@@ -85,7 +85,7 @@ class Looks:
 
 
 @dataclass(frozen=True, eq=False)
-class Router:
+class FisherRaoRouter:
     """A fitted router (fit.fit); implements policy.Policy. Arrays are float64 unless said otherwise."""
 
     names: tuple[str, ...]  # K kernels
@@ -106,7 +106,7 @@ class Router:
 
     # -- Policy ------------------------------------------------------------------------------------------------------
 
-    def route(self, texts: Sequence[bytes]) -> list[Choice]:
+    def route(self, texts: Sequence[bytes]) -> list[RouteChoice]:
         """One choice per text, from all its bytes."""
         return [choice for some in _pieces(texts) for choice in self.choices(self.judge(*self.sums(some)))]
 
@@ -114,7 +114,7 @@ class Router:
         """The looks at each text, all bytes so far counted."""
         return [found for some in _pieces(texts) for found in look_often_at_first(self._evenly, some, every)]
 
-    def rebalanced(self, log_shift: ArrayLike) -> Router:
+    def rebalanced(self, log_shift: ArrayLike) -> FisherRaoRouter:
         """The same router with log pi shifted, (K,), and normalised again."""
         shifted = self.log_prior + np.asarray(log_shift, dtype=np.float64)
         return dataclasses.replace(self, log_prior=shifted - np.logaddexp.reduce(shifted))
@@ -155,7 +155,7 @@ class Router:
         u = z_Pn[:, :CHART] * _inverse(self.spread[:CHART])
         return u * _inverse(np.sqrt((u * u).sum(axis=1, keepdims=True)))
 
-    def choices(self, seen: Looks) -> list[Choice]:
+    def choices(self, seen: Looks) -> list[RouteChoice]:
         """Looks as records for people."""
         best, abstain = seen.posterior.argmax(axis=1).tolist(), seen.abstain.tolist()
         weight = self.calibration.weight(seen.n).tolist()
@@ -163,7 +163,7 @@ class Router:
         why = zip(seen.too_short.tolist(), seen.far.tolist(), seen.unsure.tolist(), strict=True)
         reasons = ["too short" if s else "far" if f else "low posterior" if u else "" for s, f, u in why]
         return [
-            Choice(
+            RouteChoice(
                 kernel=kernel_name(self.names, index := ABSTAINED if abstain[i] else k),
                 index=index,
                 posterior=seen.posterior[i],
@@ -255,7 +255,7 @@ class Router:
         return array_file.write(Path(folder), KIND, self._header(), self._arrays())
 
     @classmethod
-    def load(cls, folder: Path) -> Router:
+    def load(cls, folder: Path) -> FisherRaoRouter:
         """The router saved in `folder`; ArtifactError if it is damaged, foreign or of another schema."""
         header, arrays = array_file.read(Path(folder), KIND)
         try:

@@ -25,7 +25,7 @@ from constellation.geometry import e8, sphere
 from router.decide import counts
 from router.decide.calibrate import abstention, calibrate
 from router.decide.clustering import SAMPLE_BYTES, anticipate, pool, refine, sample, spherical, window_weights
-from router.decide.fisher_rao import CHART, Calibration, Router, corpus_mean, log_ratio
+from router.decide.fisher_rao import CHART, Calibration, FisherRaoRouter, corpus_mean, log_ratio
 from router.decide.partition import balanced
 
 STARTS = 5  # k-means starts that are refined, the best division kept; two above 32 kernels
@@ -41,7 +41,7 @@ def fit(
     seed: int,
     names: Sequence[str] = roster.ROLES,
     validation: Sequence[bytes],
-) -> Router:
+) -> FisherRaoRouter:
     """A router of `len(names)` kernels for text like `texts`; temperatures come from `validation`.
 
     Kernels of the roster get their own roots, others distinct roots among the 240. Same input, same
@@ -71,7 +71,7 @@ def fit(
 
     centres, charts = _centres(counts_KB, matrix_PB, weight_P, pseudo_B, tangent, chart_P8)
     order, roots = _addresses(charts, names, seed)
-    router = Router(
+    router = FisherRaoRouter(
         names=tuple(names),
         config=settings,
         calibration=Calibration(1.0, 0.0, 1.0, 0.0, 0.0, 0.0),

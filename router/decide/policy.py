@@ -1,7 +1,7 @@
 """What every router answers with, and the one rule that turns posteriors into decisions.
 
 A policy sees UTF-8 bytes and nothing else. It answers in two ways: `route` looks at whole texts
-(one `Choice` each), `trajectories` looks again after every W bytes on all bytes so far, and oftener
+(one `RouteChoice` each), `trajectories` looks again after every W bytes on all bytes so far, and oftener
 before the first W (one `Trajectory` each). Both are causal: what is said at byte t depends on bytes before t alone.
 Training text is assigned and queries are answered by the same `decide(trajectory, hysteresis)`.
 """
@@ -39,7 +39,7 @@ class Trajectory:
 
 
 @dataclass(frozen=True, eq=False)
-class Choice:
+class RouteChoice:
     """Who answers one text, and why. K kernels."""
 
     kernel: str  # a kernel's name, or "ocean" after abstaining
@@ -91,7 +91,7 @@ class Policy(Protocol):
         """The looks at every text, where `looks(len(text), every)` says."""
         ...
 
-    def route(self, texts: Sequence[bytes]) -> list[Choice]:
+    def route(self, texts: Sequence[bytes]) -> list[RouteChoice]:
         """One choice per text, from all of it."""
         ...
 

@@ -15,8 +15,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from router.decide.counts import SPAN, trigram, trigrams
-from router.decide.fisher_rao import _ROOT, Looks, Router
-from router.decide.policy import Choice, Trajectory
+from router.decide.fisher_rao import _ROOT, FisherRaoRouter, Looks
+from router.decide.policy import RouteChoice, Trajectory
 
 _FEW = 8  # up to so many bytes the loop below is faster than arrays
 
@@ -24,7 +24,7 @@ _FEW = 8  # up to so many bytes the loop below is faster than arrays
 class Stream:
     """State of one text: its counts, the last two bytes, and the three sums."""
 
-    def __init__(self, router: Router):
+    def __init__(self, router: FisherRaoRouter):
         self.router = router
         self.bytes_seen = 0
         self.tail = b""  # last two bytes, which the next trigram begins with
@@ -33,7 +33,7 @@ class Stream:
         self._log = np.zeros(len(router.names))
 
     @classmethod
-    def resumed(cls, router: Router, counts_B: NDArray[np.int64], tail: bytes) -> Stream:
+    def resumed(cls, router: FisherRaoRouter, counts_B: NDArray[np.int64], tail: bytes) -> Stream:
         """The stream that had counted `counts_B` and ended with `tail`, as a certificate tells them."""
         stream = cls(router)
         bins = np.flatnonzero(counts_B)
@@ -54,7 +54,7 @@ class Stream:
         self.bytes_seen += len(data)
         self.tail = joined[-(SPAN - 1) :]
 
-    def choice(self) -> Choice:
+    def choice(self) -> RouteChoice:
         """What `router.route` says of the bytes so far."""
         return self.router.choices(self._look())[0]
 

@@ -25,8 +25,8 @@ from router.http.constrained import allowed, chosen, nothing
 from router.http.failures import error_json, refusal_of
 from router.http.limits import Admission, Refused
 from router.http.metrics import CLIENT_LEFT, Metrics
-from router.http.middleware import Door, Visit, ending
-from router.http.render import ChatTelling, CompletionTelling, Steps, Telling
+from router.http.middleware import Middleware, Visit, ending
+from router.http.render import ChatRender, CompletionRender, Render, Steps
 from router.http.requests import (
     Addressed,
     ChatRequest,
@@ -69,10 +69,10 @@ class Stay:
         return self.leave
 
 
-class Desk:
-    """What answers the paths; its door is set by whoever puts one before it."""
+class Endpoints:
+    """What answers the paths; its gate is set by whoever puts one before it."""
 
-    door: Door
+    gate: Middleware
 
     def __init__(self, service: Service, admission: Admission, metrics: Metrics):
         self.service, self.admission, self.metrics = service, admission, metrics
@@ -80,12 +80,12 @@ class Desk:
     # -- text
 
     async def completions(self, request: Request) -> Response:
-        return await self._generate(request, CompletionRequest, CompletionTelling)
+        return await self._generate(request, CompletionRequest, CompletionRender)
 
     async def chat(self, request: Request) -> Response:
-        return await self._generate(request, ChatRequest, ChatTelling)
+        return await self._generate(request, ChatRequest, ChatRender)
 
-    async def _generate(self, request: Request, kind: type[G], tells: Callable[..., Telling]) -> Response:
+    async def _generate(self, request: Request, kind: type[G], tells: Callable[..., Render]) -> Response:
         told, headers = await self._read(request, kind)
         visit, wanted = Visit.of(request), wanted_of(told, self.service)
         request_id = told.request_id or visit.request_id
@@ -103,14 +103,14 @@ class Desk:
                 steps = [nothing(one) for one in ask.asks]
             else:
                 steps = [self.service.stream(one) for one in ask.asks]
-            telling = tells(told, ask, self.service, request_id)
-            telling.heard = self._hearing(visit)
-            stay.used = lambda: telling.usage().total_tokens + choice
+            render = tells(told, ask, self.service, request_id)
+            render.heard = self._hearing(visit)
+            stay.used = lambda: render.usage().total_tokens + choice
             if not told.stream:
-                reply = await while_connected(self._whole(telling, steps), request.receive)
+                reply = await while_connected(self._whole(render, steps), request.receive)
                 return _left(visit) if reply is None else _json(reply, headers)
             leave = stay.goes_on()
-            events = await while_connected(first_of(self._events(visit, telling, steps, leave)), request.receive)
+            events = await while_connected(first_of(self._events(visit, render, steps, leave)), request.receive)
             if events is None:
                 leave.close()  # a second time, unless it was left before it began
                 return _left(visit)
@@ -125,18 +125,18 @@ class Desk:
 
         return heard
 
-    async def _whole(self, telling: Telling, steps: Sequence[Steps]) -> responses.Reply:
-        await self._score(telling)
-        return await telling.whole(steps)
+    async def _whole(self, render: Render, steps: Sequence[Steps]) -> responses.Reply:
+        await self._score(render)
+        return await render.whole(steps)
 
     async def _events(
-        self, visit: Visit, telling: Telling, steps: Sequence[Steps], leave: contextlib.ExitStack
+        self, visit: Visit, render: Render, steps: Sequence[Steps], leave: contextlib.ExitStack
     ) -> AsyncGenerator[bytes, None]:
         begun = False
         with leave:
             try:
-                await self._score(telling)
-                async with contextlib.aclosing(telling.stream(steps)) as events:
+                await self._score(render)
+                async with contextlib.aclosing(render.stream(steps)) as events:
                     async for data in events:
                         begun = True
                         yield data
@@ -147,18 +147,18 @@ class Desk:
                 visit.failed = refusal.http_status
                 yield error_event(error_json(refusal))
 
-    async def _score(self, telling: Telling) -> None:
+    async def _score(self, render: Render) -> None:
         """Log-probabilities of the prompts, if they are echoed with theirs; a first token has none."""
-        wanted = telling.request
+        wanted = render.request
         if not isinstance(wanted, CompletionRequest) or not wanted.echo or wanted.logprobs is None:
             return
-        prompts, mode, top, top_k = telling.asked.prompts, telling.asked.mode, wanted.logprobs, wanted.top_kernels
+        prompts, mode, top, top_k = render.asked.prompts, render.asked.mode, wanted.logprobs, wanted.top_kernels
         different, by_prompt = list(dict.fromkeys(p for p in prompts if p)), dict[tuple[int, ...], Any]()
         for at in range(0, len(different), _TOGETHER):
             some = different[at : at + _TOGETHER]
             found = await together([self.service.score(p, mode, top, top_k) for p in some])
             by_prompt |= zip(some, found)
-        for told in telling.told:
+        for told in render.rendered:
             told.prompt_scored = [
                 Scored(token, None if i == 0 or one is None else one.log_prob, () if one is None else one.top)
                 for i, (token, one) in enumerate(zip(told.prompt, by_prompt.get(told.prompt, ())))
@@ -244,7 +244,7 @@ class Desk:
         return _json({"status": "ok", **await self._load(request)})
 
     async def ready(self, request: Request) -> Response:
-        if self.door.closed:
+        if self.gate.closed:
             raise ending()
         return _json({"status": "ready", **await self._load(request)})
 

@@ -125,7 +125,7 @@ class Ticket:
 
 
 class Admission:
-    """The door of one front."""
+    """The gate of one front."""
 
     def __init__(self, front: Front | None = None):
         self.front = front or Front()

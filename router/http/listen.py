@@ -72,7 +72,7 @@ class Listener:
     def __init__(self, app: FastAPI, sock: socket.socket, grace_s: float):
         self.sock, self.grace_s = sock, grace_s
         self.port = int(sock.getsockname()[1])
-        self._door = app.state.door
+        self._gate = app.state.gate
         self._server = _server(app, grace_s)
         self._task: asyncio.Task[None] | None = None
 
@@ -89,9 +89,9 @@ class Listener:
         assert self._task is not None
         self._server.close()
         until = time.monotonic() + self.grace_s
-        while self._door.inside and time.monotonic() < until:
+        while self._gate.inside and time.monotonic() < until:
             await asyncio.sleep(0.01)
-        whole = not self._door.inside
+        whole = not self._gate.inside
         await self._task
         self.sock.close()
         return whole

@@ -56,8 +56,8 @@ class Visit:
         return found
 
 
-class Door:
-    """`app` with a door; `open_paths` need no key."""
+class Middleware:
+    """`app` with a gate; `open_paths` need no key."""
 
     def __init__(
         self,
@@ -100,7 +100,7 @@ class Door:
             visit = Visit(request_id, self._find(path, headers), watch)
             method = "GET" if scope["method"] == "HEAD" else scope["method"]
             await self.app({**scope, "method": method, "visit": visit}, receive, told)
-        except ConstellationError as error:  # at the door: what is raised inside is answered inside
+        except ConstellationError as error:  # at the gate: what is raised inside is answered inside
             await response(refusal_of(error))(scope, receive, told)
         finally:
             status = CLIENT_LEFT if visit and visit.left else (visit and visit.failed) or status

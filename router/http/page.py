@@ -27,7 +27,7 @@ from numpy.typing import NDArray
 
 from constellation.geometry import e8
 from constellation.roster import OCEAN
-from router.decide.fisher_rao import CHART, Router
+from router.decide.fisher_rao import CHART, FisherRaoRouter
 from router.decide.policy import Policy
 
 # Nothing from elsewhere, nothing inline, in nobody's frame: text of a model cannot become anything but text.
@@ -79,7 +79,7 @@ def e8_map(policy: Policy | None, modes: Sequence[str]) -> dict[str, Any]:
         "view": None,
         "scale": None,
     }
-    if isinstance(policy, Router):
+    if isinstance(policy, FisherRaoRouter):
         spread = policy.spread[:CHART]
         view = placing(policy)
         root = np.argmax(policy.roots @ e8.roots().T, axis=1).tolist()
@@ -101,7 +101,7 @@ def coxeter_plane() -> NDArray[np.float64]:
     return np.linalg.multi_dot([plane, *(_mirror(e8.roots()[i]) for i in reversed(_TURNED))])
 
 
-def placing(router: Router) -> NDArray[np.float64]:
+def placing(router: FisherRaoRouter) -> NDArray[np.float64]:
     """sqrt(2) P R, (2, 8): takes u to the map. R maximises sum_k <R c_k, r_k> over orthogonal matrices."""
     left, _, right = np.linalg.svd(router.roots.T @ router.charts)
     return np.sqrt(2) * coxeter_plane() @ left @ right

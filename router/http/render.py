@@ -1,6 +1,6 @@
 """From the pieces of an answer to the replies of the protocol: chunk by chunk, or whole.
 
-A `Telling` is one request's: `start`, `more`, `end` make the choices of a stream, `whole` the reply of one that is not
+A `Render` is one request's: `start`, `more`, `end` make the choices of a stream, `whole` the reply of one that is not
 streamed. The whole is what its chunks are together, law of both forms: texts and log-probabilities join up to it.
 """
 
@@ -39,14 +39,14 @@ from router.http.responses import (
     telemetry,
 )
 from router.http.sse import DONE, event, merged
-from router.http.translate import Asked
+from router.http.translate import Translated
 
 Steps = AsyncGenerator[Piece | Answer, None]
 _ENCODE = msgspec.json.Encoder().encode
 
 
 @dataclass
-class Told:
+class Rendered:
     """What one answer has said so far."""
 
     index: int  # of the choice
@@ -74,10 +74,10 @@ class Told:
         return sum(one.log_prob or 0.0 for one in self.scored) / max(1, len(self.scored))
 
 
-class Telling(ABC):
+class Render(ABC):
     """The replies to one request."""
 
-    def __init__(self, request: Generation, asked: Asked, service: Service, request_id: str, kind: str):
+    def __init__(self, request: Generation, asked: Translated, service: Service, request_id: str, kind: str):
         self.request, self.asked = request, asked
         self.heard: Callable[[int, Piece | Answer], None] = lambda i, step: None  # told of every step
         self.names = Names(service.tokenizer, request.return_tokens_as_token_ids)
@@ -85,7 +85,7 @@ class Telling(ABC):
         self.header: dict[str, Any] = {
             "id": f"{kind}-{request_id}", "created": int(time.time()), "model": request.model or service.name,
         }  # fmt: skip
-        self.told = [Told(i, asked.prompt_of(i), []) for i in range(len(asked.asks))]
+        self.rendered = [Rendered(i, asked.prompt_of(i), []) for i in range(len(asked.asks))]
 
     # -- streamed
 
@@ -94,10 +94,10 @@ class Telling(ABC):
         options, begun = self.request.options(), False
         async with contextlib.aclosing(merged(steps)) as going:
             async for i, step in going:
-                told, new = self.told[i], self._hear(i, step)
+                told, new = self.rendered[i], self._hear(i, step)
                 if not begun:
                     begun = True
-                    for one in self.told:
+                    for one in self.rendered:
                         if choice := self.start(one):
                             yield self._chunk(choice)
                 if isinstance(step, Answer):
@@ -116,8 +116,8 @@ class Telling(ABC):
     def _hear(self, i: int, step: Piece | Answer) -> list[Scored]:
         self.heard(i, step)
         if isinstance(step, Piece):
-            return self.told[i].add(step, self.asked.asks[i].sampling.logprobs is not None)
-        self.told[i].answer = step
+            return self.rendered[i].add(step, self.asked.asks[i].sampling.logprobs is not None)
+        self.rendered[i].answer = step
         return []
 
     # -- whole
@@ -134,18 +134,18 @@ class Telling(ABC):
             choice.constellation = story
         return self.reply(choices, usage=self.usage(), constellation=stories[0], whole=True)
 
-    def _kept(self) -> list[Told]:
+    def _kept(self) -> list[Rendered]:
         """The choices that are told: of each prompt's answers the `n` likeliest, in their order when all are kept."""
         made, n = self.asked.made, self.request.n
         if made == n:
-            return self.told
-        groups = [self.told[i : i + made] for i in range(0, len(self.told), made)]
+            return self.rendered
+        groups = [self.rendered[i : i + made] for i in range(0, len(self.rendered), made)]
         return [told for group in groups for told in sorted(group, key=lambda t: -t.mean_log_prob)[:n]]
 
     def usage(self) -> Usage:
-        return Usage.of(self.asked.prompt_tokens, sum(told.completion_tokens for told in self.told))
+        return Usage.of(self.asked.prompt_tokens, sum(told.completion_tokens for told in self.rendered))
 
-    def ids(self, told: Told, piece: Piece | None = None) -> dict[str, Any]:
+    def ids(self, told: Rendered, piece: Piece | None = None) -> dict[str, Any]:
         """The fields of `return_token_ids`."""
         if not self.request.return_token_ids:
             return {}
@@ -160,30 +160,30 @@ class Telling(ABC):
         """The object around the choices."""
 
     @abstractmethod
-    def start(self, told: Told) -> Choice | None: ...
+    def start(self, told: Rendered) -> Choice | None: ...
 
     @abstractmethod
-    def more(self, told: Told, piece: Piece, scored: list[Scored]) -> Choice: ...
+    def more(self, told: Rendered, piece: Piece, scored: list[Scored]) -> Choice: ...
 
     @abstractmethod
-    def end(self, told: Told, answer: Answer) -> Choice: ...
+    def end(self, told: Rendered, answer: Answer) -> Choice: ...
 
     @abstractmethod
-    def all(self, told: Told) -> Choice:
+    def all(self, told: Rendered) -> Choice:
         """The whole choice."""
 
 
-class CompletionTelling(Telling):
+class CompletionRender(Render):
     """/v1/completions"""
 
-    def __init__(self, request: CompletionRequest, asked: Asked, service: Service, request_id: str):
+    def __init__(self, request: CompletionRequest, asked: Translated, service: Service, request_id: str):
         super().__init__(request, asked, service, request_id, "cmpl")
         self.echo, self.scores = request.echo, request.logprobs is not None
 
     def reply(self, choices: list[Any], usage: Any, constellation: Any = UNSET, whole: bool = False) -> Reply:
         return Completion(**self.header, choices=choices, usage=usage, constellation=constellation)
 
-    def start(self, told: Told) -> Choice | None:
+    def start(self, told: Rendered) -> Choice | None:
         if not self.request.return_token_ids and not self.echo:
             return None
         return TextChoice(
@@ -191,16 +191,16 @@ class CompletionTelling(Telling):
             finish_reason=None, **self.ids(told),
         )  # fmt: skip
 
-    def more(self, told: Told, piece: Piece, scored: list[Scored]) -> Choice:
+    def more(self, told: Rendered, piece: Piece, scored: list[Scored]) -> Choice:
         return TextChoice(
             index=told.index, text=piece.text, logprobs=self._logprobs(told, scored), finish_reason=None,
             **self.ids(told, piece),
         )  # fmt: skip
 
-    def end(self, told: Told, answer: Answer) -> Choice:
+    def end(self, told: Rendered, answer: Answer) -> Choice:
         return TextChoice(index=told.index, text="", logprobs=None, finish_reason=FINISHES[answer.finish_reason])
 
-    def all(self, told: Told) -> Choice:
+    def all(self, told: Rendered) -> Choice:
         assert told.answer
         return TextChoice(
             index=told.index, text=self._prompt(told) + told.answer.text,
@@ -208,17 +208,17 @@ class CompletionTelling(Telling):
             finish_reason=FINISHES[told.answer.finish_reason], **self.ids(told),
         )  # fmt: skip
 
-    def _prompt(self, told: Told) -> str:
+    def _prompt(self, told: Rendered) -> str:
         return self.decode(told.prompt).decode("utf-8", "replace") if self.echo else ""
 
-    def _logprobs(self, told: Told, scored: Sequence[Scored]) -> Any:
+    def _logprobs(self, told: Rendered, scored: Sequence[Scored]) -> Any:
         return self.names.completion(scored, told.offsets) if self.scores else None
 
 
-class ChatTelling(Telling):
+class ChatRender(Render):
     """/v1/chat/completions"""
 
-    def __init__(self, request: ChatRequest, asked: Asked, service: Service, request_id: str):
+    def __init__(self, request: ChatRequest, asked: Translated, service: Service, request_id: str):
         super().__init__(request, asked, service, request_id, "chatcmpl")
         self.scores = request.logprobs
 
@@ -226,17 +226,17 @@ class ChatTelling(Telling):
         kind = ChatCompletion if whole else ChatChunk
         return kind(**self.header, choices=choices, usage=usage, constellation=constellation)
 
-    def start(self, told: Told) -> Choice:
+    def start(self, told: Rendered) -> Choice:
         return self._delta(told, Delta("assistant", ""), None, **self.ids(told))
 
-    def more(self, told: Told, piece: Piece, scored: list[Scored]) -> Choice:
+    def more(self, told: Rendered, piece: Piece, scored: list[Scored]) -> Choice:
         logprobs = self.names.chat(scored) if self.scores else None
         return self._delta(told, Delta(content=piece.text), logprobs, **self.ids(told, piece))
 
-    def end(self, told: Told, answer: Answer) -> Choice:
+    def end(self, told: Rendered, answer: Answer) -> Choice:
         return self._delta(told, Delta(), None, FINISHES[answer.finish_reason])
 
-    def all(self, told: Told) -> Choice:
+    def all(self, told: Rendered) -> Choice:
         assert told.answer
         return MessageChoice(
             index=told.index, message=Spoken("assistant", told.answer.text),
@@ -244,5 +244,5 @@ class ChatTelling(Telling):
             finish_reason=FINISHES[told.answer.finish_reason], **self.ids(told),
         )  # fmt: skip
 
-    def _delta(self, told: Told, delta: Delta, logprobs: Any, finish: Any = None, **ids: Any) -> DeltaChoice:
+    def _delta(self, told: Rendered, delta: Delta, logprobs: Any, finish: Any = None, **ids: Any) -> DeltaChoice:
         return DeltaChoice(index=told.index, delta=delta, logprobs=logprobs, finish_reason=finish, **ids)

@@ -1,4 +1,4 @@
-"""uvicorn that waits for nobody for ever (wire.py) and lets everyone finish: SIGTERM or SIGINT closes the door, and
+"""uvicorn that waits for nobody for ever (wire.py) and lets everyone finish: SIGTERM or SIGINT closes the gate, and
 the process ends when it is empty.
 
 first signal    new requests get 503 with Retry-After and /ready says no; answers under way go on to their end
@@ -28,16 +28,16 @@ class Server(uvicorn.Server):
 
     def __init__(self, app: Starlette, host: str = LOOPBACK, port: int = 8000, drain_s: float = 60.0, **options: Any):
         # log_config None: whoever starts the server has set up logging, or wants none
-        self.door, self.drain_s = app.state.door, drain_s
+        self.gate, self.drain_s = app.state.gate, drain_s
         settings = {"log_config": None, "access_log": False, "server_header": False, **options}
-        settings |= {"http": functools.partial(Wire, self.door.front), "ws": "none"}
+        settings |= {"http": functools.partial(Wire, self.gate.front), "ws": "none"}
         waits = {"timeout_keep_alive": KEEP_ALIVE_S, "timeout_graceful_shutdown": 1}
         super().__init__(uvicorn.Config(app, host, port, **waits, **settings))
         self._ends_s: float | None = None
 
     def close(self) -> None:
         """Let nobody in any more, and end when nobody is inside."""
-        self.door.close()
+        self.gate.close()
         if self._ends_s is None:
             self._ends_s = time.monotonic() + self.drain_s
 
@@ -49,6 +49,6 @@ class Server(uvicorn.Server):
             super().handle_exit(sig, frame)
 
     async def on_tick(self, counter: int) -> bool:
-        if self._ends_s is not None and (not self.door.inside or time.monotonic() > self._ends_s):
+        if self._ends_s is not None and (not self.gate.inside or time.monotonic() > self._ends_s):
             self.should_exit = True
         return await super().on_tick(counter)

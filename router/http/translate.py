@@ -44,7 +44,7 @@ class Wanted:
 
 
 @dataclass(frozen=True)
-class Asked:
+class Translated:
     """What a request asks of the service: `n` answers to each prompt, in this order."""
 
     mode: str
@@ -138,7 +138,7 @@ def wanted_of(request: Generation, service: Service) -> Wanted:
     return Wanted(mode, prompts, made, len(request.logit_bias) * len(prompts) * made)
 
 
-async def asked(wanted: Wanted, request: Generation, service: Service, request_id: str) -> Asked:
+async def asked(wanted: Wanted, request: Generation, service: Service, request_id: str) -> Translated:
     """What the service is asked for `request`; Refusal when its prompts are none."""
     made = wanted.made
     sampling = request.sampling(STOPS if isinstance(request, ChatRequest) else ())
@@ -151,4 +151,4 @@ async def asked(wanted: Wanted, request: Generation, service: Service, request_i
         Ask(prompt, sampling, wanted.mode, request.top_kernels, f"{request_id}-{i}", measure=request.measure_hand_offs)
         for i, prompt in enumerate(prompts)
     ]
-    return Asked(wanted.mode, prompts, tuple(numbered(ask, i) for ask in asks for i in range(made)), made)
+    return Translated(wanted.mode, prompts, tuple(numbered(ask, i) for ask in asks for i in range(made)), made)

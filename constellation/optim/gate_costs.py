@@ -24,7 +24,7 @@ def _mix(old: float | None, new: float) -> float:
 
 
 @dataclass
-class Ledger:
+class GateCosts:
     """Fields are numbers, None where nothing was measured yet, so that `vars()` of it is JSON."""
 
     steps: int = 0
