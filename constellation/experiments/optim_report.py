@@ -1,4 +1,4 @@
-"""What `bench optim` says: ratios to tuned AdamW, goals with pass or miss, the original design's claims beside what was measured.
+"""What `bench optim` says: ratios to tuned AdamW, goals with pass or miss, claims beside measurements.
 
 Everything is a function of the raw result, so README's table is made again from the committed JSON:
 `constellation bench optim --table results/optim.json` rewrites what stands between <!-- optim --> and <!-- /optim -->.
@@ -119,8 +119,8 @@ def readme_table(result: Result) -> str:
     return "\n".join([
         f"Steps / CPU-seconds to tuned AdamW's held-out loss, ratios to AdamW's, geometric means over {seeds} paired "
         "seeds (less is better; intervals in `results/optim.md`):", "", *table,
-        "The original design's claims on its own kind of model (the task with a basin block) beside what was measured. Its "
-        'columns "Basin Distance" and "Phi Quality" are not measured here.', "", *_claims(result),
+        "The original design's claims on its own kind of model (the task with a basin block) beside what was measured. "
+        'Its columns "Basin Distance" and "Phi Quality" are not measured here.', "", *_claims(result),
         *_goals(result),
     ])  # fmt: skip
 

@@ -10,7 +10,7 @@ seconds would exceed it is refused, whatever asked for it, and before the first 
 gradient for each of its cg_iters products. Decisions under a budget follow the clock, so runs that must repeat
 themselves bit for bit on any machine set max_overhead=0 or bring a `clock` of their own.
 
-    decision = optimizer.should_apply_ng(telemetry, step)       the original design's loop; or step(telemetry={...}) alone
+    decision = optimizer.should_apply_ng(telemetry, step)       or step(telemetry={...}) alone
     loss.backward(create_graph=decision)                        retain_graph=True is enough, a logits callable better
     optimizer.step(logits=...)
 """

@@ -11,8 +11,8 @@ schedulers, scalers and checkpoints see one ordinary optimizer. Groups made from
 then the rest at lr_rest, its matrices with weight decay and its vectors without. At rest_optimizer="kron" weights of
 linear layers go by Kronecker factors and what is left, embeddings and vectors, by the diagonal.
 
-The basin block of the original design are the embedding coordinates and the map from them to the model: parameters whose name
-contains "basin" or "embed" (a constellation kernel: the embedding, which is its output head too).
+The basin block of the original design are the embedding coordinates and the map from them to the model: parameters
+whose name contains "basin" or "embed" (a constellation kernel: the embedding, which is its output head too).
 """
 
 from __future__ import annotations

@@ -5,8 +5,8 @@
     lr_i  = clip(lr (m_i + damping)^-q, lr_min, lr_max)
     b_i   <- momentum b_i + g_i                        theta_i <- (1 - lr wd) theta_i - lr_i b_i
 
-q = 1/2 is the original design's rate and turns condition number k into sqrt(k); q = 1 with lr = 1 is Newton's method for a
-diagonal Hessian, |C| keeps it descending at negative curvature (Dauphin et al. 2014). lr carries the unit that q
+q = 1/2 is the original design's rate and turns condition number k into sqrt(k); q = 1 with lr = 1 is Newton's method
+for a diagonal Hessian, |C| keeps it descending at negative curvature (Dauphin et al. 2014). lr carries the unit that q
 leaves over, theta per gradient times curvature^q. Every param group is a block with its own q, floors and clips.
 
     step()                          source = "ema_grad2" looks at the gradients alone
