@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from constellation.decoding.sample import MOST_STOP_TOKENS, Sampling
+from constellation.decoding.sampling import MOST_STOP_TOKENS, Sampling
 from constellation.errors import ArtifactError, ConfigError
 from router.answer import count_codec, packet
 from router.answer.packet import BODY_BYTES, STOP_BYTES, Packet
