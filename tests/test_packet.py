@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from constellation.decoding.sample import MOST_STOP_TOKENS, Sampling
+from constellation.decoding.sampling import MOST_STOP_TOKENS, MOST_TOP_K, Sampling
 from constellation.errors import ArtifactError, ConfigError
 from router.answer import count_codec, packet
 from router.answer.packet import BODY_BYTES, STOP_BYTES, Packet
@@ -136,7 +136,7 @@ def test_long_stop_texts_are_refused_before_anything_is_generated():
 def test_the_largest_body_that_a_request_may_ask_for_keeps_to_its_bound():
     """So none is refused in the middle of its answer: what a client chooses is bounded, what grows is a few bytes."""
     wishes = {
-        "temperature": 0.123, "top_k": 2**63 - 1, "top_p": 0.9, "min_p": 0.1, "repetition_penalty": 1.5,
+        "temperature": 0.123, "top_k": MOST_TOP_K, "top_p": 0.9, "min_p": 0.1, "repetition_penalty": 1.5,
         "presence_penalty": 1.1, "frequency_penalty": 1.2, "min_tokens": 65_535, "max_new_tokens": 65_536,
         "ignore_eos": True, "logprobs": 20, "stop_token_ids": tuple(2**32 - 1 - i for i in range(MOST_STOP_TOKENS)),
         "seed": 2**64 - 1, "index": 2**32 - 1,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -20,17 +21,11 @@ from constellation.commands import options
 @options.address
 def command(
     run: Path,
-    max_new_tokens: int,
-    temperature: float,
-    top_k: int,
-    top_p: float,
-    min_p: float,
-    repetition_penalty: float,
     seed: int,
-    stop: tuple[str, ...],
     mode: str,
     local: bool,
     address: str | None,
+    **sampling: Any,
 ) -> None:
     """Prompt after prompt: everything said so far is the context of the next answer.
 
@@ -45,11 +40,8 @@ def command(
                 click.echo("[a new text]", err=True)
                 continue
             said += line + "\n"
-            settings = options.Settings(
-                max_new_tokens, temperature, top_k, top_p, min_p, repetition_penalty, seed + turn, stop
-            )
             shown, answer = None, ""
-            for piece in asked.stream(said, mode=mode, **vars(settings)):
+            for piece in asked.stream(said, mode=mode, seed=seed + turn, **sampling):
                 if terminal and piece.text and piece.kernel != shown:
                     click.secho(f"{piece.kernel}> ", nl=False, bold=True)
                     shown = piece.kernel

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -22,19 +23,12 @@ from constellation.commands import options
 def command(
     run: Path,
     prompt: str,
-    max_new_tokens: int,
-    temperature: float,
-    top_k: int,
-    top_p: float,
-    min_p: float,
-    repetition_penalty: float,
-    seed: int,
-    stop: tuple[str, ...],
     mode: str,
     top_k_kernels: int,
     local: bool,
     address: str | None,
     as_json: bool,
+    **sampling: Any,
 ) -> None:
     """Answer a prompt: route it, decode on the kernel it belongs to, look again every W bytes, hand off.
 
@@ -42,9 +36,8 @@ def command(
     tokens are the same. --json prints text, tokens and the route, with a certificate of it, which reveals prompt and
     answer: `constellation route --verify`.
     """
-    settings = options.Settings(max_new_tokens, temperature, top_k, top_p, min_p, repetition_penalty, seed, stop)
     with constellation.open(run, local=local, address=address) as asked:
-        stream = asked.stream(prompt, mode=mode, top_k_kernels=top_k_kernels, **vars(settings))
+        stream = asked.stream(prompt, mode=mode, top_k_kernels=top_k_kernels, **sampling)
         for piece in stream:
             if not as_json:
                 click.echo(piece.text, nl=False)

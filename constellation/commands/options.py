@@ -6,7 +6,6 @@ import json
 import os
 import tempfile
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -51,23 +50,6 @@ top_k_kernels = click.option(
 )  # fmt: skip
 
 
-@dataclass(frozen=True)
-class Settings:
-    """The sampler's options as given; `sampling()` is the record that the sampler is given."""
-
-    max_new_tokens: int
-    temperature: float
-    top_k: int
-    top_p: float
-    min_p: float
-    repetition_penalty: float
-    seed: int
-    stop: tuple[str, ...]
-
-    def sampling(self) -> Sampling:
-        return Sampling(**vars(self))
-
-
 def setting(record: type, name: str, **options: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """The option --name of a field of `record`: its range, meaning and, unless `options` say another, its default."""
     field = settings_of(record)[name]
@@ -80,7 +62,7 @@ def setting(record: type, name: str, **options: Any) -> Callable[[Callable[..., 
 
 
 def sampling(command: Callable[..., Any]) -> Callable[..., Any]:
-    """The sampler's options, in the order of `Settings`."""
+    """The sampler's options, fields of its record."""
     some = (
         setting(Sampling, "max_new_tokens", show_default=True, metavar="N"),
         setting(Sampling, "temperature", default=0.8, show_default=True),
