@@ -121,7 +121,7 @@ def _language_model_goals(task: str, rows: Mapping[str, Any], goal: Any) -> None
 
 
 def claims(result: Result) -> list[dict[str, str]]:
-    """The original design's claims beside ours: speed = AdamW's step time / its own, faster = AdamW's steps / its own."""
+    """Claims beside what is ours: speed = AdamW's step time / its own, faster = AdamW's steps / its own."""
     rows = result["summary"].get("basin", {}).get("rows", {})
     by_claim = {row.claim: name for name, row in ROWS.items() if row.claim}
     out = []
