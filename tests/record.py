@@ -29,7 +29,7 @@ MODES = ("route", "mixture", "barycenter", "ocean", "heart", "integration")
 PROMPTS = ("The import statement", "def add(a, b):\n    return", "A complex number is")
 VOLATILE = {"created", "seconds", "seconds_per_token", "request", "run", "system_fingerprint", "usage_seconds"}
 
-IDS = ("cmpl-", "chatcmpl-", "dec-", "req-")  # a new one for every request
+IDS = ("cmpl-", "chatcmpl-", "decision-")  # a new one for every request
 
 
 def run(*words: str, text: str | None = None) -> str:

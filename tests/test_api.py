@@ -22,8 +22,8 @@ from constellation.roster import OCEAN
 from tests.asking import untimed
 
 NAMES = [
-    "Answer", "Choice", "Config", "Constellation", "ConstellationError", "Piece", "Step", "Stream", "__version__",
-    "load_kernel", "open", "preset", "train",
+    "Answer", "Config", "Constellation", "ConstellationError", "Piece", "RouteChoice", "Step", "Stream",
+    "__version__", "load_kernel", "open", "preset", "train",
 ]  # fmt: skip
 HOW: dict[str, Any] = {"max_new_tokens": 40, "temperature": 0.9, "seed": 3}
 
