@@ -270,14 +270,6 @@ def test_steps_can_be_differentiated_through() -> None:
     assert torch.autograd.gradcheck(after, torch.tensor(0.1, dtype=torch.float64, requires_grad=True))
 
 
-@pytest.mark.slow
-def test_the_compiled_path_is_the_plain_formula() -> None:
-    for kwargs in ({}, {"power": 0.5, "momentum": 0.0, "bias_correction": False}):
-        fast = run(lambda p, k=kwargs: DiagonalNG(p, lr=1e-2, compile=True, **k), 5, torch.float64)
-        plain = run(lambda p, k=kwargs: DiagonalNG(p, lr=1e-2, foreach=False, **k), 5, torch.float64)
-        assert torch.allclose(fast, plain, rtol=0, atol=1e-7)  # its numbers are float32
-
-
 def test_stats_are_plain_numbers_of_the_fisher() -> None:
     x = torch.ones(2, requires_grad=True)
     optimizer = DiagonalNG([x], fisher_decay=0.0, damping=1.0)
@@ -287,30 +279,6 @@ def test_stats_are_plain_numbers_of_the_fisher() -> None:
     stats = optimizer.get_stats()
     assert all(type(v) is float for v in stats.values())
     assert (stats["fisher_mean"], stats["fisher_std"], stats["condition_number"]) == (5.0, 4.0, 5.0)
-
-
-@pytest.mark.parametrize("make", [DiagonalNG, QIGDiagonalNG])
-def test_dtensors_take_the_step_of_tensors(make: Any, tmp_path: Any) -> None:
-    from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.tensor import Shard, distribute_tensor
-
-    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/meet", rank=0, world_size=1)
-    try:
-        mesh = init_device_mesh("cpu", (1,))
-        for kwargs in ({}, {"foreach": False}, *([ADAM] if make is DiagonalNG else [])):
-            local = torch.arange(1.0, 7.0).view(3, 2).requires_grad_()
-            spread = distribute_tensor(local.detach().clone(), mesh, [Shard(0)]).requires_grad_()
-            for x in (local, spread):
-                optimizer = make([x], **kwargs)
-                for _ in range(3):
-                    x.grad = x.detach() ** 2
-                    optimizer.step()
-            assert torch.equal(spread.full_tensor(), local)
-            spread.grad = spread.detach() * float("nan")
-            optimizer.step()
-            assert optimizer.outcome == "skipped"
-    finally:
-        torch.distributed.destroy_process_group()
 
 
 @pytest.mark.parametrize(

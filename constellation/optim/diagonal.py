@@ -40,8 +40,8 @@ SOURCES = ("batch", "sampled", "exact", "given")
 class DiagonalNG(NaturalOptimizer):
     """Diagonal natural gradient. State per parameter: `step`, `fisher`, and `momentum` where b > 0.
 
-    foreach=None takes the fastest way, False the formula parameter by parameter; compile=True compiles the
-    list path (seconds, once). capturable keeps every number on the device and checks nothing.
+    foreach=None takes the fastest way, False the formula parameter by parameter. capturable keeps every number on the
+    device and checks nothing.
     """
 
     wants = ("logits",)
@@ -63,7 +63,6 @@ class DiagonalNG(NaturalOptimizer):
         refresh: int = 1,  # steps between looks at the likelihood
         seed: int = 0,  # of the drawn labels
         foreach: bool | None = None,
-        compile: bool = False,
         maximize: bool = False,
         capturable: bool = False,
         differentiable: bool = False,
@@ -76,13 +75,13 @@ class DiagonalNG(NaturalOptimizer):
         check_range(who, power=(power, 1), weight_decay=(weight_decay, math.inf), batch_size=(batch_size, math.inf))
         if source not in SOURCES or refresh < 1:
             raise ConfigError(f"{who}: source={source!r}, refresh={refresh}; choose {', '.join(SOURCES)}, at least 1")
-        if differentiable and (foreach or compile):
-            raise ConfigError(f"{who}: differentiable=True has no list path; leave foreach and compile unset")
+        if differentiable and foreach:
+            raise ConfigError(f"{who}: differentiable=True has no list path; leave foreach unset")
         defaults = {
             "lr": lr, "fisher_decay": fisher_decay, "damping": damping, "momentum": momentum, "power": power,
             "weight_decay": weight_decay, "bias_correction": bias_correction, "source": source,
             "batch_size": batch_size, "refresh": refresh,
-            "seed": seed, "foreach": foreach, "compile": compile, "maximize": maximize, "capturable": capturable,
+            "seed": seed, "foreach": foreach, "maximize": maximize, "capturable": capturable,
             "differentiable": differentiable, "check_finite": check_finite,
         }  # fmt: skip
         super().__init__(params, defaults)
@@ -142,7 +141,6 @@ class QIGDiagonalNG(DiagonalNG):
         *,
         momentum: float = 0.0,  # of the gradient, before the division; RMSprop's is after it
         foreach: bool | None = None,
-        compile: bool = False,
         maximize: bool = False,
         capturable: bool = False,
         differentiable: bool = False,
@@ -150,7 +148,7 @@ class QIGDiagonalNG(DiagonalNG):
     ):
         super().__init__(
             params, lr, fisher_decay, damping, momentum, 0.5, weight_decay, bias_correction=False, foreach=foreach,
-            compile=compile, maximize=maximize, capturable=capturable, differentiable=differentiable,
+            maximize=maximize, capturable=capturable, differentiable=differentiable,
             check_finite=check_finite,
         )  # fmt: skip
 

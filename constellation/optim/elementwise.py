@@ -1,7 +1,7 @@
 """The diagonal step of diagonal.py on lists of parameters: one formula, three ways to compute it.
 
     plain   parameter by parameter, every intermediate a tensor: differentiable, capturable, the oracle
-    listed  torch._foreach operations, on a CPU in blocks that stay in the cache; optionally compiled
+    listed  torch._foreach operations, on a CPU in blocks that stay in the cache
     fused   power 1/2: torch's own AdamW kernel; without bias correction it is told that many steps have passed
 
 `diagonal_step(params, state, group)` is what mixed optimizers call on their groups. `group` holds lr, fisher_decay,
@@ -10,8 +10,7 @@ damping, momentum, power and weight_decay, and may hold DiagonalNG's other optio
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from functools import cache
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -156,21 +155,14 @@ def _listed(params: list[Tensor], state: Any, group: dict[str, Any], curvature: 
         sources = [(p.grad if curvature is None else curvature.get(p, p.grad)) for p in some]
         lists: list[list[Any]] = [some, [p.grad for p in some], [state[p].get("momentum") for p in some]]
         lists += [[state[p]["fisher"] for p in some], sources]
-        whole = group.get("compile") or device.type != "cpu"
-        for thetas, gs, ms, fs, hs in [lists] if whole else blocks(lists):
+        for thetas, gs, ms, fs, hs in blocks(lists) if device.type == "cpu" else [lists]:
             if gs[0].dtype != fs[0].dtype:
                 gs, hs = ([x.to(f.dtype) for x, f in zip(xs, fs, strict=True)] for xs in (gs, hs))
             if group.get("maximize"):
                 gs = list(torch._foreach_neg(gs))
             ms = ms if b else gs
-            if group.get("compile"):  # numbers that change as tensors, or every step would be compiled anew
-                changing = (torch.tensor(x) for x in (keep, 1 / c2, -lr / c1))
-                compiled_update()(
-                    thetas, gs, ms, fs, hs, b, a, gain, curvature is None, power, group["damping"], *changing
-                )
-            else:
-                damping, length = group["damping"] * c2, -lr * c2 / c1
-                list_update(thetas, gs, ms, fs, hs, b, a, gain, curvature is None, power, damping, keep, length)
+            damping, length = group["damping"] * c2, -lr * c2 / c1
+            list_update(thetas, gs, ms, fs, hs, b, a, gain, curvature is None, power, damping, keep, length)
 
 
 def list_update(
@@ -199,26 +191,6 @@ def list_update(
         torch._foreach_addcdiv_(thetas, ms, scale, length)
     else:
         torch._foreach_add_(thetas, torch._foreach_div(ms, scale), alpha=length)
-
-
-def one_by_one(
-    thetas: Any, gs: Any, ms: Any, fs: Any, hs: Any, b: float, a: float, gain: float | None, squared: bool,
-    power: float, damping: float, keep: Tensor, correct: Tensor, length: Tensor,
-) -> None:  # fmt: skip
-    """The same as a loop that a compiler makes into one pass over each parameter's memory."""
-    for theta, g, m, f, h in zip(thetas, gs, ms, fs, hs, strict=True):
-        if b:
-            m.lerp_(g, 1 - b)
-        if gain is not None:
-            f.mul_(a).add_(gain * (h * h if squared else h))
-        root = f if power == 1 else f.sqrt() if power == 0.5 else f**power
-        scale = root * correct + damping if damping else (root * correct).clamp(min=TINY)
-        theta.mul_(keep).add_(m * length / scale)
-
-
-@cache
-def compiled_update() -> Callable[..., None]:
-    return torch.compile(one_by_one)
 
 
 def blocks(lists: list[list[Any]], size: int = BLOCK) -> Iterator[list[list[Any]]]:

@@ -41,7 +41,7 @@ OPTIONS: dict[str, dict[str, Any]] = {  # method -> what its groups may say, wit
     "exact": {name: value for name, value in BASIN_SETTINGS.items() if name not in ("lr", "weight_decay")},
     "diag": {
         **{n: inspect.signature(DiagonalNG).parameters[n].default for n in (
-            "fisher_decay", "momentum", "bias_correction", "batch_size", "foreach", "compile", "maximize",
+            "fisher_decay", "momentum", "bias_correction", "batch_size", "foreach", "maximize",
         )},
         "power": 0.5,  # the original design's diagonal; 1.0 divides by F itself
         "damping": 1e-8,

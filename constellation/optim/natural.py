@@ -45,15 +45,10 @@ def finite(tensors: Sequence[Tensor], largest: float = math.inf) -> bool:
     kinds = {(t.device, t.dtype) for t in tensors}
     alike = [[t for t in tensors if (t.device, t.dtype) == kind] for kind in kinds] if len(kinds) > 1 else [tensors]
     return all(
-        _whole(torch.stack(torch._foreach_norm(same)).sum()) < largest  # type: ignore[arg-type]
-        or (largest == math.inf and all(_whole(torch.isfinite(t).all()) for t in same))
+        float(torch.stack(torch._foreach_norm(same)).sum()) < largest  # type: ignore[arg-type]
+        or (largest == math.inf and all(bool(torch.isfinite(t).all()) for t in same))
         for same in alike
     )
-
-
-def _whole(scalar: Tensor) -> float:
-    """The number, the same on every rank of a DTensor."""
-    return float(scalar.full_tensor() if hasattr(scalar, "full_tensor") else scalar)
 
 
 def curvature_stats(fishers: Iterable[Tensor], damping: float) -> dict[str, float]:
@@ -71,11 +66,14 @@ def curvature_stats(fishers: Iterable[Tensor], damping: float) -> dict[str, floa
 
 
 OLD_OPTIONS = {"alpha": "fisher_decay", "eps": "damping"}  # of options, in states of the first release
+GONE_OPTIONS = ("compile",)  # they had these too
 
 
 def renamed(group: dict[str, Any]) -> dict[str, Any]:
     """The options of a saved group under the names of today; those of torch's AdamW (betas, eps) are torch's."""
-    return group if "betas" in group else {OLD_OPTIONS.get(name, name): value for name, value in group.items()}
+    if "betas" in group:
+        return group
+    return {OLD_OPTIONS.get(name, name): value for name, value in group.items() if name not in GONE_OPTIONS}
 
 
 def wants(optimizer: torch.optim.Optimizer, known: Sequence[str]) -> tuple[str, ...]:
