@@ -57,7 +57,7 @@ def test_it_starts_a_service_of_its_own_and_ends_it(micro_run: Path, capfd: pyte
     assert run(["bench", "serve", "--run", str(micro_run), "--streams", "2", "--seconds", "1", "--tokens", "6"]) == 0
     shown = capfd.readouterr().out
     assert "constellation serve --run alone --local" in shown and "in flight after" in shown
-    assert float(shown.split("a CPU-second of it")[1].split()[0]) > 0
+    assert 1 < float(shown.split("a CPU-second of it")[1].split()[0]) < 1e6  # a kernel of 18 thousand parameters
     assert "MISSED" not in shown.replace("memory", "").split("service counted")[1]
 
 

@@ -18,7 +18,7 @@ from constellation.geometry import e8, sphere
 from constellation.roster import OCEAN
 from router.decide.counts import count
 from router.decide.fisher_rao import Calibration, FisherRaoRouter, corpus_mean
-from router.decide.policy import ABSTAINED, Policy, Trajectory, decide, looks
+from router.decide.policy import ABSTAINED, Trajectory, decide, looks
 
 K, BINS, DIMS = 5, 512, 12
 SETTINGS = config.Router(bins=BINS, dims=DIMS, every=32, min_prefix=8, max_prefix=512, smoothing=20.0)
@@ -244,10 +244,6 @@ def test_a_choice_prints_as_json_with_and_without_names():
     plain, named = json.loads(json.dumps(choice.to_json())), json.loads(json.dumps(choice.to_json(BLEND.names)))
     assert plain["posterior"] == list(named["posterior"].values()) and list(named["posterior"]) == list(BLEND.names)
     assert len(plain["z"]) == DIMS and len(plain["root"]) == 8
-
-
-def test_it_is_a_policy():
-    assert isinstance(ROUTER, Policy)
 
 
 def test_routing_needs_no_torch(tmp_path):
