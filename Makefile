@@ -6,7 +6,7 @@ RUN ?= runs/demo-$(PRESET)
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test test-avx2 test-slow test-clients check bench clean
-PYTEST := $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadgroup
+PYTEST := $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 help:
 	@echo "make demo    set up, train the constellation on Python's own documentation, print samples and the results table (PRESET=tiny|small)"

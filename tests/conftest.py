@@ -29,10 +29,9 @@ settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "same"))
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """A file that needs a Ray stays in one of the processes of `make test`: what it brings up is its own."""
-    for item in items:
-        if item.get_closest_marker("ray"):
-            item.add_marker(pytest.mark.xdist_group(item.path.name))
+    """Files that need a Ray come first: they take longest, and each stays in one of the processes of `make test`."""
+    slow = {item.path for item in items if item.get_closest_marker("ray")}
+    items.sort(key=lambda item: item.path not in slow)
 
 
 @pytest.fixture(scope="session")
