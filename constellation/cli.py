@@ -18,7 +18,7 @@ from constellation.errors import ConstellationError
 
 COMMANDS = {
     "demo": "train on Python's own documentation, print a sample of each kernel and the results table",
-    "train": "train OCEAN, fit the router, branch and train eight kernels on Ray",
+    "train": "train OCEAN, fit the router, branch and train the kernels on Ray",
     "generate": "answer a prompt: route, decode, hand off",
     "chat": "prompt after prompt, on a terminal",
     "route": "explain who would answer each line of standard input",

@@ -39,7 +39,7 @@ def command(
     as_json: bool,
     overrides: tuple[str, ...],
 ) -> None:
-    """Train OCEAN, fit the router, then branch and train eight kernels, each a Ray actor.
+    """Train OCEAN, fit the router, then branch and train the kernels, each a Ray actor.
 
     KEY=VALUE changes one setting of the preset, such as optim.lr=2e-3; heart.optim.lr=2e-3 changes it
     for one kernel alone.
