@@ -10,6 +10,7 @@ RAY_AUTH_MODE is set on every path (left unset, Ray decides by whether a token f
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import secrets
 import socket
@@ -19,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from actors import private
+from constellation.config import Cluster
 from constellation.errors import ConfigError, RunError
 from constellation.processor import cores
 
@@ -37,7 +39,8 @@ def machine(num_cpus: int | None = None, kernels: int = 8) -> dict[str, float]:
     """
     import torch
 
-    return {"CPU": num_cpus or max(2, cores(), -(-kernels // 4)), "GPU": torch.cuda.device_count()}
+    needed = math.ceil(kernels * Cluster().cpus_per_kernel)
+    return {"CPU": num_cpus or max(2, cores(), needed), "GPU": torch.cuda.device_count()}
 
 
 def where(address: str | None) -> str | None:

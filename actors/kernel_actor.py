@@ -1,6 +1,6 @@
 """KernelActor: one model in a process of its own, which trains it or answers with it.
 
-    ActorEngine       the behaviour: one thread owns model, optimizer and device; anybody may ask about it
+    ActorEngine  the behaviour: one thread owns model, optimizer and device; anybody may ask about it
     KernelActor  its mailbox: the control group answers at once while the thread works
 
 Every call may be repeated: `train` and `serve` of what is going on already do nothing, `report` only
@@ -80,7 +80,7 @@ class ActorEngine:
         return self._answerer
 
     def stats(self) -> dict[str, Any]:
-        """Its state, and what its batch says (kernel/batch.py)."""
+        """Its state, and what its batch says (decoding/batch.py)."""
         return {"state": self.state, **(self._answerer.stats() if self.state == "serving" else {})}
 
     def report(self, since: int) -> ActorReport:

@@ -48,7 +48,7 @@ def train(
     """Train the constellation in `run`; yields the steps of all its models as they come.
 
     `config` None is the run's own when resuming, else the preset small; `address` None is a Ray of our own, as open as
-    `auth` says (cluster.py); `roles` are the kernels to train in this sitting, all if None. Closing the iterator, or
+    `auth` says (connect.py); `roles` are the kernels to train in this sitting, all if None. Closing the iterator, or
     Ctrl-C, stops every actor after its step; `resume` goes on.
     """
     fresh = not run.exists()
@@ -71,7 +71,7 @@ def train(
                 check(bundles, [size], "this machine")
                 check_memory(config, len(bundles), free_bytes())
             else:
-                bundles = [share(config)] * (min(config.cluster.resident, len(roles)) or len(roles))
+                bundles = [share(config)] * resident(config, len(roles))
                 stack.enter_context(connected(address))
                 check_cluster(bundles)
             plan = prepare(run)

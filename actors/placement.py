@@ -68,15 +68,17 @@ def share(config: Config) -> Resources:
     return {kind: amount for kind, amount in wanted.items() if amount}
 
 
-def resident(config: Config, kernels: int, gpus: float) -> int:
-    """How many of `kernels` train at once on a machine of our own: cluster.resident, else what its GPUs or cores hold.
+def resident(config: Config, kernels: int, gpus: float | None = None) -> int:
+    """How many of `kernels` train at once: cluster.resident, else all, or what the cores or `gpus` of our machine hold.
 
     More processes than cores share caches and take turns: measured in `constellation bench train`, they are slower
     together than one after another, and their memory is that of all.
     """
+    if config.cluster.resident or gpus is None:
+        return min(kernels, config.cluster.resident or kernels)
     each = config.cluster.gpus_per_kernel
     fit = gpus // each if each else cores() // config.train.threads
-    return min(kernels, config.cluster.resident or max(1, int(fit)))
+    return min(kernels, max(1, int(fit)))
 
 
 def halves(whole: Resources) -> tuple[Resources, Resources]:

@@ -128,8 +128,9 @@ class Supervisor:
         place: dict[str, int] = {}
         while True:
             while waiting and free:
-                place[waiting[0].role] = free.popleft()
-                self.start([trainer(self.placement, place[waiting[0].role], waiting.popleft())])
+                job = waiting.popleft()
+                place[job.role] = free.popleft()
+                self.start([trainer(self.placement, place[job.role], job)])
             if not self.members:
                 return
             for member, report in self.beat():

@@ -24,7 +24,7 @@ from constellation.settings import Count, NotNegative, Part, Positive, Whole, ch
 
 
 @dataclass(frozen=True)
-class Constellation:
+class Roster:
     """Which kernels there are (constellation/roster.py)."""
 
     kernels: Annotated[int, Meta(ge=roster.FEWEST, le=roster.MOST), says("how many; their names and roots follow")] = 8
@@ -114,7 +114,7 @@ class Router:
 
 @dataclass(frozen=True)
 class Decode:
-    """How a kernel writes (kernel/engine.py)."""
+    """How a kernel writes (decoding/engine.py)."""
 
     precision: Annotated[
         Literal["fp32", "int8"], says("of the products; int8: CPUs alone, faster, not the same text")
@@ -138,7 +138,7 @@ class Config:
     """A whole run."""
 
     preset: Annotated[str, says("the preset it began as")] = "small"
-    constellation: Constellation = field(default_factory=Constellation)
+    constellation: Roster = field(default_factory=Roster)
     kernel: Kernel = field(default_factory=Kernel)
     optim: registry.Settings = field(default_factory=registry.KroneckerSettings)
     train: Train = field(default_factory=Train)

@@ -26,6 +26,7 @@ from starlette.responses import Response
 from starlette.types import ASGIApp
 
 from constellation import __version__
+from router.answer.query import MODES
 from router.answer.service import Service
 from router.http import page, responses
 from router.http.endpoints import Endpoints
@@ -43,7 +44,6 @@ from router.http.requests import (
     RouteRequest,
     TokenizeRequest,
 )
-from router.http.translate import MODES
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,6 @@ import re
 import subprocess
 import sys
 import tempfile
-import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
@@ -102,13 +101,10 @@ def ask(url: str, body: dict[str, Any] | None = None) -> Any:
 def replies(url: str) -> dict[str, Any]:
     found: dict[str, Any] = {"openapi": ask(f"{url}/openapi.json"), "models": ask(f"{url}/v1/models")}
     for mode in MODES:
-        body = {"model": f"constellation/{mode}", "prompt": PROMPTS[0], "max_tokens": 60, "seed": 7, "logprobs": 2}
-        names = [model["id"] for model in found["models"]["data"]]
-        body["model"] = next((name for name in names if name.endswith(mode)), names[0])
+        body = {"mode": mode, "prompt": PROMPTS[0], "max_tokens": 60, "seed": 7, "logprobs": 2}
         found[f"completions {mode}"] = ask(f"{url}/v1/completions", {**body, "return_token_ids": True})
-        asked = {"model": body["model"], "prompt": PROMPTS[0], "answers": [" binds", " is"]}
-        with contextlib.suppress(urllib.error.HTTPError):
-            found[f"decisions {mode}"] = ask(f"{url}/v1/decisions", asked)
+        asked = {"mode": mode, "prompt": PROMPTS[0], "answers": [" binds", " is"]}
+        found[f"decisions {mode}"] = ask(f"{url}/v1/decisions", asked)
     chat = {"messages": [{"role": "user", "content": PROMPTS[1]}], "max_tokens": 40, "seed": 3}
     found["chat"] = ask(f"{url}/v1/chat/completions", chat)
     found["tokenize"] = ask(f"{url}/tokenize", {"prompt": PROMPTS[2]})

@@ -221,8 +221,8 @@ def test_learning_rate_rises_stays_and_falls_to_zero() -> None:
 
 def test_the_token_budget_is_that_of_the_whole_constellation() -> None:
     c = override(tiny(), {"train.tokens": 1_000_000, "train.ocean_share": 0.5})
-    ocean = steps_for(c, "ocean", 8) * c.train.batch * c.kernel.context
-    kernels = 8 * steps_for(c, "heart", 8) * c.train.kernel_batch * c.kernel.context
+    ocean = steps_for(c, "ocean") * c.train.batch * c.kernel.context
+    kernels = 8 * steps_for(c, "heart") * c.train.kernel_batch * c.kernel.context
     assert ocean + kernels == pytest.approx(1_000_000, rel=0.02)
 
 

@@ -250,8 +250,8 @@ def test_routing_needs_no_torch(tmp_path):
     ROUTER.save(tmp_path)
     program = (
         "import sys, pathlib; from router.decide.fisher_rao import FisherRaoRouter;"
-        "from router.decide.stream import Stream; r = FisherRaoRouter.load(pathlib.Path(sys.argv[1]));"
-        "s = Stream(r); s.update(b'hello world'); s.choice(); r.route([b'hello']); r.trajectories([b'hello'], 2);"
+        "from router.decide.stream import RouterStream; r = FisherRaoRouter.load(pathlib.Path(sys.argv[1]));"
+        "s = RouterStream(r); s.update(b'hello world'); s.choice(); r.route([b'hello']); r.trajectories([b'hello'], 2);"
         "assert 'torch' not in sys.modules and 'ray' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", program, str(tmp_path)], check=True)

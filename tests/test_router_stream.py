@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from constellation import config
 from router.decide.fisher_rao import Calibration, FisherRaoRouter
 from router.decide.policy import decide
-from router.decide.stream import Stream
+from router.decide.stream import RouterStream
 
 K, BINS, DIMS = 3, 256, 9
 SETTINGS = config.Router(bins=BINS, dims=DIMS, every=32, min_prefix=8)
@@ -38,7 +38,7 @@ def router() -> FisherRaoRouter:
     )
 
 
-def equal(stream: Stream, router: FisherRaoRouter, text: bytes) -> None:
+def equal(stream: RouterStream, router: FisherRaoRouter, text: bytes) -> None:
     streamed, routed = stream.choice(), router.route([text])[0]
     assert streamed.to_json() == routed.to_json()
     for name in ("posterior", "z", "distances_rad"):
@@ -49,7 +49,7 @@ def equal(stream: Stream, router: FisherRaoRouter, text: bytes) -> None:
 @settings(deadline=None)
 @given(pieces=st.lists(st.binary(max_size=40), max_size=12))
 def test_any_pieces_give_the_choice_of_the_whole(router, pieces):
-    stream = Stream(router)
+    stream = RouterStream(router)
     for i, piece in enumerate(pieces):
         stream.update(piece)
         if i % 3 == 0:
@@ -59,7 +59,7 @@ def test_any_pieces_give_the_choice_of_the_whole(router, pieces):
 
 def test_a_long_stream_of_single_bytes_does_not_drift(router):
     text = (b"All happy families are alike; " * 400)[:10_000] + np.random.default_rng(1).bytes(2000)
-    stream = Stream(router)
+    stream = RouterStream(router)
     for i in range(len(text)):
         stream.update(text[i : i + 1])
     equal(stream, router, text)
@@ -67,7 +67,7 @@ def test_a_long_stream_of_single_bytes_does_not_drift(router):
 
 def test_its_looks_are_the_trajectory(router):
     text = np.random.default_rng(2).bytes(500)
-    stream, current, decided, before = Stream(router), -1, [], 0
+    stream, current, decided, before = RouterStream(router), -1, [], 0
     whole = router.trajectories([text], 32)[0]
     for i, at in enumerate(whole.at_bytes.tolist()):
         stream.update(text[before:at])
@@ -82,9 +82,9 @@ def test_its_looks_are_the_trajectory(router):
 @settings(deadline=None)
 @given(text=st.binary(max_size=300), cut=st.integers(0, 300))
 def test_resumed_elsewhere_it_goes_on_as_if_it_had_never_left(router, text, cut):
-    stream = Stream(router)
+    stream = RouterStream(router)
     stream.update(text[:cut])
-    resumed = Stream.resumed(router, stream.counts.copy(), stream.tail)
+    resumed = RouterStream.resumed(router, stream.counts.copy(), stream.tail)
     for one in (stream, resumed):
         one.update(text[cut:])
     assert (resumed.counts == stream.counts).all()
@@ -92,6 +92,6 @@ def test_resumed_elsewhere_it_goes_on_as_if_it_had_never_left(router, text, cut)
 
 
 def test_two_streams_of_a_router_are_strangers(router):
-    a, b = Stream(router), Stream(router)
+    a, b = RouterStream(router), RouterStream(router)
     a.update(b"only a has read this sentence")
     equal(b, router, b"")

@@ -188,7 +188,7 @@ def _labels(cache: TokenCache) -> NDArray[np.int64]:
 
 def _train_dense(seed: Seed, arm: str) -> None:
     config, cache = seed.dense, open_cache(seed.plan.train)
-    job = Job(OCEAN, seed.folder(arm), config, steps_for(config, OCEAN, 1), seed.plan.train, seed.plan.dev)
+    job = Job(OCEAN, seed.folder(arm), config, steps_for(config, OCEAN), seed.plan.train, seed.plan.dev)
     source = None
     if arm == "dense_token":
         labels = _labels(cache).tolist()
@@ -239,7 +239,7 @@ def _looks(seed: Seed, arm: str) -> list[Trajectory]:
 
 def _kernel_job(seed: Seed, arm: str, role: str) -> Job:
     plan = seed.plan
-    steps = steps_for(plan.config, role, plan.config.constellation.kernels)
+    steps = steps_for(plan.config, role)
     branch = folder_of(plan.folder(OCEAN), ocean_job(plan).steps)
     folder = seed.folder(arm)
     return Job(role, folder / role, plan.config, steps, plan.train, plan.dev, None, folder / f"{role}.npy", branch)

@@ -31,7 +31,7 @@ from constellation.experiments.harness import described, finish, machine_line
 from router.decide.baselines import TfidfRouter
 from router.decide.fit import fit
 from router.decide.policy import Policy
-from router.decide.stream import Stream
+from router.decide.stream import RouterStream
 
 BATCH, QUERY_BYTES, EVERY = 256, 1024, 64
 GOALS = {"query_ms": 1.0, "batch_ms": 30.0, "byte_us": 10.0}
@@ -61,7 +61,7 @@ def run(
         theirs: dict[str, Any] = {"fit_s": time.perf_counter() - tick}
         queries = _queries(texts, seed)
         text = b"".join(queries)[: 8 * QUERY_BYTES]
-        stream, steady = Stream(router), Stream(router)
+        stream, steady = RouterStream(router), RouterStream(router)
         steady.update(queries[0])
         place = iter(range(1 << 62))
         some = texts[: max(1, len(texts) // 4)]

@@ -47,7 +47,6 @@ def finish(result: dict[str, Any], lines: Iterable[str], out: Path | None) -> di
 
 def save(result: Mapping[str, Any], out: Path) -> None:
     """The raw result as JSON: no NaN, a part called raw as one line."""
-
     if HEAVY not in result:
         write_json(out, dict(result))
         return

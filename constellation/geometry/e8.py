@@ -20,7 +20,6 @@ Order of the roots: root 4 k + 2 a + b is (-1)^a e_i + (-1)^b e_j for the k-th p
 from __future__ import annotations
 
 import functools
-import itertools
 from dataclasses import dataclass
 
 import numpy as np
@@ -28,6 +27,7 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
+from constellation import roster
 from constellation.errors import ConfigError
 
 _PAIRS = 112  # roots of the first form
@@ -36,14 +36,7 @@ _PAIRS = 112  # roots of the first form
 @functools.cache
 def roots() -> NDArray[np.float64]:
     """All 240 roots, (240, 8), norm^2 2, in the order the module docstring gives; sum r r^T = 60 I."""
-    table = np.zeros((240, 8))
-    signs = np.array([(1, 1), (1, -1), (-1, 1), (-1, -1)])
-    for k, pair in enumerate(itertools.combinations(range(8), 2)):
-        table[4 * k : 4 * k + 4, pair] = signs
-    minus = np.arange(128)[:, None] >> np.arange(7) & 1
-    table[_PAIRS:, :7] = 0.5 - minus
-    table[_PAIRS:, 7] = 0.5 - minus.sum(1) % 2
-    return _frozen(table)
+    return _frozen(np.array([roster.root(index) for index in range(roster.ROOTS)]))
 
 
 @functools.cache

@@ -59,7 +59,7 @@ def prepare(run: Path) -> Plan:
 
 
 def ocean_job(plan: Plan) -> Job:
-    steps = steps_for(plan.config, OCEAN, plan.config.constellation.kernels)
+    steps = steps_for(plan.config, OCEAN)
     return Job(OCEAN, plan.folder(OCEAN), plan.config, steps, plan.train, plan.dev, plan.tokenizer)
 
 
@@ -103,7 +103,7 @@ def kernel_job(plan: Plan, role: str) -> Job:
     """`role` branches from OCEAN's last checkpoint and reads its own token ranges."""
     config = plan.config.for_role(role)
     branch = checkpoint.folder_of(plan.folder(OCEAN), ocean_job(plan).steps)
-    steps = steps_for(config, role, config.constellation.kernels)
+    steps = steps_for(config, role)
     return Job(
         role, plan.folder(role), config, steps, plan.train, plan.dev, plan.tokenizer,
         plan.router / f"{role}.npy", branch,

@@ -54,10 +54,10 @@ def batch_of(config: Config, role: str) -> int:
     return config.train.batch if role == OCEAN else config.train.kernel_batch
 
 
-def steps_for(config: Config, role: str, kernels: int) -> int:
+def steps_for(config: Config, role: str) -> int:
     """Steps of `role` when the constellation may see `train.tokens` tokens in all."""
     t = config.train
-    share = t.ocean_share if role == OCEAN else (1 - t.ocean_share) / kernels
+    share = t.ocean_share if role == OCEAN else (1 - t.ocean_share) / config.constellation.kernels
     return max(1, round(t.tokens * share / (batch_of(config, role) * config.kernel.context)))
 
 

@@ -37,7 +37,7 @@ from router.decide.counts import SPAN
 from router.decide.fisher_rao import FisherRaoRouter
 from router.decide.mixture import MIXED, Weights, weights
 from router.decide.policy import ABSTAINED, RouteChoice, decide, kernel_name
-from router.decide.stream import Stream
+from router.decide.stream import RouterStream
 
 SCHEMA = 2
 DIGITS = 1e-5  # how far z and posterior may be from the replay: other machines round otherwise
@@ -56,7 +56,7 @@ class CertificateWriter:
 
     def add(self, view: View) -> None:
         """The look that `view` has just taken."""
-        assert isinstance(view.stream, Stream) and view.choice is not None
+        assert isinstance(view.stream, RouterStream) and view.choice is not None
         counts = view.stream.counts
         new = counts if self._counts is None else counts - self._counts
         self.looks.append([view.stream.bytes_seen, *count_codec.pack(new), view.current])
@@ -134,7 +134,7 @@ def replay(certificate: str, router: FisherRaoRouter) -> Replay:
         except ValueError as error:
             raise ArtifactError(f"certificate: the counts at byte {at} are not those of its bytes: {error}") from None
         counts, seen = counts + new, at
-        stream = Stream.resumed(router, counts, bytes(min(SPAN - 1, at)))
+        stream = RouterStream.resumed(router, counts, bytes(min(SPAN - 1, at)))
         current = int(decide(stream.trajectory(), router.config.hysteresis, current)[0])
         if kernel != current:
             said, found = (name_of(router, k) for k in (kernel, current))

@@ -43,6 +43,7 @@ from router.decide.mixture import MIXED, Weights, combine, weights
 from router.decide.policy import FIRST, Policy
 
 ROUTE = "route"
+MODES = (ROUTE, *MIXED)  # and each kernel by its name
 
 
 @dataclass(frozen=True)
@@ -134,9 +135,9 @@ Steps = Generator[list[Call] | Piece, Sequence[Any], Answer]
 
 def check(ask: Ask, policy: Policy | None, names: Sequence[str]) -> None:
     """ConfigError unless kernels called `names` can answer."""
-    routed = ask.mode in (ROUTE, *MIXED)
+    routed = ask.mode in MODES
     if not routed and ask.mode not in names:
-        raise ConfigError(f"mode={ask.mode!r}: choose one of {', '.join((ROUTE, *MIXED, *names))}")
+        raise ConfigError(f"mode={ask.mode!r}: choose one of {', '.join((*MODES, *names))}")
     if routed and policy is None:
         raise ConfigError(f"mode={ask.mode!r} needs a fitted router; name one of {', '.join(names)} instead")
     absent = [name for name in (*policy.names, OCEAN) if name not in names] if routed and policy else []
@@ -153,7 +154,7 @@ class QueryLife:
         self.number, self.ask, self.tokenizer, self.config = number, ask, tokenizer, config
         prompt, tokens = read_prompt(ask.prompt, tokenizer)
         self.prompt_tokens = len(tokens)
-        self.view = View(policy) if policy and ask.mode in (ROUTE, *MIXED) else None
+        self.view = View(policy) if policy and ask.mode in MODES else None
         self.panel: Weights = ((ask.mode, 1.0),)  # who answers next, and their weights, which sum to 1
         self.shown, self.written = ShownText(ask.sampling.stop), ""
         self.num_bytes = 0  # of prompt and answer

@@ -48,10 +48,10 @@ from router.answer.view import View
 from router.decide.fisher_rao import FisherRaoRouter
 from router.decide.policy import Policy
 
-__all__ = ["ROUTE", "Answer", "Ask", "Decided", "Piece", "Service", "numbered"]
+__all__ = ["ROUTE", "Answer", "AnswerOdds", "Ask", "Piece", "Service", "numbered"]
 
 
-class Decided(NamedTuple):
+class AnswerOdds(NamedTuple):
     """How likely each allowed answer is; who judged, and why, as an answer in which nothing is written."""
 
     probabilities: list[float]
@@ -152,7 +152,7 @@ class Service:
     async def decide(
         self, prompt: str | tuple[int, ...], answers: Sequence[str] | Sequence[Sequence[int]], mode: str = ROUTE,
         top_k: int = 3,
-    ) -> Decided:  # fmt: skip
+    ) -> AnswerOdds:  # fmt: skip
         """Probability that the text goes on with each of `answers`, normalised over them; nothing is decoded.
 
         Answers are texts, or the tokens of texts. All are read at once by the kernel, or kernels, that the prompt
@@ -183,10 +183,10 @@ class Service:
         for group, rows in zip(alike.values(), parts):
             log_p[group] = [sum(one.log_prob for one in row) for row in rows]
         p = np.exp(log_p - log_p.max())
-        return Decided([float(x) for x in p / p.sum()], life.judged())
+        return AnswerOdds([float(x) for x in p / p.sum()], life.judged())
 
     def explain(self, text: str) -> dict[str, Any]:
-        """Who would answer `text` and why: `Choice.to_json`, the router's hash and a certificate of the decision."""
+        """Who would answer `text` and why: `RouteChoice.to_json`, the router's hash and a certificate."""
         if self.policy is None:
             raise ConfigError("there is no fitted router to explain")
         data = text.encode("utf-8", "surrogatepass")

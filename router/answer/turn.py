@@ -4,7 +4,7 @@ A turn has no memory that changes its outcome. The kernel decodes the token wind
 `budget_bytes` new bytes, a stop, the end of the text or its last token. So a turn may be repeated, a packet may be
 answered by any process that holds the same weights, and a request that goes to another kernel and comes back
 continues as if it had never left. What the kernel still holds of a window from an earlier turn it does not read anew,
-which gives the same numbers sooner (kernel/batch.py).
+which gives the same numbers sooner (decoding/batch.py).
 
 Who wants a turn's tokens while it is under way gives it an ear, which is told of `SOON_TOKENS` of them at a time, or of
 fewer so that none waits longer than `SOON_S` when the next one comes as late as the last.
@@ -63,12 +63,12 @@ class Answerer:
         The future fails with what is wrong with this packet alone; cancelling it frees the slot. The engine's thread
         tells `ear`.
         """
-        row = Row(packet, self.context, self.tokenizer, budget_bytes, ear)
+        row = TurnRow(packet, self.context, self.tokenizer, budget_bytes, ear)
         return self.engine.submit([] if packet.finish else [row.work], row.result)
 
     def submit(self, packet: bytes, budget_bytes: int, ear: Ear | None = None) -> Future[bytes]:
         """The same for a packet that travels; one that is finished comes back as it is."""
-        row = Row(Packet.decode(packet), self.context, self.tokenizer, budget_bytes, ear)
+        row = TurnRow(Packet.decode(packet), self.context, self.tokenizer, budget_bytes, ear)
         return self.engine.submit([] if row.packet.finish else [row.work], lambda: row.result().encode())
 
     def submit_score(
@@ -99,7 +99,7 @@ class Answerer:
         return self._scores([tokens], 0, count, lambda found: -sum(log_p for log_p, _ in found[0]) / NATS)
 
     def stats(self) -> dict[str, Any]:
-        """Slots and how many of them work, hold or wait; tokens so far (kernel/batch.py)."""
+        """Slots and how many of them work, hold or wait; tokens so far (decoding/batch.py)."""
         return self.engine.stats()
 
     def _scores(
@@ -171,7 +171,7 @@ def kept(tokens: Sequence[int], position: int, before: Packet, context: int) -> 
     return tuple(tokens[max(0, len(tokens) - needed) // step * step :])
 
 
-class Row:
+class TurnRow:
     """One packet during a turn."""
 
     def __init__(self, packet: Packet, context: int, tokenizer: Tokenizer, budget_bytes: int, ear: Ear | None = None):

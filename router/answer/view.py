@@ -8,7 +8,7 @@ import numpy as np
 
 from router.decide.fisher_rao import FisherRaoRouter
 from router.decide.policy import ABSTAINED, Policy, RouteChoice, Trajectory, decide, kernel_name
-from router.decide.stream import Stream
+from router.decide.stream import RouterStream
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class View:
 
     def __init__(self, policy: Policy):
         self.names = policy.names
-        self.stream = Stream(policy) if isinstance(policy, FisherRaoRouter) else WholeText(policy)
+        self.stream = RouterStream(policy) if isinstance(policy, FisherRaoRouter) else WholeText(policy)
         self.current = ABSTAINED
         self.choice: RouteChoice | None = None
 
@@ -60,7 +60,7 @@ class View:
 
 
 class WholeText:
-    """Any policy's view of a text, read anew at each look: the oracle of `Stream`."""
+    """Any policy's view of a text, read anew at each look: the oracle of `RouterStream`."""
 
     def __init__(self, policy: Policy):
         self.policy, self.text = policy, b""

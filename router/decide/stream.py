@@ -21,7 +21,7 @@ from router.decide.policy import RouteChoice, Trajectory
 _FEW = 8  # up to so many bytes the loop below is faster than arrays
 
 
-class Stream:
+class RouterStream:
     """State of one text: its counts, the last two bytes, and the three sums."""
 
     def __init__(self, router: FisherRaoRouter):
@@ -33,7 +33,7 @@ class Stream:
         self._log = np.zeros(len(router.names))
 
     @classmethod
-    def resumed(cls, router: FisherRaoRouter, counts_B: NDArray[np.int64], tail: bytes) -> Stream:
+    def resumed(cls, router: FisherRaoRouter, counts_B: NDArray[np.int64], tail: bytes) -> RouterStream:
         """The stream that had counted `counts_B` and ended with `tail`, as a certificate tells them."""
         stream = cls(router)
         bins = np.flatnonzero(counts_B)

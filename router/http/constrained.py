@@ -19,7 +19,7 @@ import msgspec
 import numpy as np
 
 from constellation.decoding.sample import Sampling, uniform
-from router.answer.service import Answer, Ask, Decided, Piece, Service
+from router.answer.service import Answer, AnswerOdds, Ask, Piece, Service
 from router.http.finite import texts_of
 from router.http.requests import ChatRequest, Generation, Refusal
 
@@ -65,7 +65,7 @@ def chosen(
     service: Service, asks: Sequence[Ask], texts: Sequence[str], tokens_of: Sequence[Sequence[int]]
 ) -> list[AsyncGenerator[Piece | Answer, None]]:
     """The answers as `Service.stream` would give them, one piece and the end; a prompt is read once for all of its."""
-    reading: dict[Any, asyncio.Task[Decided]] = {}
+    reading: dict[Any, asyncio.Task[AnswerOdds]] = {}
 
     async def one(ask: Ask) -> AsyncGenerator[Piece | Answer, None]:
         begin = time.perf_counter()

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from router.answer.encoding import encoded
+from router.answer.query import MODES
 from router.answer.service import ROUTE, Ask, Service, numbered
 from router.http.chat import STOPS, render
 from router.http.requests import (
@@ -25,8 +26,6 @@ from router.http.requests import (
     RouteRequest,
     TokenizeRequest,
 )
-
-MODES = (ROUTE, "mixture", "barycenter")
 
 
 @dataclass(frozen=True)
