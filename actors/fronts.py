@@ -26,7 +26,7 @@ from actors.specs import options_of
 from constellation.errors import ConstellationError, RunError
 from router.http.listen import Place
 
-START_S, LOOK_S, SILENCE_S = 300.0, 1.0, 15.0
+START_S, LOOK_S, SILENCE_S = 300.0, 1.0, 30.0
 
 
 class FrontMailbox:

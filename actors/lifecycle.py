@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import ray
-from ray.exceptions import RayError, RayTaskError
+from ray.exceptions import ActorUnavailableError, GetTimeoutError, RayError, RayTaskError
 from ray.util.placement_group import get_placement_group, remove_placement_group
 
 from actors import record as records
@@ -32,6 +32,7 @@ from constellation.pipeline.serving import servable
 from constellation.pipeline.status import ClusterStatus, folder_status
 
 UP_S, ASK_S, DOWN_S = 600.0, 10.0, 30.0
+RESTARTING = "the supervisor does not answer yet; Ray starts it again if it has ended"
 Say = Callable[[str], None]
 
 
@@ -90,7 +91,8 @@ def status(run: Path | None = None, *, name: str | None = None, address: str | N
             actor = _supervisor(name or "")
             if actor is None:
                 raise ConfigError(f"no constellation named {name} is up in this cluster")
-            return _ask(actor)
+            unknown = ClusterStatus("", name or "", "starting", where(address), RESTARTING, ())
+            return _ask(actor) or unknown
     folder, record = folder_status(run), records.read(run)
     if record is None:
         return folder
@@ -101,6 +103,10 @@ def status(run: Path | None = None, *, name: str | None = None, address: str | N
         if actor is None:
             return dataclasses.replace(folder, detail=f"its actors are gone; {folder.detail}")
         live = _ask(actor)
+    if live is None:
+        unknown = [dataclasses.replace(kernel, state="waiting", pid=None) for kernel in folder.kernels]
+        unseen = dataclasses.replace(folder, name=record.name, address=record.address, kernels=tuple(unknown))
+        return dataclasses.replace(unseen, state="starting", detail=RESTARTING)
     trained = {kernel.role: kernel for kernel in folder.kernels}
     kernels = [
         dataclasses.replace(kernel, steps=known.steps, loss_nats=known.loss_nats)
@@ -136,14 +142,15 @@ def _until_up(actor: Any, run: Path, say: Say) -> ClusterStatus:
     began, said = time.monotonic(), ""
     while True:
         now = _ask(actor)
-        if now.state == "up":
+        if now is not None and now.state == "up":
             return dataclasses.replace(now, run=str(run))
-        if now.state == "failed":
+        if now is not None and now.state == "failed":
             raise RunError(now.detail)
+        detail = RESTARTING if now is None else now.detail
         if time.monotonic() - began > UP_S:
-            raise RunError(f"not up within {UP_S:g} s: {now.detail}")
-        if now.detail != said:
-            said = now.detail
+            raise RunError(f"not up within {UP_S:g} s: {detail}")
+        if detail != said:
+            said = detail
             say(said)
         time.sleep(0.25)
 
@@ -155,19 +162,17 @@ def _supervisor(name: str) -> Any:
         return None
 
 
-def _ask(actor: Any) -> ClusterStatus:
-    """The supervisor's status; Ray restarts it if it died, which takes a moment."""
-    until = time.monotonic() + DOWN_S
-    while True:
-        try:
-            found: ClusterStatus = ray.get(actor.status.remote(), timeout=ASK_S)
-            return found
-        except RayTaskError as error:
-            raise RunError(f"supervisor: {error.cause!r}") from None
-        except RayError as error:
-            if time.monotonic() > until:
-                raise RunError(f"the supervisor does not answer ({type(error).__name__}); constellation down") from None
-            time.sleep(0.5)
+def _ask(actor: Any) -> ClusterStatus | None:
+    """The supervisor's status; None while it has no time to answer, or Ray starts it again after its end."""
+    try:
+        found: ClusterStatus = ray.get(actor.status.remote(), timeout=ASK_S)
+        return found
+    except RayTaskError as error:
+        raise RunError(f"supervisor: {error.cause!r}") from None
+    except (ActorUnavailableError, GetTimeoutError):
+        return None
+    except RayError as error:
+        raise RunError(f"the supervisor has ended ({type(error).__name__}); constellation down") from None
 
 
 def _take_down(record: Record) -> None:

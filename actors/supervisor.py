@@ -35,7 +35,7 @@ from constellation.train.loop import Job
 
 BEAT_S = 1.0  # how long an actor collects news before it answers
 HEALTH_S = 5.0  # a question this old is asked again
-SILENCE_S = 3 * HEALTH_S  # no answer for so long is a hang
+SILENCE_S = 6 * HEALTH_S  # no answer for so long is a hang: a busy machine is slow for longer than one thinks
 START_S = 300.0  # for process, imports and the first answer
 CALM_S = 600.0  # an actor that served for so long starts its count of deaths anew
 SAY_EVERY_S = 10.0

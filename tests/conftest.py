@@ -8,8 +8,9 @@ import shutil
 import tempfile
 import uuid
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 from hypothesis import settings
@@ -29,9 +30,25 @@ settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "same"))
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Files that need a Ray come first: they take longest, and each stays in one of the processes of `make test`."""
-    slow = {item.path for item in items if item.get_closest_marker("ray")}
-    items.sort(key=lambda item: item.path not in slow)
+    """Files that need a Ray come first: they take longest."""
+    items.sort(key=lambda item: not needs_ray(item.path))
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """`make test`: a file stays in one process, and one process takes all that need a Ray, so that one Ray is up."""
+    from xdist.scheduler import LoadFileScheduling
+
+    class OneRay(LoadFileScheduling):  # type: ignore[misc,unused-ignore]
+        def _split_scope(self, nodeid: str) -> str:
+            file = str(super()._split_scope(nodeid))
+            return "ray" if needs_ray(config.rootpath / file) else file
+
+    return OneRay(config, log)
+
+
+@cache
+def needs_ray(file: Path) -> bool:
+    return "mark.ray" in file.read_text()
 
 
 @pytest.fixture(scope="session")

@@ -110,7 +110,7 @@ def test_a_killed_kernel_and_a_hanging_one_are_replaced(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(supervisor, "SILENCE_S", 8.0)  # instead of 15 s
+    monkeypatch.setattr(supervisor, "SILENCE_S", 8.0)  # instead of 30 s
     monkeypatch.setattr(supervisor, "BEAT_S", 0.1)  # instead of 1 s
     monkeypatch.setattr(launch, "VIEW_EVERY_S", 0.1)
     run, said, hit = tmp_path / "run", [], set()
