@@ -104,8 +104,8 @@ def status(run: Path | None = None, *, name: str | None = None, address: str | N
             return dataclasses.replace(folder, detail=f"its actors are gone; {folder.detail}")
         live = _ask(actor)
     if live is None:
-        unknown = [dataclasses.replace(kernel, state="waiting", pid=None) for kernel in folder.kernels]
-        unseen = dataclasses.replace(folder, name=record.name, address=record.address, kernels=tuple(unknown))
+        unheard = [dataclasses.replace(kernel, state="waiting", pid=None) for kernel in folder.kernels]
+        unseen = dataclasses.replace(folder, name=record.name, address=record.address, kernels=tuple(unheard))
         return dataclasses.replace(unseen, state="starting", detail=RESTARTING)
     trained = {kernel.role: kernel for kernel in folder.kernels}
     kernels = [
