@@ -38,7 +38,7 @@ class EventLog:
             whole = _whole_length(self.path)
             if whole < self.path.stat().st_size:
                 os.truncate(self.path, whole)
-        self._file = open(self.path, "ab", buffering=0, opener=no_link)  # noqa: SIM115: open as long as the sweep
+        self._file = open(self.path, "ab", buffering=0, opener=no_link)  # noqa: SIM115
 
     def append(self, event: str, **values: Any) -> None:
         line = json.dumps({"event": event, **values}, allow_nan=False).encode() + b"\n"
