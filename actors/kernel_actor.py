@@ -60,7 +60,12 @@ class ActorEngine:
         self._answerer: Any = None
 
     def train(self, job: Job) -> None:
-        """Begin `job`; the same job again is a no-op, another one is refused."""
+        """Begin `job`, the first one or one after it is done; the same job again is a no-op."""
+        if self.state == "done" and self._doing != job:
+            with self._lock:
+                self._steps.clear()
+            self._notes.clear()
+            self.role, self._doing, self._step, self.checkpoint = job.role, None, 0, None
         if self._begin(job, "training"):
             self._thread.submit(self._train, job)
 
@@ -105,7 +110,7 @@ class ActorEngine:
             self._doing, self.state = what, state
             return True
         if self._doing != what:
-            raise ConfigError(f"{self.role} is at work already; an actor does one thing in its life")
+            raise ConfigError(f"{self.role} is at work already; an actor does one thing at a time")
         return False
 
     def _train(self, job: Job) -> None:

@@ -82,6 +82,11 @@ class Member:
         self.born_at = self.heard_at = time.monotonic()
         self.ask()
 
+    def take(self, spec: ActorSpec) -> None:
+        """Let the actor that is done with its job begin that of `spec`."""
+        self.spec, self.report, self.step, self.restarts, self.noted = spec, None, None, 0, 0
+        self.asked, self.asked_at = spec.begin(self.actor), time.monotonic()
+
     def ask(self) -> None:
         self.asked = self.actor.report.remote(self.seen, BEAT_S) if self.started else self.spec.begin(self.actor)
         self.asked_at = time.monotonic()
@@ -119,20 +124,17 @@ class Supervisor:
             self.members[one.role] = member  # started: another thread may be at beat()
 
     def train(self, jobs: Sequence[Job]) -> Iterator[Step]:
-        """Train every job in an actor of its own, as many at once as there are bundles, the next when one is done.
+        """Train every job in an actor, as many at once as there are bundles; one that is done takes the next.
 
         Yields every step of each once and in order. RunError, with the reason, when one of them fails or dies more
         than `cluster.max_restarts` times.
         """
-        waiting, free = deque(jobs), deque(range(len(self.placement.bundles)))
-        place: dict[str, int] = {}
-        while True:
-            while waiting and free:
-                job = waiting.popleft()
-                place[job.role] = free.popleft()
-                self.start([trainer(self.placement, place[job.role], job)])
-            if not self.members:
-                return
+        waiting, place = deque(jobs), {}
+        for number in range(min(len(waiting), len(self.placement.bundles))):
+            first = waiting.popleft()
+            place[first.role] = number
+            self.start([trainer(self.placement, number, first)])
+        while self.members:
             for member, report in self.beat():
                 for step in report.steps:
                     if step.step > member.seen:
@@ -140,10 +142,22 @@ class Supervisor:
                         yield step
                 if report.state == "failed":
                     raise RunError(f"{report.error}")
-                if not member.at_work:
+                if member.at_work:
+                    continue
+                del self.members[member.role]
+                number = place.pop(member.role)
+                if not waiting:
                     ray.kill(member.actor)
-                    del self.members[member.role]
-                    free.append(place[member.role])
+                    continue
+                following = waiting.popleft()
+                place[following.role] = number
+                spec = trainer(self.placement, number, following)
+                if spec.options["runtime_env"] == member.spec.options["runtime_env"]:  # the room is the same
+                    member.take(spec)
+                    self.members[spec.role] = member
+                else:
+                    ray.kill(member.actor)
+                    self.start([spec])
 
     def beat(self, wait_s: float = BEAT_S) -> list[tuple[Member, ActorReport]]:
         """News of the next `wait_s` seconds; whoever died, hangs or lost its node is replaced on the way."""

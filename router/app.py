@@ -26,8 +26,8 @@ from starlette.responses import Response
 from starlette.types import ASGIApp
 
 from constellation import __version__
-from router.answer.query import MODES
 from router.answer.service import Service
+from router.decide.modes import MODES
 from router.http import page, responses
 from router.http.endpoints import Endpoints
 from router.http.failures import HANDLED, handle

@@ -296,7 +296,7 @@ def test_a_diverging_run_fails_with_its_reason_and_is_not_tried_again(
 
 
 @pytest.mark.ray
-def test_an_actor_does_one_thing_and_may_be_told_twice(ray_session: None, micro_run: Path, tmp_path: Path) -> None:
+def test_an_actor_does_one_thing_at_a_time(ray_session: None, micro_run: Path, tmp_path: Path) -> None:
     import ray
 
     from actors.kernel_actor import KernelActor
@@ -305,7 +305,7 @@ def test_an_actor_does_one_thing_and_may_be_told_twice(ray_session: None, micro_
     job = dataclasses.replace(ocean_job(open_plan(micro_run)), folder=tmp_path / "twice")
     actor = KernelActor.options(num_cpus=0.25).remote(OCEAN)
     ray.get([actor.train.remote(job) for _ in range(3)])
-    with pytest.raises(ConfigError, match="one thing in its life"):
+    with pytest.raises(ConfigError, match="one thing at a time"):
         ray.get(actor.train.remote(dataclasses.replace(job, folder=tmp_path / "other")))
     with pytest.raises(ConfigError, match="it answers when it serves"):
         ray.get(actor.turn.remote([], 64))
@@ -318,7 +318,18 @@ def test_an_actor_does_one_thing_and_may_be_told_twice(ray_session: None, micro_
         if report.state == "done":
             break
     assert seen == list(range(1, job.steps + 1)) and report.checkpoint == f"step-{job.steps:08d}"
+    other = dataclasses.replace(job, folder=tmp_path / "other")
+    ray.get([actor.train.remote(other) for _ in range(2)])  # the next one, in the same process
+    wait_for(lambda: ray.get(actor.report.remote(0, 1.0)).state == "done")
+    assert [step.step for step in ray.get(actor.report.remote(0)).steps] == seen
+    assert_same_models(tmp_path / "twice", tmp_path / "other")
     ray.kill(actor)
+
+
+def assert_same_models(a: Path, b: Path) -> None:
+    for name in ("model.safetensors", "optim.safetensors"):
+        one, two = (sorted((folder / "checkpoints").iterdir())[-1] / name for folder in (a, b))
+        assert one.read_bytes() == two.read_bytes(), name
 
 
 @pytest.mark.ray

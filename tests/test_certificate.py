@@ -127,7 +127,8 @@ PROMPT, ANSWER = KINDS[0] * 3, " def f(x): return x" * 12 + " and é."
 
 def answered(mode: str = "route", top_k: int = 2, prompt: str = PROMPT, text: str = ANSWER) -> dict[str, Any]:
     """What `generate --json` says of `text`, looked at every 32 bytes."""
-    from router.decide.mixture import MIXED, weights
+    from router.decide.mixture import weights
+    from router.decide.modes import MIXED
 
     data, start = (prompt + text).encode(), len(prompt.encode())
     view, ledger, looks, wrote = View(ROUTER), CertificateWriter(ROUTER, mode, top_k), [], []

@@ -18,7 +18,8 @@ from constellation.roster import OCEAN
 from router.answer.local import LocalKernels
 from router.answer.query import Ask
 from router.answer.service import Service
-from router.decide.mixture import BARYCENTER, MIXED, MIXTURE, combine, weights
+from router.decide.mixture import combine, weights
+from router.decide.modes import BARYCENTER, MIXED, MIXTURE
 from router.decide.policy import RouteChoice
 from tests import asking
 

@@ -16,6 +16,7 @@ from constellation import roster
 from constellation.decoding.sampling import Sampling
 from constellation.errors import ConfigError
 from constellation.settings import settings_of
+from router.decide.modes import MIXED, MODES
 
 run = click.option("--run", "run", type=click.Path(path_type=Path), required=True, metavar="DIR", help="the run folder")
 corpus = click.option(
@@ -34,7 +35,7 @@ local = click.option("--local", is_flag=True, help="in this process, whatever is
 
 
 def _known_mode(context: click.Context, parameter: click.Parameter, value: str) -> str:
-    modes = ("route", "mixture", "barycenter", roster.OCEAN, *roster.ROLES)
+    modes = (*MODES, roster.OCEAN, *roster.ROLES)
     if value not in modes and not roster.is_kernel(value):
         raise click.BadParameter(f"{value!r} is not one of {', '.join(map(repr, modes))}, or a kernel of this run.")
     return value
@@ -42,11 +43,11 @@ def _known_mode(context: click.Context, parameter: click.Parameter, value: str) 
 
 mode = click.option(
     "--mode", callback=_known_mode, default="route", show_default=True,
-    metavar="route|mixture|barycenter|ocean|KERNEL", help="who answers",
+    metavar="|".join((*MODES, roster.OCEAN, "KERNEL")), help="who answers",
 )  # fmt: skip
 top_k_kernels = click.option(
     "--top-k-kernels", default=3, show_default=True, type=click.IntRange(1), metavar="K",
-    help="kernels that answer together in the modes mixture and barycenter",
+    help="kernels that answer together in the modes " + " and ".join(MIXED),
 )  # fmt: skip
 
 

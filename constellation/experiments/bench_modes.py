@@ -37,10 +37,10 @@ from constellation.roster import OCEAN
 from router.answer.kernels import Kernels
 from router.answer.local import LocalKernels
 from router.answer.packet import Packet
-from router.answer.query import ROUTE, Answer, Ask
+from router.answer.query import Answer, Ask
 from router.answer.service import Service
 from router.answer.turn import Ear
-from router.decide.mixture import BARYCENTER, MIXTURE
+from router.decide.modes import BARYCENTER, MIXTURE, ROUTE
 from router.http.listen import Listener, bind
 
 WORTH = 0.01  # bits per byte that a doubling of the time must save

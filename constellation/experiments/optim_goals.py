@@ -32,26 +32,6 @@ def _measured(rows: Mapping[str, Any], names: Iterable[str], axis: str) -> dict[
     return {n: r for n, r in found.items() if r.mean is not None}
 
 
-# what was tried for goals that are missed, by a part of their name
-TRIED = {
-    "step against AdamW(fused), CPU": "power 1/2 in torch's own AdamW kernel; power 1 on lists of tensors in blocks "
-    "that stay in the cache, and compiled. What is left is the finite check (one more read of the gradient, `_bare` is "
-    "without) and Python's loops over parameters, which weigh at 0.1 M.",
-    "against the best of SOAP, Muon, HeavyBall": "kron_muon takes Muon's steps in batches of equal shapes, so on steps "
-    "it can only tie; kron_soap_muon needs fewer steps and pays for its eigenbases in CPU time.",
-    "PINN: tuned Adam's error / ours": "residuals instead of gradients in the solver (no rounding), exact Jacobians in "
-    "one vectorised pass, damping that falls by five and rises by two (twice closer than by two and two, on seeds "
-    "that are not reported). Adam tuned in 20 trials comes far closer than the goal supposed.",
-    "char": "four Kronecker variants, diagonal and curvature-scaled steps.",
-    "bpe": "four Kronecker variants, diagonal and curvature-scaled steps.",
-}
-
-
-def tried(goal: str) -> str:
-    """What was tried for a goal that is missed; "" when nothing is noted."""
-    return next((text for part, text in TRIED.items() if part in goal), "")
-
-
 def goals(result: Result) -> list[dict[str, str]]:
     """Each goal with its threshold, what was measured, and passed, missed or not measured."""
     out: list[dict[str, str]] = []

@@ -14,7 +14,7 @@ from typing import Any
 
 from constellation.errors import ConfigError
 from constellation.experiments.optim_analysis import Ratio, Reached, ratio, reach
-from constellation.experiments.optim_goals import claims, goals, stored, tried
+from constellation.experiments.optim_goals import claims, goals, stored
 from constellation.experiments.optim_peers import BASELINE, ROWS
 from constellation.experiments.optim_tasks import TASKS, Task
 from constellation.storage.atomic import write_bytes
@@ -138,10 +138,7 @@ def _claims(result: Result) -> list[str]:
 def _goals(result: Result) -> list[str]:
     keys = ("goal", "threshold", "measured", "verdict")
     table = _table(keys, ([g[k] if k != "verdict" else f"**{g[k]}**" for k in keys] for g in result["goals"]))
-    missed: dict[str, list[str]] = {}  # by what was tried
-    for goal in (g["goal"] for g in result["goals"] if g["verdict"] == "missed"):
-        missed.setdefault(tried(goal), []).append(goal.split(":")[0])
-    return [*table, *(f"- Missed ({', '.join(names)}): {text}" for text, names in missed.items() if text), ""]
+    return [*table, "What was tried for those that are missed: [optim_tried.md](optim_tried.md).", ""]
 
 
 def markdown(result: Result) -> str:

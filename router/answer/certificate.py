@@ -35,7 +35,8 @@ from router.answer import count_codec
 from router.answer.view import View
 from router.decide.counts import SPAN
 from router.decide.fisher_rao import FisherRaoRouter
-from router.decide.mixture import MIXED, Weights, weights
+from router.decide.mixture import Weights, weights
+from router.decide.modes import MIXED
 from router.decide.policy import ABSTAINED, RouteChoice, decide, kernel_name
 from router.decide.stream import RouterStream
 

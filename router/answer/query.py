@@ -39,11 +39,9 @@ from router.answer.text import ShownText
 from router.answer.turn import step_of
 from router.answer.view import Look, View
 from router.decide.fisher_rao import FisherRaoRouter
-from router.decide.mixture import MIXED, Weights, combine, weights
+from router.decide.mixture import Weights, combine, weights
+from router.decide.modes import MIXED, MODES, ROUTE
 from router.decide.policy import FIRST, Policy
-
-ROUTE = "route"
-MODES = (ROUTE, *MIXED)  # and each kernel by its name
 
 
 @dataclass(frozen=True)

@@ -21,10 +21,10 @@ from constellation.roster import OCEAN
 from router.answer.concurrency import Room, together
 from router.answer.kernels import Kernels
 from router.decide.evaluate import look_in_force
-from router.decide.mixture import MIXED, Weights, combine, weights
+from router.decide.mixture import Weights, combine, weights
+from router.decide.modes import MIXED, ROUTE
 from router.decide.policy import Policy, decide, kernel_name
 
-ROUTE = "route"
 PIECE_BYTES = 1 << 24  # of log-probabilities, from all kernels, that are asked for at once
 HELD_BYTES = 1 << 28  # of them here at once, whoever asks
 

@@ -28,7 +28,6 @@ from router.answer.concurrency import together
 from router.answer.encoding import encoded
 from router.answer.kernels import Kernels
 from router.answer.query import (
-    ROUTE,
     Answer,
     Ask,
     Bits,
@@ -46,9 +45,10 @@ from router.answer.scoring import Reader, ScoredText, panels
 from router.answer.turn import Ear
 from router.answer.view import View
 from router.decide.fisher_rao import FisherRaoRouter
+from router.decide.modes import ROUTE
 from router.decide.policy import Policy
 
-__all__ = ["ROUTE", "Answer", "AnswerOdds", "Ask", "Piece", "Service", "numbered"]
+__all__ = ["Answer", "AnswerOdds", "Ask", "Piece", "Service", "numbered"]
 
 
 class AnswerOdds(NamedTuple):

@@ -21,7 +21,7 @@ from constellation.errors import ArtifactError
 from router.answer.certificate import DIGITS, Replay, digest_of, replay
 from router.decide.counts import SPAN, trigrams
 from router.decide.fisher_rao import FisherRaoRouter
-from router.decide.mixture import MIXED
+from router.decide.modes import MIXED
 
 REPLACED = "\ufffd"  # a byte that belongs to no character, as text shows it
 

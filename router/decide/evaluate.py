@@ -24,7 +24,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from router.decide.mixture import MIXTURE, mean, weight_table
+from router.decide.mixture import mean, weight_table
+from router.decide.modes import MIXTURE
 from router.decide.policy import ABSTAINED, Policy, Trajectory, decide
 
 LN2 = math.log(2)

@@ -23,8 +23,8 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-MIXTURE, BARYCENTER = "mixture", "barycenter"
-MIXED = (MIXTURE, BARYCENTER)
+from router.decide.modes import MIXTURE
+
 Weights = tuple[tuple[str, float], ...]
 
 

@@ -13,8 +13,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from router.answer.encoding import encoded
-from router.answer.query import MODES
-from router.answer.service import ROUTE, Ask, Service, numbered
+from router.answer.service import Ask, Service, numbered
+from router.decide.modes import MODES, ROUTE
 from router.http.chat import STOPS, render
 from router.http.requests import (
     Addressed,
