@@ -1,6 +1,7 @@
 """A closed gate is the cheap optimizer, an open one the exact; the budget holds at every step; the gate resumes."""
 
 import copy
+import dataclasses
 import io
 import itertools
 import math
@@ -13,9 +14,10 @@ from torch import Tensor, nn
 
 from constellation.errors import ConfigError
 from constellation.optim.adaptive import AdaptiveMixedQIG
-from constellation.optim.gate import AdaptiveConfig
+from constellation.optim.gate import AdaptiveConfig, get_recommended_config_for_phase
 from constellation.optim.gate_costs import GateCosts
 from constellation.optim.mixed import HybridGeometricOptimizer
+from constellation.optim.registry import PhaseSchedule
 
 X = torch.randint(0, 12, (20, 3), generator=torch.Generator().manual_seed(0))
 Y = X.sum(1) % 4
@@ -113,6 +115,30 @@ def test_a_gate_that_is_always_open_is_the_hybrid_bit_for_bit(exact: bool, rest:
     hybrid = HybridGeometricOptimizer(theirs, 0.05, 0.02, use_exact_ng=exact, rest_optimizer=rest)
     assert train(ours, gated, 10) == train(theirs, hybrid, 10)
     assert gated.get_stats()["natural_steps"] == gated.get_stats()["ng_applications"] == 10.0
+
+
+def test_a_schedule_puts_the_gate_of_its_phase_in_force() -> None:
+    schedule = PhaseSchedule(middle=0.3, late=0.6, fine_tune=0.9, middle_gate="always", late_gate="never")
+    free = AdaptiveConfig(max_overhead=0.0, kappa_every=0)
+    optimizer = AdaptiveMixedQIG(Model(), 0.05, 0.02, True, free, schedule=schedule)
+    natural = []
+    for done in range(10):
+        told = {"progress": done / 10, "kappa_eff": 45.0 if done == 9 else 35.0}
+        natural.append(bool(optimizer.should_apply_ng(told, step=done + 1)))
+    assert natural == [True] * 6 + [False] * 4, "early opens at kappa 30, fine_tune not at 45"
+    with pytest.raises(ConfigError, match="progress"):
+        optimizer.should_apply_ng({}, step=1)
+
+
+def test_one_row_in_every_phase_is_that_phase_bit_for_bit() -> None:
+    ours, theirs = Model(), Model()
+    gate = dataclasses.replace(get_recommended_config_for_phase("late"), max_overhead=0.0)
+    rows = PhaseSchedule(early_gate="late", middle_gate="late", late_gate="late", fine_tune_gate="late")
+    scheduled = AdaptiveMixedQIG(ours, 0.05, 0.02, True, AdaptiveConfig(max_overhead=0.0), schedule=rows)
+    fixed = AdaptiveMixedQIG(theirs, 0.05, 0.02, True, gate)
+    told = lambda step: {"progress": step / 10, "kappa_eff": 40.0 + 2 * step}  # noqa: E731
+    assert train(ours, scheduled, 10, telemetry=told) == train(theirs, fixed, 10, telemetry=told)
+    assert 0 < scheduled.get_stats()["natural_steps"] == fixed.get_stats()["natural_steps"] < 10
 
 
 def test_step_acts_on_the_decision_that_should_apply_ng_returned() -> None:

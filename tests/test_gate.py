@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from constellation.errors import ConfigError
 from constellation.optim.gate import AdaptiveConfig, GateDecision, get_recommended_config_for_phase, should_apply_ng
+from constellation.optim.registry import PhaseSchedule
 
 MIDDLE = AdaptiveConfig()
 NEVER = AdaptiveConfig(math.inf, math.inf, 0, False, False, False, False)
@@ -33,6 +34,21 @@ def test_the_phase_table(phase: str) -> None:
     config = get_recommended_config_for_phase(phase)
     assert dataclasses.astuple(config)[:8] == TABLE[phase]
     assert dataclasses.astuple(config)[8:] == dataclasses.astuple(MIDDLE)[8:]
+
+
+def test_of_the_scheduled_phases_that_have_begun_the_last_is_in_force() -> None:
+    schedule = PhaseSchedule(middle=0.25, late=0.5, fine_tune=1.0, late_gate="never")
+    seen = [schedule.at(progress) for progress in (0.0, 0.2499, 0.25, 0.5, 0.9, 1.0)]
+    assert seen == ["early", "early", "middle", "never", "never", "fine_tune"]
+    assert PhaseSchedule(middle=0.8, late=0.3).at(0.85) == "late", "middle, which begins after late, is left out"
+
+
+def test_the_controls_never_and_always() -> None:
+    told = {"kappa_eff": 1e9, "basin_distance": 3.0, "curiosity": 9.0, "curiosity_regime": "STUCK", "phi": 1.0}
+    never = get_recommended_config_for_phase("never")
+    assert not any(should_apply_ng({**told, "regime": "geometric"}, step, never) for step in range(100))
+    always = dataclasses.replace(get_recommended_config_for_phase("always"), max_overhead=0.0)
+    assert all(should_apply_ng({}, step, always) for step in range(100))
 
 
 def test_middle_is_the_default_and_an_unknown_phase_names_the_choices() -> None:

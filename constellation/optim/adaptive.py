@@ -17,6 +17,7 @@ themselves bit for bit on any machine set max_overhead=0 or bring a `clock` of t
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, MutableMapping
@@ -31,7 +32,7 @@ from constellation.optim.gate import AdaptiveConfig, GateDecision, should_apply_
 from constellation.optim.gate_costs import GateCosts
 from constellation.optim.mixed import HybridGeometricOptimizer, arguments
 from constellation.optim.natural import state_like
-from constellation.optim.registry import AdaptiveSettings
+from constellation.optim.registry import SCHEDULED, AdaptiveSettings, PhaseSchedule, phase_settings
 
 MEAN_DECAY = 0.9  # of the gradient whose turning is watched
 
@@ -54,10 +55,11 @@ class AdaptiveMixedQIG(HybridGeometricOptimizer):
         use_exact_ng: bool = False,
         adaptive_config: AdaptiveConfig | None = None,
         *,
+        schedule: PhaseSchedule | None = None,  # phases on the way; wants telemetry's "progress", share of the run
         clock: Callable[[], float] = time.perf_counter,  # seconds
         **settings: Any,
     ):
-        self.config, self._clock = adaptive_config or AdaptiveConfig(), clock
+        self.config, self.schedule, self._clock = adaptive_config or AdaptiveConfig(), schedule, clock
         self._forget()
         super().__init__(model, lr_ng, lr_rest, use_exact_ng=use_exact_ng, **settings)
         if "home" not in self.param_groups[0]:
@@ -71,10 +73,18 @@ class AdaptiveMixedQIG(HybridGeometricOptimizer):
         decision = should_apply_ng(
             {**own, **{name: value for name, value in telemetry.items() if value is not None}},
             costs.steps if step is None else step,
-            self.config,
+            self._gate(telemetry),
         )
         self._pending, self._seen = decision, dict(telemetry)
         return decision
+
+    def _gate(self, telemetry: Mapping[str, Any]) -> AdaptiveConfig:
+        """The rules in force: the configured ones, with the row of a scheduled phase."""
+        if self.schedule is None:
+            return self.config
+        if telemetry.get("progress") is None:
+            raise ConfigError('AdaptiveMixedQIG: a schedule of phases needs telemetry={"progress": share of the run}')
+        return dataclasses.replace(self.config, **phase_settings(self.schedule.at(float(telemetry["progress"]))))
 
     def step(
         self,
@@ -208,7 +218,7 @@ class AdaptiveMixedQIG(HybridGeometricOptimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         if "config" not in self.__dict__:
-            self.config, self._clock = AdaptiveConfig(), time.perf_counter
+            self.config, self.schedule, self._clock = AdaptiveConfig(), None, time.perf_counter
             self._forget()
 
     def _fishers(self) -> list[Tensor]:
@@ -229,7 +239,8 @@ class AdaptiveMixedQIG(HybridGeometricOptimizer):
 
 
 def build(settings: AdaptiveSettings, model: torch.nn.Module) -> AdaptiveMixedQIG:
-    return AdaptiveMixedQIG(model, **arguments(settings), adaptive_config=settings.gate)
+    schedule = settings.schedule if settings.phase == SCHEDULED else None
+    return AdaptiveMixedQIG(model, **arguments(settings), adaptive_config=settings.gate, schedule=schedule)
 
 
 class Natural:

@@ -96,7 +96,7 @@ class MixedSettings(BasinSettings, DiagonalSettings, KroneckerSettings):
     rest_optimizer: Annotated[Literal["adamw", "diagonal_ng", "kron"], says("of all other parameters")] = "adamw"
 
 
-Phase = Literal["early", "middle", "late", "fine_tune"]
+Phase = Literal["early", "middle", "late", "fine_tune", "never", "always"]
 
 
 @dataclass(frozen=True)
@@ -138,21 +138,54 @@ class AdaptiveConfig:
             raise ConfigError(f"optim.gate.max_overhead={self.max_overhead} must be above 1, or 0 for no budget")
 
 
-# a phase stands for its row of the first eight fields; late and fine_tune refine, so they ask less often
+UNREACHED = 1e300
+
+# a phase stands for its row of the first eight fields; late and fine_tune refine, so they ask less often; never and
+# always are the controls (a budget closes over always, too)
 PHASES: dict[str, tuple[float | bool, ...]] = {
     "early": (30.0, 0.4, 20, True, True, True, True, 0.03),
     "middle": (40.0, 0.6, 50, True, True, True, True, 0.05),
     "late": (50.0, 0.8, 100, True, False, True, True, 0.08),
     "fine_tune": (60.0, 1.0, 200, False, False, True, False, 0.10),
+    "never": (UNREACHED, UNREACHED, 0, False, False, False, False, UNREACHED),
+    "always": (40.0, 0.6, 1, True, True, True, True, 0.05),
 }
+SCHEDULED = "scheduled"  # the phase that PhaseSchedule says
 
 
 def phase_settings(phase: str) -> dict[str, Any]:
-    """The row of `phase` as AdaptiveConfig's fields."""
+    """The row of `phase` as AdaptiveConfig's fields; none for "scheduled", which changes them on the way."""
+    if phase == SCHEDULED:
+        return {}
     if phase not in PHASES:
-        raise ConfigError(f"optim.phase={phase!r}: choose one of {', '.join(PHASES)}")
+        raise ConfigError(f"optim.phase={phase!r}: choose one of {', '.join((*PHASES, SCHEDULED))}")
     fields = [f.name for f in dataclasses.fields(AdaptiveConfig)]
     return dict(zip(fields, PHASES[phase], strict=False))
+
+
+@dataclass(frozen=True)
+class PhaseSchedule:
+    """Where in a run each phase begins, as a share of its steps, and by which row of the phase table it is gated.
+
+    `early` is from the start. Of the phases that have begun the last in this order is in force, so one that begins
+    after a later one is left out, and 1 means never.
+    """
+
+    middle: Annotated[float, Meta(ge=0, le=1), says("share of the run at which the phase middle begins")] = 0.2
+    late: Annotated[float, Meta(ge=0, le=1), says("at which late begins")] = 0.6
+    fine_tune: Annotated[float, Meta(ge=0, le=1), says("at which fine_tune begins")] = 0.9
+    early_gate: Annotated[Phase, says("the row that gates the phase early")] = "early"
+    middle_gate: Annotated[Phase, says("the row that gates middle")] = "middle"
+    late_gate: Annotated[Phase, says("the row that gates late")] = "late"
+    fine_tune_gate: Annotated[Phase, says("the row that gates fine_tune")] = "fine_tune"
+
+    def __post_init__(self) -> None:
+        check(self, "optim.schedule.")
+
+    def at(self, progress: float) -> str:
+        """The row in force when the share `progress` of the steps is done, [0, 1]."""
+        begins = (self.fine_tune, self.fine_tune_gate), (self.late, self.late_gate), (self.middle, self.middle_gate)
+        return next((row for begin, row in begins if begin <= progress), self.early_gate)
 
 
 @dataclass(frozen=True)
@@ -160,8 +193,11 @@ class AdaptiveSettings(MixedSettings):
     """Of adaptive_mixed_qig (optim/adaptive.py)."""
 
     name: Name = "adaptive_mixed_qig"
-    phase: Annotated[Phase, says("sets the first eight fields of the gate")] = "middle"
+    phase: Annotated[
+        Phase | Literal["scheduled"], says("sets the first eight fields of the gate; scheduled: as `schedule` says")
+    ] = "middle"
     gate: AdaptiveConfig = field(default_factory=AdaptiveConfig)
+    schedule: PhaseSchedule = field(default_factory=PhaseSchedule)
 
 
 @dataclass(frozen=True)

@@ -224,7 +224,7 @@ class TrainState:
         told = {
             "logits": lambda: self.model(x[:part]).flatten(0, 1),
             "targets": y[:part].flatten(),
-            "telemetry": {**self.latest, "loss": loss, "grad_norm": norm},
+            "telemetry": {**self.latest, "loss": loss, "grad_norm": norm, "progress": self.step / self.steps},
         }
         return {name: told[name] for name in self._wants}
 
