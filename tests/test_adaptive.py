@@ -299,3 +299,20 @@ def test_the_ledger_counts_a_pause_as_three_gaps_and_prices_a_nat() -> None:
     assert seen["reduction_ratio"] == pytest.approx(0.5)
     assert seen["natural_s_per_nat"] == pytest.approx(3.2) and seen["cheap_s_per_nat"] == pytest.approx(17.0)
     assert costs.overhead == pytest.approx(1 + costs.extra_s / costs.cheap_s) and costs.extra_s == pytest.approx(3.5)
+
+
+def test_a_natural_step_is_measured_where_the_parameters_have_moved_to() -> None:
+    torch.manual_seed(0)
+    model = nn.Linear(3, 1, dtype=torch.float64)
+    x = torch.randn(20, 3, dtype=torch.float64)
+    y = x @ torch.tensor([[1.0], [-2.0], [3.0]], dtype=torch.float64) + 0.5
+    newton = {"likelihood": "gaussian", "max_kl": None, "levenberg_marquardt": True, "reduction": "sum"}
+    free = AdaptiveConfig(force_ng_every_n_steps=1, max_overhead=0.0)
+    optimizer = AdaptiveMixedQIG(model, 1.0, 0.1, True, free, basin=["*"], basin_options=newton)
+    for _ in range(4):
+        optimizer.zero_grad()
+        loss = (model(x) - y).square().sum() / 2
+        loss.backward()
+        optimizer.step(logits=lambda: model(x), targets=y, telemetry={"loss": float(loss.detach())})
+        assert optimizer.outcome != "rejected"
+    assert float((model(x) - y).detach().square().sum()) < 1e-6, "least squares: Gauss-Newton is there in a few steps"

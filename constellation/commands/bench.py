@@ -42,6 +42,28 @@ def decode(repeats: int, out: Path | None) -> None:
 
 
 @command.command()
+@click.option("--seconds", default=6.0, show_default=True, type=click.FloatRange(1), help="CPU-seconds of a run")
+@click.option("--seeds", default=3, show_default=True, type=click.IntRange(1), help="paired")
+@click.option("--arms", default=None, metavar="A,B", help="default: all of them")
+@click.option("--corpus", type=click.Path(path_type=Path, exists=True), default=None, metavar="DIR")
+@click.option("--digits", type=click.Path(path_type=Path, exists=True), default=None, metavar="DIR", help="IDX images")
+@click.option("--work", type=click.Path(path_type=Path), required=True, metavar="DIR", help="prepared data")
+@click.option("--workers", type=click.IntRange(1), default=None, help="default: one a core")
+@out
+def gating(
+    seconds: float, seeds: int, arms: str | None, corpus: Path | None, digits: Path | None, work: Path,
+    workers: int | None, out: Path | None,
+) -> None:  # fmt: skip
+    """Natural steps never, always, or behind the gate and its phases: at equal CPU time, on three kinds of problem."""
+    from constellation.experiments import bench_gating as bench
+
+    chosen = tuple(arms.split(",")) if arms else bench.ARMS
+    bench.run(
+        seconds=seconds, seeds=seeds, arms=chosen, corpus=corpus, digits=digits, work=work, workers=workers, out=out
+    )
+
+
+@command.command()
 @click.option("--seconds", default=20.0, show_default=True, type=click.FloatRange(1), help="of each measurement")
 @click.option("--preset", default="small", show_default=True)
 @out

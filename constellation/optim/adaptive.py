@@ -93,6 +93,7 @@ class AdaptiveMixedQIG(HybridGeometricOptimizer):
         logits: Tensor | Callable[[], Tensor] | None = None,
         targets: Tensor | None = None,
         curvature: Any = None,
+        jacobian: Tensor | Callable[[], Tensor] | None = None,
         telemetry: Mapping[str, Any] | None = None,
     ) -> Any:
         """One step as decided, or with `telemetry` decided now; its "loss", or the closure's, measures reductions."""
@@ -112,7 +113,7 @@ class AdaptiveMixedQIG(HybridGeometricOptimizer):
             costs.note_loss(float(self._seen["loss"]))
         self._remember(costs)
         self._measuring_s = 0.0
-        super().step(logits=_once(logits), targets=targets)
+        super().step(logits=_once(logits), targets=targets, jacobian=jacobian)
         costs = self._costs()
         if self._outcome == "stepped":
             self._ended = self._now()
@@ -155,8 +156,8 @@ class AdaptiveMixedQIG(HybridGeometricOptimizer):
             return
         began = self._now()
         params = [p for p in self.param_groups[0]["params"] if p.grad is not None]
-        rows = logits() if callable(logits) else logits
         with torch.enable_grad():
+            rows = logits() if callable(logits) else logits
             block = FisherBlock(rows, params)
             g = flatten([p.grad for p in params if p.grad is not None]).to(block.dtype)
             curved, squared = torch.stack([g @ block.matvec(g), g @ g]).tolist()
@@ -282,14 +283,20 @@ class NaturalEntry(MutableMapping[str, Any]):
 
 
 def _once(logits: Any) -> Any:
-    """A callable that makes its logits once a step, however many ask: kappa and the natural step share a graph."""
+    """A callable that makes its graph once a step, however many ask: kappa and the natural step share one.
+
+    Without gradients it is asked anew: that is how a step is measured, after the parameters have moved.
+    """
     if not callable(logits):
         return logits
     made: list[Tensor] = []
 
     def rows() -> Tensor:
+        if not torch.is_grad_enabled():
+            found: Tensor = logits()
+            return found
         if not made:
-            with torch.enable_grad(), twice_differentiable():
+            with twice_differentiable():
                 made.append(logits())
         return made[0]
 

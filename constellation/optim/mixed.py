@@ -62,6 +62,7 @@ class HybridGeometricOptimizer(NaturalOptimizer):
 
     wants: ClassVar[tuple[str, ...]] = ("logits", "targets")
     state_kind = ("method", "variant")
+    _jacobian: Any = None
 
     def __init__(
         self,
@@ -116,6 +117,22 @@ class HybridGeometricOptimizer(NaturalOptimizer):
             group["ns_precision"] = settled(group["ns_precision"], mine)
         super().add_param_group(group)
 
+    def step(
+        self,
+        closure: Callable[[], Any] | None = None,
+        *,
+        logits: Tensor | Callable[[], Tensor] | None = None,
+        targets: Tensor | None = None,
+        curvature: Any = None,
+        jacobian: Tensor | Callable[[], Tensor] | None = None,
+    ) -> Any:
+        """One step; `jacobian`: d logits / d parameters of the exact block, where known (BasinNaturalGrad.step)."""
+        self._jacobian = jacobian
+        try:
+            return super().step(closure, logits=logits, targets=targets, curvature=curvature)
+        finally:
+            self._jacobian = None
+
     def _advance(self, logits: Any, targets: Tensor | None, curvature: Any) -> None:
         for group in self._exact_first():
             self._follow(group, group["params"], self.state, logits, targets)
@@ -127,7 +144,7 @@ class HybridGeometricOptimizer(NaturalOptimizer):
     def _follow(self, group: dict[str, Any], params: Sequence[Tensor], state: Any, logits: Any, targets: Any) -> None:
         """One step of the group's method on `params`."""
         if group["method"] == "exact":
-            self._block = basin_step(params, state, group, logits, targets)
+            self._block = basin_step(params, state, group, logits, targets, jacobian=self._jacobian)
         elif group["method"] == "kron":
             kronecker_step(params, state, group)
         elif group["method"] == "diag":
