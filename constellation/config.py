@@ -197,6 +197,12 @@ def names() -> list[str]:
     return [name for name, _ in _leaves(Config())]
 
 
+def values(config: Config) -> dict[str, Any]:
+    """Every setting of `config` by its dotted name, a role's own behind the role's: `heart.optim.lr`."""
+    own = {f"{role}.{name}": value for role, changes in config.roles.items() for name, value in changes.items()}
+    return {**dict(_leaves(config)), **own}
+
+
 def override(config: Config, changes: Mapping[str, Any]) -> Config:
     """`config` with dotted names replaced, all together, validated once.
 
