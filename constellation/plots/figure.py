@@ -1,6 +1,6 @@
 """Figures: panels, two in a row, drawn without a display, as PNG or SVG.
 
-A panel's title is its signals with their final values and units; several runs are told apart by the legend.
+A panel's title is its signals with their final values and units; several lines are told apart by the legend.
 """
 
 from __future__ import annotations
@@ -19,17 +19,19 @@ from constellation.storage.atomic import write_bytes
 
 COLUMNS = 2
 FORMATS = (".png", ".svg")
+FEW = 12  # values of a line that are marked one by one
 LEGEND = 12  # lines that a legend names
 
 
 @dataclass(frozen=True)
 class Axes:
-    """The curves of one panel."""
+    """The curves of one panel. `points`: no line between them; `ticks` name whole numbers on the horizontal axis."""
 
     curves: tuple[Curve, ...]
     title: str
     log: bool = False
-    marks: bool = False
+    points: bool = False
+    ticks: tuple[str, ...] = ()
 
 
 def draw(panels: Sequence[Axes], file: Path, title: str = "") -> Path:
@@ -67,6 +69,10 @@ def final(curve: Curve) -> str:
     return f"{finite[-1]:.4g}" + ("" if curve.unit == "1" else f" {curve.unit}")
 
 
+def _label(curve: Curve, own: Axes) -> str:
+    return curve.label if own.points else f"{curve.label}: {final(curve)}"
+
+
 def _panel(place: Any, own: Axes) -> None:
     units = list(dict.fromkeys(curve.unit for curve in own.curves))
     if len(units) > 2:
@@ -79,9 +85,10 @@ def _panel(place: Any, own: Axes) -> None:
         factor, _ = scales[curve.unit]
         side, look = (
             sides[curve.unit],
-            {"color": f"C{i % 10}", "lw": 1.4, "marker": "o" if own.marks else None, "ms": 3},
+            {"color": f"C{i % 10}", "lw": 1.4, "ls": "" if own.points else "-", "ms": 3.5},
         )
-        lines += side.plot(curve.x * along, curve.y * factor, label=f"{curve.label}: {final(curve)}", **look)
+        look["marker"] = "o" if own.points or len(curve.x) <= FEW else None
+        lines += side.plot(curve.x * along, curve.y * factor, label=_label(curve, own), **look)
         if curve.stderr is not None:
             low, high = ((curve.y + sign * curve.stderr) * factor for sign in (-1, 1))
             side.fill_between(curve.x * along, low, high, color=look["color"], alpha=0.2, lw=0)
@@ -94,6 +101,8 @@ def _panel(place: Any, own: Axes) -> None:
     place.set_xlabel(x_name)
     place.grid(alpha=0.25)
     only = own.curves[0] if len(own.curves) == 1 else None
-    place.set_title(f"{only.label}: {final(only)}" if only else own.title, fontsize=10)
+    place.set_title(_label(only, own) if only else own.title, fontsize=10)
+    if own.ticks:
+        place.set_xticks(range(len(own.ticks)), own.ticks, rotation=90 if len(own.ticks) > 8 else 0, fontsize=8)
     if len(lines) > 1:
         place.legend(handles=lines[:LEGEND], fontsize=7, title=f"{len(lines)} lines" if len(lines) > LEGEND else None)

@@ -83,15 +83,15 @@ def routers(folders: Sequence[Path], axis: str) -> list[Axes]:
         number, spread = np.arange(len(names), dtype=float), arrays["spread"]
         prior = np.exp(arrays["log_prior"] - np.logaddexp.reduce(arrays["log_prior"]))
         found += [
-            Axes((_points(f"{label}prior", number, prior, "kernel"),), "prior", marks=True),
+            Axes((_points(f"{label}prior", number, prior, "kernel"),), "prior", points=True, ticks=tuple(names)),
             Axes(
                 tuple(_points(f"{label}{n} to", number, angles[i], "kernel", "rad") for i, n in enumerate(names)),
-                "Fisher-Rao angle between kernels", marks=True,
+                "Fisher-Rao angle between kernels", points=True, ticks=tuple(names),
             ),
             Axes((_points(f"{label}spread", np.arange(len(spread)), spread, "direction"),), "spread"),
             Axes(
                 (_points(f"{label}abstains beyond", arrays["limit_bytes"], arrays["limit_rad"], "bytes read", "rad"),),
-                "abstains beyond", marks=True,
+                "abstains beyond",
             ),
         ]  # fmt: skip
     return found
@@ -111,12 +111,12 @@ def sweeps(folders: Sequence[Path], axis: str) -> list[Axes]:
         worst = np.where(np.isfinite(metric), metric, -np.inf if largest else np.inf)
         best = (np.maximum if largest else np.minimum).accumulate(worst)
         number = np.arange(1, len(trials) + 1, dtype=float)
-        lines = (_points("trial", number, metric, "trials"), _points("best so far", number, best, "trials"))
-        found.append(Axes(lines, f"{folder.name} {name}", marks=True))
+        found.append(Axes((_points(f"{folder.name} best {name}", number, best, "trials"),), "best so far"))
+        found.append(Axes((_points(f"{name} of every trial", number, metric, "trials"),), name, points=True))
         for setting in _searched(trials)[:NAMED]:
             x = np.array([_number(_settings(trial).get(setting)) for trial in trials])
             order = np.argsort(x)
-            found.append(Axes((_points(name, x[order], metric[order], setting),), name, marks=True))
+            found.append(Axes((_points(name, x[order], metric[order], setting),), name, points=True))
     return found
 
 
