@@ -72,7 +72,7 @@ def curves(run: SavedRun, shown: Shown, axis: str = "step", prefix: str = "") ->
         raise ArtifactError(f"{run.path}: {shown.name} has no truth, so there is no residual; choose another mode")
     signal = signal.residual() if shown.mode == "residual" else signal
     x, x_unit = _along(run, signal, axis)
-    label = prefix + str(shown)
+    label = prefix + (str(shown) if shown.mode == "residual" else shown.name)
     if signal.is_scalar:
         if shown.mode in ("components", "hybrid", "summary"):
             raise ConfigError(f"--panel {shown}: {shown.name} is one number a step; leave :{shown.mode} out")
