@@ -186,7 +186,8 @@ def test_conditions_and_order() -> None:
         {"run": "c", "s": "no", "x": None},
     ]
     names = {
-        ("x>=1",): "ab", ("x>1", "run!=a"): "b", ("s=yes",): "a", ("s~o",): "c", ("x!=1",): "bc", ("x=1.0",): "a", (): "abc",
+        ("x>=1",): "ab", ("x>1", "run!=a"): "b", ("s=yes",): "a", ("s~o",): "c", ("x!=1",): "bc", ("x=1.0",): "a",
+        (): "abc",
         ("x=yes",): "",
     }  # fmt: skip
     for conditions, wanted in names.items():
@@ -255,7 +256,8 @@ def test_a_sweep_is_drawn_from_its_report(tmp_path: Path, capsys: pytest.Capture
 def test_wrong_plots_are_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = str(write(tmp_path / "r"))
     wrong = {
-        ("--panel", "phi"): "no signal 'phi'", ("--panel", "theta:residual"): "no truth", ("--out", "a.pdf"): ".png or .svg",
+        ("--panel", "phi"): "no signal 'phi'", ("--panel", "theta:residual"): "no truth",
+        ("--out", "a.pdf"): ".png or .svg",
         ("--panel", "theta:best"): "one of components", ("--panel", "lr:summary"): "one number a step",
         ("--panel", "lr", "--recipe", "kernels"): "exclude each other", ("--panel", "loss_nats,lr,tokens"): "two units",
     }  # fmt: skip
