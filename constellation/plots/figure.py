@@ -32,6 +32,7 @@ class Axes:
     log: bool = False
     points: bool = False
     ticks: tuple[str, ...] = ()
+    log_x: bool = False
 
 
 def draw(panels: Sequence[Axes], file: Path, title: str = "") -> Path:
@@ -99,6 +100,8 @@ def _panel(place: Any, own: Axes) -> None:
         if own.log:
             side.set_yscale("log")
     place.set_xlabel(x_name)
+    if own.log_x:
+        place.set_xscale("log")
     place.grid(alpha=0.25)
     only = own.curves[0] if len(own.curves) == 1 else None
     place.set_title(_label(only, own) if only else own.title, fontsize=10)

@@ -116,7 +116,7 @@ def sweeps(folders: Sequence[Path], axis: str) -> list[Axes]:
         for setting in _searched(trials)[:NAMED]:
             x = np.array([_number(_settings(trial).get(setting)) for trial in trials])
             order = np.argsort(x)
-            found.append(Axes((_points(name, x[order], metric[order], setting),), name, points=True))
+            found.append(Axes((_points(name, x[order], metric[order], setting),), name, points=True, log_x=_decades(x)))
     return found
 
 
@@ -152,6 +152,12 @@ def _searched(trials: Sequence[Mapping[str, Any]]) -> list[str]:
     """Settings that are numbers and differ between trials."""
     names = dict.fromkeys(name for trial in trials for name in _settings(trial))
     return [n for n in names if len({v for t in trials if np.isfinite(v := _number(_settings(t).get(n)))}) > 1]
+
+
+def _decades(x: NDArray[np.float64]) -> bool:
+    """Whether positive values span a hundredfold."""
+    own = x[np.isfinite(x)]
+    return bool(own.size and own.min() > 0 and own.max() / own.min() >= 100)
 
 
 def _number(value: Any) -> float:
