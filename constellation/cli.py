@@ -28,6 +28,8 @@ COMMANDS = {
     "status": "kernels, roles, roots, nodes, steps, loss, health",
     "down": "stop what `up` started",
     "keys": "make, list and remove API keys of the service",
+    "runs": "list, filter, sort, compare and diff what was trained",
+    "plot": "draw the signals of runs as PNG or SVG",
     "export": "write a plain kernel as a folder for transformers, vLLM, CTranslate2",
     "bench": "measure: decode | dense | modes | optim | route | serve | train",
     "doctor": "check Python, torch, Ray, GPUs, disk, and run a self-test",

@@ -85,6 +85,20 @@ class Train:
 
 
 @dataclass(frozen=True)
+class Recording:
+    """What a run leaves beside its trace, 0: nothing (train/recording.py)."""
+
+    signals: Annotated[int, Meta(ge=0, le=1), says("1: signals.npz is written with every checkpoint")] = 0
+    grads_every: Annotated[Whole, says("steps between gradients in grads.npz; rewritten with every checkpoint")] = 0
+    curvature_every: Annotated[Whole, says("steps between diagonals in curvature.npz")] = 0
+    curvature_kind: Annotated[
+        Literal["gauss_newton", "empirical_fisher"], says("which diagonal (optim/curvature.py)")
+    ] = "gauss_newton"
+    curvature_probes: Annotated[int, Meta(ge=2), says("random signs, or rows, of one diagonal")] = 4
+    precond_every: Annotated[Whole, says("steps between the rates that precond.npz holds, the newest alone")] = 0
+
+
+@dataclass(frozen=True)
 class Data:
     """Reading a corpus (constellation/data)."""
 
@@ -142,6 +156,7 @@ class Config:
     kernel: Kernel = field(default_factory=Kernel)
     optim: registry.Settings = field(default_factory=registry.KroneckerSettings)
     train: Train = field(default_factory=Train)
+    record: Recording = field(default_factory=Recording)
     data: Data = field(default_factory=Data)
     router: Router = field(default_factory=Router)
     decode: Decode = field(default_factory=Decode)
@@ -159,6 +174,11 @@ class Config:
         for name, size in (("batch", t.batch), ("kernel_batch", t.kernel_batch)):
             if size % t.accumulation:
                 raise ConfigError(f"train.{name}={size}: must be a multiple of train.accumulation={t.accumulation}")
+        if self.record.precond_every and self.optim.name != "curvature_sgd":
+            raise ConfigError(
+                f"record.precond_every={self.record.precond_every}: {self.optim.name} keeps no rates of its own;"
+                " set optim.name=curvature_sgd too, or leave it out"
+            )
         if self.router.min_prefix > self.router.max_prefix:
             raise ConfigError("router.min_prefix: must not exceed router.max_prefix")
 
@@ -195,6 +215,12 @@ def from_json(data: Mapping[str, Any]) -> Config:
 def names() -> list[str]:
     """All dotted names of the default configuration, in reading order."""
     return [name for name, _ in _leaves(Config())]
+
+
+def values(config: Config) -> dict[str, Any]:
+    """Every setting of `config` by its dotted name, a role's own behind the role's: `heart.optim.lr`."""
+    own = {f"{role}.{name}": value for role, changes in config.roles.items() for name, value in changes.items()}
+    return {**dict(_leaves(config)), **own}
 
 
 def override(config: Config, changes: Mapping[str, Any]) -> Config:

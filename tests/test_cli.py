@@ -86,6 +86,7 @@ WRONG = [
     ["serve", "--run", "text", "--port", "70000"],
     ["export", "--run", "missing", "--kernel", "heart", "--out", "new"],
     ["route", "--run", "missing", "--verify", "missing"],
+    ["train", "--run", "new", "--corpus", "text", "--log", "nope"],
     ["train", "--run", "new", "--corpus", "text", "optim.name=adam"],
     ["train", "--run", "new", "--corpus", "text", "optim.phase=dusk"],
     ["train", "--run", "new", "--corpus", "text", "optim.gate.max_overhead=-1"],

@@ -181,11 +181,10 @@ def test_a_diverged_run_fails_with_its_reason_and_keeps_its_checkpoints(
 def test_the_run_folder_holds_what_is_promised(alone: Path) -> None:
     meta, summary = (json.loads((alone / f).read_text()) for f in ("meta.json", "summary.json"))
     trace = read_trace(alone)
-    assert (
-        meta["schema"] == 1
-        and meta["role"] == "ocean"
-        and {"name": "embedding.weight", "shape": [512, 32], "dtype": "torch.float32"} in meta["layout"]
-    )
+    assert meta["schema"] == 2 and meta["role"] == "ocean"
+    block = {"name": "embedding.weight", "shape": [512, 32], "dtype": "torch.float32", "unit": "1"}
+    assert any(block.items() <= own.items() for own in meta["layout"])
+    assert summary["run_id"] == meta["run_id"] and summary["changes"]["kernel.width"] == 32
     assert {len(v) for v in trace.values()} == {STEPS + 1} and list(trace["step"]) == list(range(STEPS + 1))
     assert summary["status"] == "done" and summary["tokens"] == STEPS * 8 * 64
     assert summary["best_loss_nats"] == trace["loss_nats"].min()

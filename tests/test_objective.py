@@ -13,6 +13,7 @@ from constellation.presets import tiny
 from constellation.train.job import Job
 from constellation.train.objective import Forward, Objective, Term, cross_entropy
 from constellation.train.parts import Parts
+from constellation.train.recording import Records
 from constellation.train.state import TrainState
 from tests.parts import spread
 
@@ -51,7 +52,7 @@ def test_the_loop_differentiates_the_weighted_sum_and_reports_each_term_by_its_n
     })  # fmt: skip
     objective = Objective({"spread": spread, "seen": distance}, {"spread": 0.3, "seen": 0.0, "cross_entropy": 0.5})
     job = Job("ocean", tmp_path, settings, 1, Path("unread"))
-    state = TrainState(job, Fixed(), print, Parts(objective))  # type: ignore[arg-type]
+    state = TrainState(job, Fixed(), print, Parts(objective), Records(settings.record, tmp_path))  # type: ignore[arg-type]
     losses = state.losses(state.batch_at(0))
     forward = Forward(state.model, X, Y, state.model.hidden(X), 50)
     for name, term in (("cross_entropy", cross_entropy), ("spread", spread), ("seen", distance)):

@@ -2,11 +2,13 @@
 
     meta.json         identity: schema, run id, time, git, versions, seeds, configuration, layout of theta
     trace.npz         T+1 states: step, tokens, loss_nats, grad_norm, lr (and theta when it is small)
+    signals.npz, curvature.npz, precond.npz, grads.npz    where record.* asks for them (signal.py, train/recording.py)
     diag_steps.jsonl  one line per logged Step
     summary.json      status, failure reason, first / last / best loss, runtime, tokens, convergence
 
 Trace is what the optimizer produced; nothing derived is in it. loss_nats[t] is the loss of theta[t]
-on batch t, so there is one more state than steps. Every file is replaced whole.
+on batch t, so there is one more state than steps. Every file is replaced whole. schema.py has their versions and reads
+the older ones, saved.py reads a run.
 """
 
 from __future__ import annotations
@@ -25,12 +27,14 @@ from typing import Any
 
 import numpy as np
 
-from constellation.config import Config
+from constellation.artifacts import schema
+from constellation.artifacts.layout import layout_hash, layout_of
+from constellation.artifacts.signal import read_arrays
+from constellation.config import Config, difference, from_json
 from constellation.errors import ArtifactError
 from constellation.storage.atomic import no_link, read_object, write_bytes, write_json
 from constellation.telemetry.step import Step
 
-SCHEMA = 1
 CHANNELS = {"step": np.int64, "tokens": np.int64, "loss_nats": np.float64, "grad_norm": np.float64, "lr": np.float64}
 THETA_UP_TO = 4096  # parameters; a larger theta is not traced
 
@@ -63,17 +67,19 @@ class RunFolder:
         self._steps = path / "diag_steps.jsonl"
 
     def begin(self, config: Config, role: str, layout: list[dict[str, Any]], extra: dict[str, Any]) -> None:
-        """meta.json, once: a resumed run keeps its identity."""
+        """meta.json, once: a resumed run keeps its identity. `layout` is name, shape and dtype of every block."""
         file = self.path / "meta.json"
         with contextlib.suppress(ArtifactError):
             read_object(file)
             return
+        blocks = layout_of(layout)
         plain = config.to_json()
         digest = hashlib.sha256(json.dumps([plain, role, extra], sort_keys=True, default=str).encode()).hexdigest()
         write_json(file, {
-            "schema": SCHEMA, "run_id": f"{role}-{digest[:12]}", "role": role,
+            "schema": schema.NEWEST["meta"], "run_id": f"{role}-{digest[:12]}", "role": role,
             "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), "git": _git(), "versions": _versions(),
-            "seed": config.train.seed, "config": plain, "layout": layout, **extra,
+            "seed": config.train.seed, "config": plain, "layout": blocks,
+            "layout_hash": layout_hash(blocks), **extra,
         }, sealed=True)  # fmt: skip
 
     def is_done(self) -> bool:
@@ -100,9 +106,17 @@ class RunFolder:
         """Merge `values` into summary.json; the runtime of earlier sittings adds up."""
         old = self._summary()
         values["runtime_s"] = round(values.get("runtime_s", 0.0) + old.get("runtime_s", 0.0), 3)
-        summary = {"schema": SCHEMA, **old, **values}
+        summary = {**self._identity(), **old, **values, "schema": schema.NEWEST["summary"]}
         write_json(self.path / "summary.json", summary)
         return summary
+
+    def _identity(self) -> dict[str, Any]:
+        """What a table of summaries tells runs apart by: run_id, and the settings that differ from the defaults."""
+        with contextlib.suppress(ArtifactError):
+            meta = schema.read(self.path / "meta.json", "meta")
+            changes = difference(Config(), from_json(meta["config"]))
+            return {"run_id": meta["run_id"], "changes": {name: new for name, (_, new) in changes.items()}}
+        return {"run_id": None, "changes": {}}
 
     def _summary(self) -> dict[str, Any]:
         """What earlier sittings wrote; a damaged one is written anew."""
@@ -114,8 +128,8 @@ class RunFolder:
 
 
 def read_trace(path: Path) -> dict[str, np.ndarray]:
-    with np.load(path / "trace.npz", allow_pickle=False) as arrays:
-        return dict(arrays)
+    """The arrays of `path`/trace.npz; ArtifactError when it is missing or damaged."""
+    return read_arrays(path / "trace.npz")
 
 
 def _step_of(line: bytes) -> float:

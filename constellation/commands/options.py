@@ -21,7 +21,7 @@ from router.decide.modes import MIXED, MODES
 run = click.option("--run", "run", type=click.Path(path_type=Path), required=True, metavar="DIR", help="the run folder")
 corpus = click.option(
     "--corpus", type=click.Path(path_type=Path), default=None, metavar="DIR",
-    help="folder or file of txt, md, source, jsonl (.gz, .zst); default: Python's own documentation",
+    help="of txt, md, source, jsonl (.gz, .zst), Parquet, saved datasets; default: Python's own documentation",
 )  # fmt: skip
 address = click.option("--address", default=None, metavar="A", help="join this Ray cluster (host:port or auto)")
 as_json = click.option("--json", "as_json", is_flag=True, help="print JSON")

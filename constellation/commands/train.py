@@ -8,9 +8,10 @@ from typing import Any
 import click
 
 from constellation.commands import options
-from constellation.config import override, parse_assignments
+from constellation.config import override, parse_assignments, values
 from constellation.optim.registry import OPTIMIZERS
 from constellation.presets import preset as make_preset
+from constellation.trackers.tracker import named, tracking
 
 NAMES = "\n".join(f"  {name:<19}{row.words}" for name, row in OPTIMIZERS.items())
 
@@ -27,6 +28,10 @@ NAMES = "\n".join(f"  {name:<19}{row.words}" for name, row in OPTIMIZERS.items()
     default=None,
     help="of a Ray that is started here; disabled: whoever is on this machine can run code as you",
 )
+@click.option(
+    "--log", "log", default=None, metavar="NAMES",
+    help="tensorboard, mlflow, wandb, several with commas, or none; default: tensorboard, in DIR/trackers",
+)  # fmt: skip
 @options.as_json
 @options.overrides
 def command(
@@ -36,6 +41,7 @@ def command(
     resume: bool,
     address: str | None,
     ray_auth: str | None,
+    log: str | None,
     as_json: bool,
     overrides: tuple[str, ...],
 ) -> None:
@@ -46,16 +52,21 @@ def command(
     """
     own_settings = resume and not preset and not overrides
     config = None if own_settings else override(make_preset(preset or "small"), parse_assignments(overrides))
+    trackers = named(log)
     options.check_writable(run)
-    from constellation.pipeline.request import check_request
+    from constellation.pipeline.request import check_request, open_request
 
     check_request(run, corpus, config, resume)  # told before torch and Ray are imported
     from actors import launch
     from constellation.commands.display import Display, result_table
 
-    with Display(as_json) as display:
+    with (
+        Display(as_json) as display,
+        tracking(trackers, run, values(config or open_request(run)[1]), display.say) as track,
+    ):
         how: dict[str, Any] = {"address": address, "auth": ray_auth, "resume": resume, "say": display.say}
         for step in launch.train(run, corpus, config, **how):
             display.show(step)
+            track(step)
     summary: dict[str, Any] = launch.summary(run)
     options.print_json(summary) if as_json else result_table(summary)

@@ -21,6 +21,7 @@ from constellation.data.files import shown, walk
 from constellation.data.readers import read_file
 from constellation.data.report import Notes, Problem, Report
 from constellation.data.split import split
+from constellation.data.tables import splits
 from constellation.errors import ConfigError, DataError
 
 __all__ = ["Corpus", "Document", "Problem", "Report", "read_corpus"]
@@ -50,9 +51,11 @@ class Corpus:
 def read_corpus(path: Path | None, data: Data) -> Corpus:
     """The corpus at `path`, a folder or a single file; None is the embedded one.
 
-    Read are txt, md, source code and jsonl, also .gz and .zst (files.py has the table). A document's domain is
-    its `metadata.domain`, else the first folder below the root, else None. A root that has both `train/` and
-    `dev/` is split so, and only these two are read; a text in both stays in dev. Of equal texts the first counts.
+    Read are txt, md, source code and jsonl, also .gz and .zst (files.py has the table), Parquet and Arrow with a column
+    `text`, and folders that Hugging Face `datasets` saved. A document's domain is its `metadata.domain`, else the first
+    folder below the root, else None. A root that has both `train/` and `dev/`, or is a saved DatasetDict with a train
+    and a held-out split (tables.py, HELD_OUT), is split so, and only these two are read; a text in both stays in dev.
+    Of equal texts the first counts.
     """
     notes = Notes()
     found = read_embedded(notes) if path is None else _read_tree(Path(path), data, notes)
@@ -64,7 +67,7 @@ def read_corpus(path: Path | None, data: Data) -> Corpus:
         where += "".join(f"/{side}" for side in ({"train", "dev"} - sides if sides else ()))
         raise DataError(
             f"{where}: no usable text ({'; '.join(report.lines()[1:]) or 'nothing in it'}); give a folder or file "
-            'of txt, md, source code or jsonl with a "text" field, also .gz or .zst'
+            'of txt, md, source code or jsonl with a "text" field, also .gz or .zst, or of Parquet with a column "text"'
         )
     return Corpus(documents, report)
 
@@ -81,12 +84,13 @@ def _read_tree(path: Path, data: Data, notes: Notes) -> Iterator[Document]:
 
 
 def _parts(root: Path, notes: Notes) -> list[tuple[Path, str | None]]:
-    if not (os.path.isdir(root / "train") and os.path.isdir(root / "dev")):
+    names = splits(root) or {"train": "train", "dev": "dev"}
+    if not all(os.path.isdir(root / name) for name in names.values()):
         return [(root, None)]
     for file in sorted(root.glob("[!.]*")):
-        if file.name not in ("train", "dev"):
-            notes.add("outside train/ and dev/", shown(file, root))
-    return [(root / "dev", "dev"), (root / "train", "train")]
+        if file.name not in (*names.values(), "dataset_dict.json"):
+            notes.add(f"outside train/ and {names['dev']}/", shown(file, root))
+    return [(root / names["dev"], "dev"), (root / names["train"], "train")]
 
 
 def _without_duplicates(documents: Iterable[Document], notes: Notes) -> Iterator[Document]:

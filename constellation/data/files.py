@@ -30,6 +30,7 @@ _TEXT = (
     "readme license licence copying authors news changelog makefile dockerfile"
 )
 _JSONL = ".jsonl .ndjson"
+_TABLES = {".parquet": "parquet", ".arrow": "arrow"}  # read from both ends, so not looked for inside .gz and .zst
 COMPRESSED = (".gz", ".zst")
 KIND_OF = {ending: kind for kind, endings in (("text", _TEXT), ("jsonl", _JSONL)) for ending in endings.split()}
 UNREADABLE = (OSError, EOFError, zlib.error, zstandard.ZstdError)  # what reading a bad file may raise
@@ -37,8 +38,10 @@ _ZSTD_INPUT = 512  # compressed bytes taken at a time; 4 may become 128 KiB, so 
 
 
 def kind_of(path: Path) -> str | None:
-    """ "text", "jsonl" or None for a name; `.gz` and `.zst` are looked through."""
+    """ "text", "jsonl", "parquet", "arrow" or None for a name; `.gz` and `.zst` are looked through."""
     name = path.name.lower()
+    if table := _TABLES.get(path.suffix.lower()):
+        return table
     if name.endswith(COMPRESSED):
         name = name.rpartition(".")[0]
     _, dot, ending = name.rpartition(".")

@@ -11,6 +11,7 @@ from constellation.config import Data
 from constellation.data.document import Document, cut, pieces
 from constellation.data.files import UNREADABLE, kind_of, open_bytes, shown
 from constellation.data.report import Notes
+from constellation.data.tables import DESCRIBED, missing_files, rows
 
 _BOM = b"\xef\xbb\xbf"
 
@@ -22,13 +23,19 @@ def read_file(path: Path, base: Path, root: Path, split: str | None, data: Data,
     """
     name, kind = shown(path, root), kind_of(path)
     folders = shown(path, base).split("/")[:-1]
+    if path.name in DESCRIBED and _describes(path, name, notes):
+        return
     if kind is None:
         notes.add("unknown kind of file", name)
         return
     try:
         with open_bytes(path) as stream:
             notes.files += 1
-            yield from _READERS[kind](stream, name, folders[0] if folders else None, split, data, notes)
+            domain = folders[0] if folders else None
+            if kind in ("parquet", "arrow"):
+                yield from _read_table(stream, kind, name, domain, split, data, notes)
+            else:
+                yield from _READERS[kind](stream, name, domain, split, data, notes)
     except UNREADABLE as error:
         notes.add("unreadable file", name, getattr(error, "strerror", None) or str(error))
 
@@ -87,13 +94,48 @@ def _read_jsonl(
         except _Refused as refusal:
             notes.add(refusal.kind, source, refusal.detail)
             continue
-        own = metadata.get("domain")
-        own = own.encode("utf-8", "replace").decode() if own and isinstance(own, str) else domain
-        first = ""
-        for part in pieces(text, max(4, data.max_document_bytes)):
-            document = Document(part, own, source, split, metadata, first)
-            first = first or document.id
-            yield document
+        yield from _documents(text, metadata, source, domain, split, data)
+
+
+def _read_table(
+    stream: BinaryIO, kind: str, name: str, domain: str | None, split: str | None, data: Data, notes: Notes
+) -> Iterator[Document]:
+    """A document a row, of the column `text`; a struct `metadata` is what a jsonl line's is."""
+    for number, text, metadata in rows(stream, kind):
+        source = f"{name}:{number}"
+        try:
+            if isinstance(text, bytes):
+                raise _Refused("invalid UTF-8", "the row's text")
+            text = _usable(text, 'a row must have a string "text"')
+            if len(text) > data.max_line_bytes:
+                raise _Refused("line too long", f"{len(text)} characters, data.max_line_bytes={data.max_line_bytes}")
+        except _Refused as refusal:
+            notes.add(refusal.kind, source, refusal.detail)
+            continue
+        yield from _documents(text, metadata or {}, source, domain, split, data)
+
+
+def _documents(
+    text: str, metadata: dict[str, Any], source: str, domain: str | None, split: str | None, data: Data
+) -> Iterator[Document]:
+    """One document, or several parts of a long text."""
+    own = metadata.get("domain")
+    own = own.encode("utf-8", "replace").decode() if own and isinstance(own, str) else domain
+    first = ""
+    for part in pieces(text, max(4, data.max_document_bytes)):
+        document = Document(part, own, source, split, metadata, first)
+        first = first or document.id
+        yield document
+
+
+def _describes(path: Path, name: str, notes: Notes) -> bool:
+    """Whether `path` belongs to a saved dataset, whose files that are missing are noted."""
+    if path.name == "dataset_dict.json":
+        return True
+    missing = missing_files(path.with_name("state.json"))
+    if missing and path.name == "state.json":
+        notes.add("missing file", name, f"{', '.join(missing[:3])} of the saved dataset")
+    return missing is not None
 
 
 class _Refused(Exception):
@@ -110,17 +152,21 @@ def _row(line: bytes) -> tuple[str, dict[str, Any]]:
         raise _Refused("broken JSON line", f"{error.msg} at column {error.colno}") from None
     except (ValueError, RecursionError) as error:  # a number of thousands of digits, thousands of brackets
         raise _Refused("broken JSON line", str(error)) from None
-    text = row.get("text") if isinstance(row, dict) else None
+    text = _usable(row.get("text") if isinstance(row, dict) else None, 'a line must be an object with a string "text"')
+    metadata = row.get("metadata")
+    return text, metadata if isinstance(metadata, dict) else {}
+
+
+def _usable(text: Any, wanted: str) -> str:
     if not isinstance(text, str):
-        raise _Refused("no text field", 'a line must be an object with a string "text"')
+        raise _Refused("no text field", wanted)
     if not text or text.isspace():
         raise _Refused("empty document")
     try:
         text.encode()
     except UnicodeEncodeError:
         raise _Refused("invalid UTF-8", "the text holds half of a surrogate pair") from None
-    metadata = row.get("metadata")
-    return text, metadata if isinstance(metadata, dict) else {}
+    return text
 
 
 def _skip_line(stream: BinaryIO) -> int:

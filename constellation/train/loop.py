@@ -18,6 +18,7 @@ from constellation.train import checkpoint
 from constellation.train.job import Job, Source
 from constellation.train.objective import Objective
 from constellation.train.parts import Parts
+from constellation.train.recording import Records
 from constellation.train.schedule import Governor
 from constellation.train.state import TrainState
 
@@ -46,8 +47,9 @@ def fit(
     What the parts remember is in the checkpoint, so a run that is resumed is to be given them again. RunError when
     loss or gradient are not finite and no recovery helps.
     """
-    measured = Probes(probes)
-    state = TrainState(job, source, say, Parts(objective, measured, regime, recovery, governor))
+    records = Records(job.config.record, job.folder)
+    measured = Probes([*records.probes, *probes])
+    state = TrainState(job, source, say, Parts(objective, measured, regime, recovery, governor), records)
     for step in state.remaining():
         losses = state.losses(state.batch_at(step))
         state.apply(losses)

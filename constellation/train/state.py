@@ -24,6 +24,8 @@ from torch import Tensor
 from constellation import optim, processor
 from constellation.artifacts import segments
 from constellation.artifacts.run import THETA_UP_TO, RunFolder, Trace
+from constellation.artifacts.saved import open_run
+from constellation.artifacts.signal import write_signals
 from constellation.data.batches import Batches
 from constellation.data.cache import open_cache
 from constellation.errors import ConfigError, RunError
@@ -35,6 +37,7 @@ from constellation.train import checkpoint, score
 from constellation.train.job import Job, Source, device
 from constellation.train.objective import CROSS_ENTROPY, Objective
 from constellation.train.parts import Parts
+from constellation.train.recording import Records
 from constellation.train.sample import sample_text
 from constellation.train.schedule import Schedule
 from constellation.train.summary import converged, describe, optimizer_stats
@@ -50,14 +53,14 @@ class TrainState:
     numbers: dict[str, float]
     failure: str | None = None
 
-    def __init__(self, job: Job, source: Source | None, say: checkpoint.Say, parts: Parts):
+    def __init__(self, job: Job, source: Source | None, say: checkpoint.Say, parts: Parts, records: Records):
         t = job.config.train
         torch.set_num_threads(job.threads)
         processor.keep_memory()
         self.job, self.steps, self.device = job, job.steps, device()
         self.source = _batches(job) if source is None else source
         self.dev = None if job.dev is None else open_cache(job.dev)
-        self.objective, self.parts = parts.objective or Objective(), parts
+        self.objective, self.parts, self.records = parts.objective or Objective(), parts, records
         self.model = KernelLM(job.config.kernel, seed=t.seed).to(self.device)
         self.optimizer = optim.build(job.config.optim, self.model)
         self.schedule = Schedule.of(job)
@@ -75,6 +78,7 @@ class TrainState:
         self.folder.begin(job.config, job.role, layout, {"steps": job.steps, "parameters": self.model.num_parameters()})
         self.step, self.trace = self._begin(say)
         self.folder.truncate(self.step)
+        records.begin(self.model, self.step, self.steps)
         self._began = self._tick = time.perf_counter()
 
     def _begin(self, say: checkpoint.Say) -> tuple[int, Trace]:
@@ -105,7 +109,7 @@ class TrainState:
     def remaining(self) -> Iterator[int]:
         """How many steps were done before each that is still to do."""
         if self.step >= self.steps and not self.folder.is_done():  # killed between the last checkpoint and the summary
-            self.folder.write_trace(self.trace.arrays())
+            self._write_trace()
             self._summarise("done")
         while self.step < self.steps and not self._paused:
             self._tick = time.perf_counter()
@@ -174,6 +178,7 @@ class TrainState:
             loss = self.losses(self.batch_at(done), gradient=False)[CROSS_ENTROPY]
             self._trace(self._flat(), done, loss, math.nan, 0.0)
         if final or self._paused or done % t.checkpoint_every == 0:
+            self.records.save()
             name = checkpoint.save(
                 job.folder, done, self.model, self.optimizer, self.trace.arrays(), tokens=done * self.tokens_per_step,
                 dev_bits_per_byte=bits, parts=self.parts.state(), keep_last=t.keep_last, keep_best=t.keep_best,
@@ -188,7 +193,7 @@ class TrainState:
         if name:
             self.folder.log(self._logged)
             self._logged.clear()
-            self.folder.write_trace(self.trace.arrays())
+            self._write_trace()
             if final:
                 self._summarise("done")
         return step
@@ -235,6 +240,11 @@ class TrainState:
     def _trace(self, theta: np.ndarray | None, step: int, loss: float, norm: float, lr: float) -> None:
         tokens = step * self.tokens_per_step
         self.trace.append(theta, step=step, tokens=tokens, loss_nats=loss, grad_norm=norm, lr=lr)
+
+    def _write_trace(self) -> None:
+        self.folder.write_trace(self.trace.arrays())
+        if self.records.signals:
+            write_signals(self.job.folder / "signals.npz", open_run(self.job.folder).signals)
 
     def _summarise(self, status: str, reason: str | None = None) -> None:
         losses = self.trace.arrays()["loss_nats"]
