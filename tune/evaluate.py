@@ -1,0 +1,242 @@
+"""One evaluation: a configuration trained in a folder of its own, and its metric. No Ray here.
+
+    OUT/trials/0007-r0-s0/    ocean/ (a run folder of one model) or run/ (a constellation)
+                              result.json, written last, whole or absent: the evaluation is finished
+    OUT/shared/DIGEST/        corpus, tokenizer and token caches, for every trial with the same settings of them
+
+Stopped or killed, an evaluation goes on from its newest checkpoint when it is run again, to the same bits on a CPU.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import math
+import os
+import shutil
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from constellation.config import Config
+from constellation.errors import ArtifactError, ConstellationError, RunError
+from constellation.regime.protocol import Advice, Recoverable
+from constellation.storage.atomic import read_json, read_object, write_json
+from constellation.storage.exclusive import exclusive
+from tune.cost import flops_per_token, steps_of, tokens_per_step
+from tune.history import Cost, Outcome
+
+if TYPE_CHECKING:
+    from constellation.pipeline.prepare import Plan
+
+RESULT = "result.json"
+SPENT = "spent.json"  # by earlier sittings of an evaluation that was stopped
+LOOK_EVERY_S = 0.5  # how often a stop is looked for
+LOCK_WAIT_S = 120.0  # for the process that a killed driver left behind
+METRICS = {
+    "model": {
+        "dev_bits_per_byte": "bits per byte of held-out text",
+        "dev_loss_nats": "nats per token of held-out text; not comparable between vocabularies",
+        "train_seconds": "seconds of training, evaluation included",
+    },
+    "constellation": {
+        "routed_bits_per_byte": "bits per byte of held-out text, each part read by the kernel it is routed to",
+        "ocean_bits_per_byte": "bits per byte of held-out text, read by OCEAN alone",
+        "train_seconds": "seconds of training, evaluation included",
+    },
+}
+
+
+@dataclass(frozen=True)
+class Work:
+    """Everything that an evaluation needs; small, plain, picklable."""
+
+    evaluation: str
+    kind: str  # model | constellation
+    config: Config
+    tokens: float
+    folder: Path  # OUT/trials/<evaluation>
+    shared: Path  # OUT/shared
+    corpus: Path | None
+    metric: str
+    parent: Path | None = None  # folder of the evaluation whose weights it starts from
+    stop: Path | None = None  # exists when everybody is to stop
+
+
+class Stopped(Exception):
+    """The evaluation was asked to stop, and has a checkpoint."""
+
+
+class StopFile:
+    """A regime and a recovery in one: pauses the run, with a checkpoint, when a file appears. Remembers nothing."""
+
+    def __init__(self, path: Path | None):
+        self._path, self._looked, self.seen = path, 0.0, False
+
+    def judge(self, seen: Mapping[str, float]) -> Advice:
+        if self._path is not None and time.monotonic() - self._looked > LOOK_EVERY_S:
+            self._looked = time.monotonic()
+            self.seen = self._path.exists()
+        return Advice.PAUSE if self.seen else Advice.GO_ON
+
+    def act(self, training: Recoverable, advice: Advice) -> None:
+        training.pause()
+
+    def state(self) -> dict[str, Any]:
+        return {}
+
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        pass
+
+
+def evaluate(work: Work) -> Outcome:
+    """Do `work`, or find that it is done; the outcome is in its folder when this returns.
+
+    Divergence and impossible configurations are outcomes (`failed`). Raised are Stopped, what may pass when it is tried
+    again (out of memory), and RunError when the disk does not take what is written.
+    """
+    with exclusive(work.folder, LOCK_WAIT_S):
+        if (found := finished(work.folder)) is not None:
+            return found
+        wall, cpu = time.perf_counter(), time.process_time()
+        spent = read_object(work.folder / SPENT) if (work.folder / SPENT).exists() else {"cpu_s": 0.0, "wall_s": 0.0}
+
+        def used() -> dict[str, float]:
+            return {
+                "cpu_s": spent["cpu_s"] + time.process_time() - cpu,
+                "wall_s": spent["wall_s"] + time.perf_counter() - wall,
+            }
+
+        status, metric, reason, tokens = "done", None, "", work.tokens
+        try:
+            values = _model(work) if work.kind == "model" else _constellation(work)
+            tokens = values["tokens"]
+            metric = used()["wall_s"] if work.metric == "train_seconds" else values[work.metric]
+            if not math.isfinite(metric):
+                status, reason, metric = "failed", f"{work.metric} is {metric}", None
+        except Stopped:
+            write_json(work.folder / SPENT, used())
+            raise
+        except ConstellationError as error:
+            if full(error):
+                raise
+            status, reason = "failed", str(error)
+            tokens = _tokens_so_far(work)
+        flops = tokens * flops_per_token(work.config.kernel)
+        outcome = Outcome(status, metric, reason, Cost(float(tokens), flops, **used()))
+        write_json(work.folder / RESULT, asdict(outcome), sealed=True)
+        return outcome
+
+
+def finished(folder: Path) -> Outcome | None:
+    """The outcome in an evaluation's folder, None before it is finished."""
+    if not (folder / RESULT).exists():
+        return None
+    try:
+        found = read_object(folder / RESULT)
+        return Outcome(**{**found, "cost": Cost(**found["cost"])})
+    except (KeyError, TypeError) as error:
+        raise ArtifactError(f"{folder / RESULT} is damaged ({error!r}); remove it to evaluate again") from None
+
+
+def full(error: BaseException) -> bool:
+    """Whether `error` says that the disk is full or cannot be written: no trial's fault."""
+    seen: BaseException | None = error
+    while seen is not None:
+        if isinstance(seen, OSError) and seen.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS):
+            return True
+        seen = seen.__cause__
+    return False
+
+
+def prepared(corpus: Path | None, config: Config, shared: Path) -> Plan:
+    """Corpus, tokenizer and caches for `config`, made once for everybody with the same settings of them."""
+    from constellation.pipeline import prepare
+
+    key = {"corpus": str(corpus), "data": asdict(config.data), "vocab_size": config.kernel.vocab_size}
+    digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
+    run = shared / digest
+    with exclusive(shared, 600.0, name=f".{digest}.lock"):
+        prepare.request(run, corpus, config, resume=True)
+        return prepare.prepare(run)
+
+
+def _model(work: Work) -> dict[str, float]:
+    """OCEAN alone: `tokens` read, bits per byte and nats per token of the held-out text."""
+    import torch  # noqa: F401
+
+    from constellation.data.cache import open_cache
+    from constellation.roster import OCEAN
+    from constellation.train import checkpoint
+    from constellation.train.job import Job
+    from constellation.train.loop import fit
+    from constellation.train.score import evaluate as score
+
+    plan = prepared(work.corpus, work.config, work.shared)
+    steps = steps_of(work.config, work.tokens)
+    branch = None
+    if work.parent is not None:
+        done = checkpoint.steps_on_disk(work.parent / OCEAN)
+        if not done:
+            raise ArtifactError(f"{work.parent / OCEAN} has no checkpoint to go on from")
+        branch = checkpoint.folder_of(work.parent / OCEAN, done[-1])
+    folder = work.folder / OCEAN
+    job = Job(OCEAN, folder, work.config, steps, plan.train, plan.dev, branch=branch)
+    stop, bits = StopFile(work.stop), None
+    for step in fit(job, regime=stop, recovery=stop):
+        bits = step.dev_bits_per_byte if step.step == steps else None
+    if bits is None and stop.seen:
+        raise Stopped
+    dev = open_cache(plan.dev)
+    if bits is None:  # killed between the last checkpoint and the result
+        model = checkpoint.load_model(folder)
+        bits = score(model, dev, work.config.train.eval_bytes, work.config.train.precision)
+    scored = min(len(dev.byte_length), int((dev.byte_length.cumsum() < work.config.train.eval_bytes).sum()) + 1)
+    per_token = float(dev.byte_length[:scored].sum()) / float(dev.offsets[scored] - dev.offsets[0])
+    return {
+        "tokens": float(steps * tokens_per_step(work.config)),
+        "dev_bits_per_byte": bits,
+        "dev_loss_nats": bits * math.log(2) * per_token,
+    }
+
+
+def _constellation(work: Work) -> dict[str, float]:
+    """A whole constellation, its kernels in the room that is around us (actors/placement.py)."""
+    from actors.launch import train
+    from constellation.config import override
+    from constellation.pipeline.evaluation import evaluate_run
+
+    config = override(work.config, {"train.tokens": round(work.tokens)})
+    stop = StopFile(work.stop)
+    for _ in train(work.folder / "run", work.corpus, config, resume=True, say=_silent):
+        if stop.judge({}):
+            raise Stopped  # closing the iterator stops every actor after its step
+    found = evaluate_run(work.folder / "run", None)["answers"]
+    return {
+        "tokens": work.tokens,
+        "routed_bits_per_byte": found["routed"]["bits_per_byte"],
+        "ocean_bits_per_byte": found["ocean"]["bits_per_byte"],
+    }
+
+
+def _tokens_so_far(work: Work) -> float:
+    """What a failed run had read, as its summary says; 0 when it never began."""
+    summary = work.folder / "ocean" / "summary.json"
+    return float(read_json(summary).get("tokens", 0)) if summary.exists() else 0.0
+
+
+def prune(folder: Path) -> None:
+    """Remove the checkpoints of a finished evaluation; its result and its log stay."""
+    for root, folders, _ in os.walk(folder):
+        if "checkpoints" in folders:
+            shutil.rmtree(Path(root) / "checkpoints", ignore_errors=True)
+
+
+def _silent(text: str) -> None:
+    pass
+
+
+__all__ = ["METRICS", "RESULT", "RunError", "Stopped", "Work", "evaluate", "finished", "full", "prepared", "prune"]
