@@ -128,6 +128,10 @@ class HandOver(Searcher):  # type: ignore[misc,unused-ignore]
     def restore(self, checkpoint_path: str) -> None:
         """Never restored."""
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Ray Tune writes its searcher down; the log is the truth."""
+        return {}
+
     def _end(self, error: BaseException) -> None:
         self.error = self.error or error
         with contextlib.suppress(OSError):
