@@ -14,7 +14,7 @@ from typing import Any
 
 from actors.connect import connected, inside, machine, where
 from actors.placement import check, needs, nodes, total
-from constellation.config import Config
+from constellation.config import Config, difference
 from constellation.errors import ArtifactError, ConfigError
 from constellation.processor import cores
 from tune.best import write_best
@@ -112,17 +112,16 @@ def probe(config: Config, corpus: Path | None, shared: Path) -> float:
 
 def check_same(recorded: SweepRequest, given: SweepRequest) -> None:
     """ConfigError naming what of `given` is not as the sweep was begun; settings that the machine settled aside."""
+    for name, (then, now) in difference(recorded.base, given.base).items():
+        if now != "auto":  # left to the machine, which had chosen when the sweep was begun
+            raise ConfigError(f"{name}={now}: the sweep was begun with {then}; leave it out, or another --out")
     old, new = recorded.to_json(), given.to_json()
-    for key in ("workers", "budget") if given.budget < 0 else ("workers",):
-        new[key] = old[key]
-    for name in ("train", "optim"):
-        for key, value in new["base"][name].items():
-            if value == "auto":
-                new["base"][name][key] = old["base"][name].get(key)
-    if json.dumps(old, sort_keys=True) != json.dumps(new, sort_keys=True):
-        key = next(key for key in old if json.dumps(old[key]) != json.dumps(new.get(key)))
-        shown = "" if isinstance(old[key], Mapping) else f" ({old[key]} then, {new[key]} now)"
-        raise ConfigError(f"{key} differs from what the sweep was begun with{shown}; leave it out, or another --out")
+    for key in old:
+        if key in ("base", "workers") or (key == "budget" and given.budget < 0):
+            continue
+        if json.dumps(old[key], sort_keys=True) != json.dumps(new[key], sort_keys=True):
+            shown = "" if isinstance(old[key], Mapping) else f" ({old[key]} then, {new[key]} now)"
+            raise ConfigError(f"{key} is not what the sweep was begun with{shown}; leave it out, or another --out")
 
 
 def conclude(out: Path, run: SweepRun, progress: Progress) -> dict[str, Any]:
