@@ -91,7 +91,7 @@ BAD = {
     ),
     "no values": ('[settings."kernel.metric"]\nprior = "choice"\n', r"s\.toml:1: .*values = \[...\] is wanted"),
     "unknown value": (
-        '[settings."kernel.metric"]\nprior = "choice"\nvalues = ["dot", "cross"]\n', r"s\.toml:1: .*one of dot, fidelity",
+        '[settings."kernel.metric"]\nprior = "choice"\nvalues = ["dot", "cross"]\n', r"s\.toml:1: .*one of dot, fid",
     ),
     "value twice": (
         '[settings."kernel.layers"]\nprior = "choice"\nvalues = [2, 3, 2]\n', r"s\.toml:1: .*2 stands twice",
