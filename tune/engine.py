@@ -58,7 +58,8 @@ def compute(run: SweepRun, jobs: int) -> None:
     check_cluster(bundles)
     os.environ.update(
         TUNE_DISABLE_AUTO_CALLBACK_LOGGERS="1", TUNE_DISABLE_SIGINT_HANDLER="1", TUNE_GLOBAL_CHECKPOINT_S="86400",
-        TUNE_MAX_PENDING_TRIALS_PG=str(jobs), RAY_AIR_NEW_OUTPUT="0", TUNE_WARN_INSUFFICENT_RESOURCE_THRESHOLD_S="86400",
+        RAY_AIR_NEW_OUTPUT="0",  # prints on standard output, whatever the verbosity
+        TUNE_MAX_PENDING_TRIALS_PG=str(jobs), TUNE_WARN_INSUFFICENT_RESOURCE_THRESHOLD_S="86400",
     )  # fmt: skip
     with tempfile.TemporaryDirectory(prefix="constellation-tune-") as scratch, _ctrl_c(run.out / STOP) as pressed:
         hand_over = HandOver(run, pressed)
@@ -127,6 +128,10 @@ class HandOver(Searcher):  # type: ignore[misc,unused-ignore]
 
     def restore(self, checkpoint_path: str) -> None:
         """Never restored."""
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Ray Tune writes its searcher down; the log is the truth."""
+        return {}
 
     def _end(self, error: BaseException) -> None:
         self.error = self.error or error

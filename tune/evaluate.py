@@ -21,7 +21,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from constellation.config import Config
+from constellation.config import Config, override
 from constellation.errors import ArtifactError, ConstellationError, RunError
 from constellation.regime.protocol import Advice, Recoverable
 from constellation.storage.atomic import read_json, read_object, write_json
@@ -159,8 +159,10 @@ def prepared(corpus: Path | None, config: Config, shared: Path) -> Plan:
     key = {"corpus": str(corpus), "data": asdict(config.data), "vocab_size": config.kernel.vocab_size}
     digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
     run = shared / digest
-    with exclusive(shared, 600.0, name=f".{digest}.lock"):
-        prepare.request(run, corpus, config, resume=True)
+    alike = {f"data.{name}": value for name, value in asdict(config.data).items()}
+    reading = override(Config(), {**alike, "kernel.vocab_size": config.kernel.vocab_size, "train.precision": "fp32"})
+    with exclusive(shared, LOCK_WAIT_S * 5, name=f".{digest}.lock"):
+        prepare.request(run, corpus, reading, resume=True)
         return prepare.prepare(run)
 
 
@@ -206,7 +208,6 @@ def _model(work: Work) -> dict[str, float]:
 def _constellation(work: Work) -> dict[str, float]:
     """A whole constellation, its kernels in the room that is around us (actors/placement.py)."""
     from actors.launch import train
-    from constellation.config import override
     from constellation.pipeline.evaluation import evaluate_run
 
     config = override(work.config, {"train.tokens": round(work.tokens)})

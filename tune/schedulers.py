@@ -18,20 +18,21 @@ from __future__ import annotations
 
 import math
 from bisect import insort
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
 
 from constellation.errors import ConfigError
-from tune.history import Evaluation, Trial
+from tune.history import Evaluation, History, Trial
 from tune.search import Search
 from tune.space import Space
 
 SCHEDULERS = ("none", "asha", "hyperband", "pbt")
 ETA = 3
-POPULATION = 4  # pbt's, when there are few trials
+POPULATION = 4  # the least that pbt has
+MIN_PAIRS = 8  # trials at two rungs from which their rank correlation is judged
 
 
 @dataclass(frozen=True)
@@ -223,3 +224,42 @@ def make_scheduler(name: str, space: Space, trials: int, seed: int = 0, rungs: i
             raise ConfigError(f"--trials {trials}: {name} of {rungs} rungs needs {least} at least; or --scheduler none")
         return Asha(shares, eta) if name == "asha" else Hyperband(shares, eta)
     raise ConfigError(f"--scheduler {name}: choose one of {', '.join(SCHEDULERS)}")
+
+
+def rank_correlations(history: History) -> list[str]:
+    """Of each pair of neighbouring rungs a line: Spearman's rank correlation of the trials seen at both, with its 95 %.
+
+    The interval is Fisher's: tanh(atanh(r) +- 1.96 sqrt(1.06 / (n - 3))); of fewer than 4 pairs there is none. One that
+    includes 0 at MIN_PAIRS pairs or more says that the lower rung does not tell who is better.
+    """
+    lines = []
+    for rung in range(len(history.rungs) - 1):
+        pairs = [
+            (outcome.metric, above.metric)
+            for evaluation, outcome in history.outcomes.items()
+            if (evaluation.rung, evaluation.seed) == (rung, 0)
+            and outcome.metric is not None
+            and (above := history.outcomes.get(Evaluation(evaluation.trial, rung + 1))) is not None
+            and above.metric is not None
+        ]
+        if len(pairs) < 4:
+            lines.append(f"rungs {rung} and {rung + 1}: {len(pairs)} trials at both, too few for a rank correlation")
+            continue
+        r, low, high = spearman(pairs)
+        doubt = "; the lower rung does not tell who is better" if low <= 0 and len(pairs) >= MIN_PAIRS else ""
+        lines.append(
+            f"rungs {rung} and {rung + 1}: rank correlation {r:+.2f} [{low:+.2f}, {high:+.2f}], n={len(pairs)}{doubt}"
+        )
+    return lines
+
+
+def spearman(pairs: Sequence[tuple[float, float]]) -> tuple[float, float, float]:
+    """(r, low, high): Spearman's rank correlation in [-1, 1] with Fisher's 95 % interval; 0 of equal values."""
+    from scipy.stats import rankdata
+
+    x, y = (rankdata(column) for column in zip(*pairs, strict=True))
+    if np.ptp(x) == 0 or np.ptp(y) == 0 or len(pairs) < 4:
+        return 0.0, -1.0, 1.0
+    r = float(np.corrcoef(x, y)[0, 1])
+    middle, half = math.atanh(max(-0.999999, min(0.999999, r))), 1.96 * math.sqrt(1.06 / (len(pairs) - 3))
+    return r, math.tanh(middle - half), math.tanh(middle + half)
