@@ -1,11 +1,12 @@
 """Trials compared on the same seeds, rungs held against each other, what was reached for what cost. No Ray here.
 
-Letters of shapes: T trials, R rungs, S seeds. Inside, less is better (`loss`); `sign` turns a loss back into the metric.
+Letters of shapes: T trials, R rungs, S seeds. Of every metric less is better: it is called the loss here.
 """
 
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -29,28 +30,25 @@ class Standings:
     numbers: tuple[int, ...]  # trial of row t
     seeds: tuple[int, ...]
     loss_TRS: Floats
-    sign: float  # metric = sign * loss
 
     @classmethod
     def of(cls, history: History) -> Standings:
-        """From the outcomes; `request["direction"]` is "minimize" (when absent) or "maximize"."""
-        sign = -1.0 if history.request.get("direction") == "maximize" else 1.0
         numbers, seeds = tuple(sorted(history.trials)), tuple(history.seeds)
         rungs = max([len(history.rungs), *(e.rung + 1 for e in history.outcomes)])
         loss = np.full((len(numbers), rungs, len(seeds)), np.nan)
         row, column = {n: t for t, n in enumerate(numbers)}, {s: i for i, s in enumerate(seeds)}
         for evaluation, outcome in history.outcomes.items():
             if outcome.metric is not None and evaluation.trial in row:
-                loss[row[evaluation.trial], evaluation.rung, column[evaluation.seed]] = sign * outcome.metric
-        return cls(numbers, seeds, loss, sign)
+                loss[row[evaluation.trial], evaluation.rung, column[evaluation.seed]] = outcome.metric
+        return cls(numbers, seeds, loss)
 
-    @property
+    @cached_property
     def rung(self) -> int | None:
         """The highest rung at which a trial finished; None when none did."""
         reached = np.flatnonzero(np.isfinite(self.loss_TRS).any((0, 2)))
         return int(reached[-1]) if len(reached) else None
 
-    @property
+    @cached_property
     def loss_TS(self) -> Floats:
         """Losses at the highest rung reached by any trial."""
         return self.loss_TRS[:, self.rung if self.rung is not None else 0]
@@ -114,8 +112,8 @@ class PairedDifference:
 
 
 def differences(standings: Standings, reference: int) -> dict[int, PairedDifference]:
-    """Of every row that shares a seed with the row `reference`, to it; Holm's family is all of them with an interval."""
-    gap_TS = standings.sign * (standings.loss_TS - standings.loss_TS[reference])
+    """Of every row that shares a seed with the row `reference`, to it; Holm's family is all with an interval."""
+    gap_TS = standings.loss_TS - standings.loss_TS[reference]
     count_T = np.isfinite(gap_TS).sum(1)
     rows = np.flatnonzero((count_T > 0) & (np.arange(len(count_T)) != reference))
     gap, n = gap_TS[rows], count_T[rows]
@@ -127,7 +125,9 @@ def differences(standings: Standings, reference: int) -> dict[int, PairedDiffere
     p = np.where((n > 1) & (error == 0), (mean == 0).astype(float), p)  # equal gaps on all seeds
     adjusted = holm(p.tolist())
     return {
-        int(row): PairedDifference(m, m - h, m + h, q, a, k) if k > 1 else PairedDifference(m, None, None, None, None, 1)
+        int(row): PairedDifference(m, m - h, m + h, q, a, k)
+        if k > 1
+        else PairedDifference(m, None, None, None, None, 1)
         for row, m, h, q, a, k in zip(rows, mean.tolist(), half.tolist(), p.tolist(), adjusted, n.tolist())
     }
 
@@ -199,7 +199,7 @@ def best_so_far(history: History, standings: Standings) -> BestSoFar:
     ended = sorted(history.outcomes.items(), key=lambda item: (item[1].ended, item[0]))
     first = standings.seeds[0] if standings.seeds else 0
     loss = np.array([
-        standings.sign * o.metric if o.metric is not None and (e.rung, e.seed) == (standings.rung, first) else np.inf
+        o.metric if o.metric is not None and (e.rung, e.seed) == (standings.rung, first) else np.inf
         for e, o in ended
     ])  # fmt: skip
     best = np.minimum.accumulate(loss) if len(loss) else loss
@@ -207,7 +207,7 @@ def best_so_far(history: History, standings: Standings) -> BestSoFar:
         np.array([o.ended for _, o in ended]),
         np.cumsum([o.cost.flops for _, o in ended]),
         np.cumsum([o.cost.cpu_s for _, o in ended]),
-        np.where(np.isfinite(best), standings.sign * best, np.nan),
+        np.where(np.isfinite(best), best, np.nan),
     )
 
 

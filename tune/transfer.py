@@ -6,7 +6,7 @@ lr* = exp(-b / 2a). Over the sizes, by least squares,
     ln lr* = c + p_width ln(width) + p_depth ln(depth)
 
 so that lr* ~ width^p_width depth^p_depth. All intervals are the bootstrap's over the evaluations within each size.
-The regret of carrying a rate from the smallest size to another is the parabola's height there above its lowest point.
+The regret of carrying the smallest size's lr* to another is the parabola's height there above its lowest point.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class Optimum:
     rate: float | None
     interval: Interval | None
     note: str = ""
-    regret: float | None = None  # loss above this size's lowest, with the smallest size's rate
+    regret: float | None = None  # loss above this size's lowest, with the lr* of the first size that has one
     regret_interval: Interval | None = None
 
 
@@ -58,9 +58,9 @@ class TransferRule:
 
 
 def transfer(history: History, standings: Standings, seed: int = 0) -> list[TransferRule]:
-    """One rule for each combination of the other optimizer settings that are choices; [] when there are no sizes.
+    """One rule for each combination of the other optimizer settings that are choices; [] without an optimum.
 
-    Evaluations count at the highest rung, each seed as a point of its own less the mean of its seed.
+    Evaluations count at the highest rung, each seed as a point of its own.
     """
     names = {entry["name"]: entry for entry in searched(history.request)}
     if RATE not in names or not {WIDTH, DEPTH} & set(names):
@@ -70,12 +70,12 @@ def transfer(history: History, standings: Standings, seed: int = 0) -> list[Tran
     points = defaultdict(lambda: defaultdict(list))
     for t, number in enumerate(standings.numbers):
         settings = history.trials[number].settings
-        having = {n: settings.get(n, e.get("default")) for n, e in names.items()}
-        size = (float(having.get(WIDTH) or 1), float(having.get(DEPTH) or 1))
+        having: dict[str, Any] = {n: settings.get(n, e.get("default")) for n, e in names.items()}
+        width, depth = (float(having[n]) if n in having else 1.0 for n in (WIDTH, DEPTH))
         for value in standings.loss_TS[t][np.isfinite(standings.loss_TS[t])]:
-            points[tuple(having[n] for n in others)][size].append((math.log(float(having[RATE])), float(value)))
+            points[tuple(having[n] for n in others)][width, depth].append((math.log(having[RATE]), float(value)))
     rules = [_rule(dict(zip(others, group)), sizes, np.random.default_rng(seed)) for group, sizes in points.items()]
-    return [rule for rule in rules if len(rule.optima) > 1]
+    return [rule for rule in rules if len(rule.optima) > 1 and any(o.rate is not None for o in rule.optima)]
 
 
 def _rule(
@@ -119,31 +119,30 @@ def _fit(points_N2: Floats, draw: np.random.Generator) -> _Parabola:
     none = np.full(RESAMPLES, np.nan)
     if len(np.unique(x)) < FEWEST_RATES:
         return _Parabola(0.0, 0.0, none, none, f"fewer than {FEWEST_RATES} rates near the lowest loss")
-    index = draw.integers(len(x), size=(RESAMPLES, len(x)))
-    (a,), (vertex,) = _vertices(x[None], y[None])
-    a_B, vertex_B = _vertices(x[index], y[index])
+    weight_BN = draw.multinomial(len(x), np.full(len(x), 1 / len(x)), size=RESAMPLES).astype(np.float64)
+    (a,), (vertex,) = _vertices(x, y, np.ones((1, len(x))))
+    a_B, vertex_B = _vertices(x, y, weight_BN)
     low, high = x.min(), x.max()
     if not (a > 0 and low <= vertex <= high):
         side = "lower" if y[np.argmin(x)] < y[np.argmax(x)] else "higher"
         return _Parabola(0.0, 0.0, none, none, f"no lowest point inside the rates tried; try {side} ones")
     inside = (a_B > 0) & (vertex_B > low - NEAR) & (vertex_B < high + NEAR)
-    return _Parabola(
-        float(a), float(vertex), np.where(inside, vertex_B, np.nan), np.where(inside, a_B, np.nan)
-    )
+    return _Parabola(float(a), float(vertex), np.where(inside, vertex_B, np.nan), np.where(inside, a_B, np.nan))
 
 
-def _vertices(x_BN: Floats, y_BN: Floats) -> tuple[Floats, Floats]:
-    """Curvature and vertex of the least-squares parabola of each row, NaN for one with fewer than three rates."""
-    centre = x_BN.mean(1, keepdims=True)
-    z = x_BN - centre
-    design = np.stack([z * z, z, np.ones_like(z)], -1)
-    left = np.einsum("bni,bnj->bij", design, design)
-    right = np.einsum("bni,bn->bi", design, y_BN)
+def _vertices(x_N: Floats, y_N: Floats, weight_BN: Floats) -> tuple[Floats, Floats]:
+    """Curvature and vertex of the weighted least-squares parabola of each row, NaN where three rates are wanting."""
+    centre = x_N.mean()
+    z = x_N - centre
+    powers = z[:, None] ** np.arange(5)
+    moment = weight_BN @ powers
+    left = moment[:, np.add.outer([2, 1, 0], [2, 1, 0])]
+    right = weight_BN @ (powers[:, [2, 1, 0]] * y_N[:, None])
     solved = np.full_like(right, np.nan)
-    sound = np.linalg.cond(left) < 1e12
+    sound = np.linalg.det(left) > 1e-9 * moment[:, 2] ** 3  # both ~ weight^3 rates^6
     solved[sound] = np.linalg.solve(left[sound], right[sound][..., None])[..., 0]
     with np.errstate(invalid="ignore", divide="ignore"):
-        return solved[:, 0], centre[:, 0] - solved[:, 1] / (2 * solved[:, 0])
+        return solved[:, 0], centre - solved[:, 1] / (2 * solved[:, 0])
 
 
 def _exponents(
