@@ -153,7 +153,7 @@ class RungCorrelation:
         return {**asdict(self), "verdict": self.verdict}
 
 
-def rank_correlations(standings: Standings, seed: int = 0) -> list[RungCorrelation]:
+def rung_correlations(standings: Standings, seed: int = 0) -> list[RungCorrelation]:
     """Of every pair of rungs, over the trials that finished at both, each by its mean over the seeds it has at both."""
     loss = standings.loss_TRS
     return [

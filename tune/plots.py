@@ -118,22 +118,24 @@ def _parallel(found: SweepReport, Figure: Any) -> Any:
     from matplotlib import colormaps
     from matplotlib.collections import LineCollection
 
-    unit = np.stack([unit(e, _values(found, e, rows)) for e in entries], 1)
+    height = np.stack([unit(e, _values(found, e, rows)) for e in entries], 1)
     share = np.argsort(np.argsort(order[rows])) / max(1, len(rows) - 1)
     figure = Figure(figsize=(max(6.0, 1.5 * len(entries) + 1), 4.6), layout="constrained")
     axis = figure.subplots()
     place = np.arange(len(entries))
     backwards = np.argsort(-share)
-    shake = np.random.default_rng(0).uniform(-0.015, 0.015, unit.shape)  # lines of one choice are told apart
-    lines = np.stack([np.broadcast_to(place, unit.shape), unit + shake], -1)[backwards]
+    shake = np.random.default_rng(0).uniform(-0.015, 0.015, height.shape)  # lines of one choice are told apart
+    lines = np.stack([np.broadcast_to(place, height.shape), height + shake], -1)[backwards]
     colour = colormaps["viridis"](share[backwards])
     lines_drawn = LineCollection(list(lines), colors=colour, linewidths=np.where(share < 0.1, 1.6, 0.5)[backwards])
     lines_drawn.set_rasterized(True)
     axis.add_collection(lines_drawn)
     for at, entry in enumerate(entries):
         axis.axvline(at, color="black", lw=0.8)
-        for height, text in _ticks(entry):
-            axis.text(at + 0.03, height, text, fontsize=7, va="center", bbox={"fc": "white", "ec": "none", "pad": 0.5})
+        for at_height, text in _ticks(entry):
+            axis.text(
+                at + 0.03, at_height, text, fontsize=7, va="center", bbox={"fc": "white", "ec": "none", "pad": 0.5}
+            )
     axis.set_xlim(-0.2, len(entries) - 0.6)
     axis.set_ylim(-0.06, 1.06)
     axis.set_xticks(place, [e["name"].replace(".", ".\n") for e in entries])

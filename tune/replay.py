@@ -1,10 +1,12 @@
 """A recorded sweep under another scheduler, search or number of workers, without training anything. No Ray here.
 
-The machine is the sweep's own (sweep.py), told recorded outcomes; an evaluation lasts as long as it did (`wall_s`). The
-record is a table: a search may choose only among recorded trials. What it suggests is replaced by the nearest recorded
-trial that was not chosen yet (random search draws among them), and told as if it had been the suggestion. A trial that
-is promoted where the record has no run of it takes the run of the nearest trial that has one: `imputed` counts those.
-The race over further seeds is not replayed.
+The machine is the sweep's own (sweep.py), told recorded outcomes; an evaluation lasts as long as it did (`wall_s`).
+The record is a table: a search may choose only among recorded trials. What it suggests is replaced by the nearest one
+that was not chosen yet (random search draws among them), and told as if it had been the suggestion.
+
+Where a run is wanted that the record does not have, it is imputed, and counted: a trial that was stopped at a lower
+rung is taken to end as the worst that went on (it was behind them there; so the few that went on do not make every
+search look good), any other as the nearest trial that has such a run. The race over further seeds is not replayed.
 
     regret       loss of the chosen trial - that of the recorded best, on the seeds both have (first seed if imputed)
     cost         FLOPs and CPU-seconds of everything that was started
@@ -86,13 +88,13 @@ class SweepReplay:
         }
 
     def __str__(self) -> str:
-        head = f"{'':<34}{'workers':>8}{'trials':>7}{'regret [95 %]':>32}{'FLOPs':>11}{'CPU-s':>11}{'makespan, s':>13}"
+        head = f"{'':<28}{'workers':>8}{'trials':>7}{'regret [95 %]':>36}{'FLOPs':>11}{'CPU-s':>11}{'makespan, s':>13}"
         lines = [head + f"{'busy':>7}{'imputed':>9}"]
         for row in self.rows:
             regret = "{:+.4g} [{:+.4g}, {:+.4g}]".format(*row.mean("regret"))
             middle = {field: row.mean(field)[0] for field in FIELDS}
             lines.append(
-                f"{row.label:<34}{row.workers:>8}{row.trials:>7}{regret:>32}{middle['flops']:>11.3g}"
+                f"{row.label:<28}{row.workers:>8}{row.trials:>7}{regret:>36}{middle['flops']:>11.3g}"
                 f"{middle['cpu_s']:>11.4g}{middle['makespan_s']:>13.4g}{middle['utilisation']:>7.0%}"
                 f"{middle['imputed']:>9.0%}"
             )
@@ -127,20 +129,23 @@ def replay(
     row = _row(f"{search}, {scheduler}", recording, asked, seeds)
     full = recording.whole()
     each = float(np.mean([recording.outcomes[t, recording.top, 0].cost.flops for t in full])) or 1.0
-    afford = max(1, min(len(full), int(row.mean("flops")[0] / each)))
+    afford = max(1, min(have, int(row.mean("flops")[0] / each)))
     plain = replace(asked, scheduler="none", search="random", trials=afford)
     notes = [
-        f"Replayed from the outcomes of {have} recorded trials, {len(full)} of them with the full budget; a search "
-        "chooses among those, by the nearest one to what it suggests.",
+        f"Replayed from the outcomes of {have} recorded trials, {len(full)} of which ran to the full budget; a search "
+        "chooses among recorded trials, by the nearest one to what it suggests.",
         f"Repeated {seeds} times with other seeds of the search.",
     ]
     if asked.trials == have:
         notes.append("Every recorded trial is visited: another search changes the order alone.")
     if not history.finished:
         notes.append("The sweep has not finished: what was recorded so far is replayed.")
-    if row.mean("imputed")[0] > 0:
-        notes.append("Imputed evaluations took the run of the nearest trial: regret is approximate.")
-    random = _row("random, none, at that cost", recording, plain, seeds, full)
+    random = _row("random, none, at that cost", recording, plain, seeds)
+    if max(row.mean("imputed")[0], random.mean("imputed")[0]) > 0:
+        notes.append(
+            "Imputed runs are not in the record: of a stopped trial, the worst result of those that went on; of "
+            "another, the nearest trial's. Regret and cost are as good as that."
+        )
     return SweepReplay((recording.as_recorded(), row, random), tuple(notes))
 
 
@@ -217,7 +222,11 @@ class Recording:
         if lower and lower[-1].metric is None:  # it failed already
             return lower[-1], False
         rows = [t for t, r, s in self.outcomes if (r, s) == (rung, 0)]
-        return self.outcomes[self.nearest(self.point_TD[row], rows), rung, 0], True
+        nearest = self.outcomes[self.nearest(self.point_TD[row], rows), rung, 0]
+        if not lower:
+            return nearest, True
+        worst = max(o.metric for t in rows if (o := self.outcomes[t, rung, 0]).metric is not None)
+        return replace(nearest, status="done", metric=worst, reason=""), True
 
     def regret(self, row: int, metric: float) -> float:
         """Of choosing this row, which was told to have `metric`."""
@@ -253,8 +262,9 @@ class Recording:
 class RecordedSearch:
     """A search restricted to recorded trials, each once; `row` says which recorded trial a trial is."""
 
-    def __init__(self, inner: Search | None, recording: Recording, rows: Sequence[int], seed: int):
+    def __init__(self, inner: Search | None, recording: Recording, seed: int):
         self._inner, self._recording = inner, recording
+        rows = range(len(recording.numbers))
         default = [t for t in rows if recording.history.trials[recording.numbers[t]].origin == "default"]
         rest = [t for t in rows if t not in default]
         self._left = [*default, *np.random.default_rng(seed).permutation(np.array(rest, int)).tolist()]
@@ -278,22 +288,14 @@ class RecordedSearch:
             self._inner.tell(trial, metric, share)
 
 
-def _row(
-    label: str, recording: Recording, asked: SweepRequest, seeds: int, rows: Sequence[int] | None = None
-) -> ReplayRow:
-    rows = range(len(recording.numbers)) if rows is None else rows
-    if asked.scheduler == "none":  # what was never trained to the end is not there to be chosen
-        known = {t for t, r, s in recording.outcomes if (r, s) == (recording.top, 0)}
-        failed = {t for (t, _, _), o in recording.outcomes.items() if o.metric is None}
-        rows = [t for t in rows if t in known or t in failed]
-    trials = min(asked.trials, len(rows))
-    repeats = tuple(_play(recording, replace(asked, trials=trials), rows, seed) for seed in range(seeds))
-    return ReplayRow(label, asked.workers, trials, repeats)
+def _row(label: str, recording: Recording, asked: SweepRequest, seeds: int) -> ReplayRow:
+    repeats = tuple(_play(recording, asked, seed) for seed in range(seeds))
+    return ReplayRow(label, asked.workers, asked.trials, repeats)
 
 
-def _play(recording: Recording, asked: SweepRequest, rows: Sequence[int], seed: int) -> Played:
+def _play(recording: Recording, asked: SweepRequest, seed: int) -> Played:
     inner = None if asked.search == "random" else make_search(asked.search, asked.space, seed)
-    search = RecordedSearch(inner, recording, rows, seed)
+    search = RecordedSearch(inner, recording, seed)
     scheduler = make_scheduler(asked.scheduler, asked.space, asked.trials, seed, asked.levels)
     rungs = [recording.rung(share) for share in scheduler.rungs]
 

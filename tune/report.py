@@ -27,7 +27,7 @@ from tune.analysis import (
     RungCorrelation,
     Standings,
     differences,
-    rank_correlations,
+    rung_correlations,
     spent,
 )
 from tune.history import Evaluation, History, Outcome, read_history
@@ -78,7 +78,7 @@ def analyse(history: History) -> SweepReport:
         {} if best is None else differences(standings, best),
         {} if default is None else differences(standings, default),
         importances(searched(history.request), settings, standings.order_T()),
-        rank_correlations(standings), transfer(history, standings), spent(history, standings),
+        rung_correlations(standings), transfer(history, standings), spent(history, standings),
     )  # fmt: skip
 
 

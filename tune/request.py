@@ -46,7 +46,7 @@ class SweepRequest:
             dimensions = tuple(Dimension(**{**d, "values": tuple(d["values"])}) for d in space.pop("dimensions"))
             plain = {**data, "base": from_json(data["base"]), "rungs": tuple(data["rungs"])}
             return cls(**{**plain, "space": Space(dimensions=dimensions, **space)})
-        except (KeyError, TypeError) as error:
+        except (KeyError, TypeError, ValueError) as error:
             raise ArtifactError(f"the sweep's request is damaged ({error!r})") from None
 
     def config(self, trial: Trial, evaluation: Evaluation) -> Config:

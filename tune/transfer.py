@@ -58,7 +58,7 @@ class TransferRule:
 
 
 def transfer(history: History, standings: Standings, seed: int = 0) -> list[TransferRule]:
-    """One rule for each combination of the other optimizer settings that are choices; [] without an optimum.
+    """One rule for each combination of the other optimizer settings that are choices, if two sizes have an optimum.
 
     Evaluations count at the highest rung, each seed as a point of its own.
     """
@@ -75,7 +75,7 @@ def transfer(history: History, standings: Standings, seed: int = 0) -> list[Tran
         for value in standings.loss_TS[t][np.isfinite(standings.loss_TS[t])]:
             points[tuple(having[n] for n in others)][width, depth].append((math.log(having[RATE]), float(value)))
     rules = [_rule(dict(zip(others, group)), sizes, np.random.default_rng(seed)) for group, sizes in points.items()]
-    return [rule for rule in rules if len(rule.optima) > 1 and any(o.rate is not None for o in rule.optima)]
+    return [rule for rule in rules if sum(o.rate is not None for o in rule.optima) > 1]
 
 
 def _rule(
