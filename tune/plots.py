@@ -17,8 +17,8 @@ import numpy as np
 
 from constellation.errors import ConfigError
 from tune.analysis import Floats, best_so_far
+from tune.findings import SweepReport, ranked
 from tune.importance import Entry, cells, is_log, searched, unit
-from tune.report import SweepReport, ranked
 
 RANKED, LINES, POINTS = 25, 300, 5000  # shown at most: the best, and an even choice of the rest
 SLICE_COLUMNS = 4
@@ -247,7 +247,7 @@ def _transfer(found: SweepReport, Figure: Any) -> Any:
     for axis in panels:
         axis.set_ylabel("lr*, 95 % interval")
         if axis.get_legend_handles_labels()[0]:
-            axis.legend(fontsize=7)
+            axis.legend(fontsize=6, ncols=2, framealpha=0.6)
     return figure
 
 
