@@ -16,12 +16,13 @@ from constellation.config import Config, override
 from constellation.errors import RunError
 from tests.test_tune_sweep import lines
 from tests.waiting import wait_for
-from tune.evaluate import RESULT, Work, evaluate, finished
+from tune.evaluate import RESULT, evaluate, finished
 from tune.events import LOG, read_events
 from tune.history import Evaluation, read_history
 from tune.request import SweepRequest
 from tune.run import SweepRun, alone
 from tune.space import read_space
+from tune.work import Work
 
 TOKENS = 9 * 2048.0
 
@@ -79,7 +80,7 @@ def test_only_the_best_keep_their_weights(undisturbed: Path) -> None:
 
 
 def test_an_evaluation_that_is_stopped_goes_on_to_the_same_bits(request_of: SweepRequest, tmp_path: Path) -> None:
-    from tune.evaluate import Stopped
+    from tune.work import Stopped
 
     one = replace(request_of, trials=1, scheduler="none", rungs=(1.0,), seeds=1)
     work = SweepRun(tmp_path / "out", one).advance()

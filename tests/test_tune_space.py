@@ -8,8 +8,8 @@ from constellation.config import override
 from constellation.errors import ConfigError
 from constellation.presets import PRESETS, preset, small, tiny
 from tune.best import write_best
-from tune.evaluate import METRICS
 from tune.space import read_space, ready
+from tune.work import METRICS
 
 GOOD = """\
 evaluates = "model"

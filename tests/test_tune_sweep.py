@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from constellation.errors import ArtifactError, ConfigError
 from constellation.presets import tiny
 from constellation.storage.atomic import write_json
-from tune.evaluate import RESULT, Work
+from tune.evaluate import RESULT
 from tune.events import LOG, EventLog, read_events
 from tune.history import Cost, Evaluation, Outcome, Trial, read_history
 from tune.race import Race, paired_interval
@@ -25,6 +25,7 @@ from tune.schedulers import SCHEDULERS, Asha, Hyperband, make_scheduler, rank_co
 from tune.search import SEARCHES, make_search
 from tune.space import Dimension, Space
 from tune.sweep import Start, Sweep, silent
+from tune.work import Work
 
 DIMENSIONS = (
     Dimension("optim.lr", "log", 4e-3, 1e-3, 1e-1),

@@ -23,8 +23,9 @@ from ray.tune.search import Searcher
 from actors.placement import Resources, check_cluster, share
 from constellation.config import Config
 from constellation.errors import ConstellationError, PlacementError, RunError
-from tune.evaluate import Stopped, Work, evaluate, full
+from tune.evaluate import evaluate, full
 from tune.run import STOP, Nothing, SweepRun
+from tune.work import Stopped, Work
 
 EVER = 1_000_000_000  # Ray Tune wants a number of samples
 HEAD = {"CPU": 0.05}  # of a trial whose actors have bundles of their own

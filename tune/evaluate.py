@@ -1,10 +1,11 @@
-"""One evaluation: a configuration trained in a folder of its own, and its metric. No Ray here.
+"""One evaluation: a configuration trained in a folder of its own, and its metric.
 
     OUT/trials/0007-r0-s0/    ocean/ (a run folder of one model) or run/ (a constellation)
                               result.json, written last, whole or absent: the evaluation is finished
     OUT/shared/DIGEST/        corpus, tokenizer and token caches, for every trial with the same settings of them
 
 Stopped or killed, an evaluation goes on from its newest checkpoint when it is run again, to the same bits on a CPU.
+No Ray here, but for whole constellations (whole.py).
 """
 
 from __future__ import annotations
@@ -16,80 +17,24 @@ import math
 import os
 import shutil
 import time
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from constellation.config import Config, override
-from constellation.errors import ArtifactError, ConstellationError, RunError
-from constellation.regime.protocol import Advice, Recoverable
+from constellation.errors import ArtifactError, ConstellationError
 from constellation.storage.atomic import read_json, read_object, write_json
 from constellation.storage.exclusive import exclusive
 from tune.cost import flops_per_token, steps_of, tokens_per_step
 from tune.history import Cost, Outcome
+from tune.work import StopFile, Stopped, Work
 
 if TYPE_CHECKING:
     from constellation.pipeline.prepare import Plan
 
 RESULT = "result.json"
 SPENT = "spent.json"  # by earlier sittings of an evaluation that was stopped
-LOOK_EVERY_S = 0.5  # how often a stop is looked for
 LOCK_WAIT_S = 120.0  # for the process that a killed driver left behind
-METRICS = {
-    "model": {
-        "dev_bits_per_byte": "bits per byte of held-out text",
-        "dev_loss_nats": "nats per token of held-out text; not comparable between vocabularies",
-        "train_seconds": "seconds of training, evaluation included",
-    },
-    "constellation": {
-        "routed_bits_per_byte": "bits per byte of held-out text, each part read by the kernel it is routed to",
-        "ocean_bits_per_byte": "bits per byte of held-out text, read by OCEAN alone",
-        "train_seconds": "seconds of training, evaluation included",
-    },
-}
-
-
-@dataclass(frozen=True)
-class Work:
-    """Everything that an evaluation needs; small, plain, picklable."""
-
-    evaluation: str
-    kind: str  # model | constellation
-    config: Config
-    tokens: float
-    folder: Path  # OUT/trials/<evaluation>
-    shared: Path  # OUT/shared
-    corpus: Path | None
-    metric: str
-    parent: Path | None = None  # folder of the evaluation whose weights it starts from
-    stop: Path | None = None  # exists when everybody is to stop
-
-
-class Stopped(Exception):
-    """The evaluation was asked to stop, and has a checkpoint."""
-
-
-class StopFile:
-    """A regime and a recovery in one: pauses the run, with a checkpoint, when a file appears. Remembers nothing."""
-
-    def __init__(self, path: Path | None):
-        self._path, self._looked, self.seen = path, 0.0, False
-
-    def judge(self, seen: Mapping[str, float]) -> Advice:
-        if self._path is not None and time.monotonic() - self._looked > LOOK_EVERY_S:
-            self._looked = time.monotonic()
-            self.seen = self._path.exists()
-        return Advice.PAUSE if self.seen else Advice.GO_ON
-
-    def act(self, training: Recoverable, advice: Advice) -> None:
-        training.pause()
-
-    def state(self) -> dict[str, Any]:
-        return {}
-
-    def load_state(self, state: Mapping[str, Any]) -> None:
-        pass
 
 
 def evaluate(work: Work) -> Outcome:
@@ -112,7 +57,12 @@ def evaluate(work: Work) -> Outcome:
 
         status, metric, reason, tokens = "done", None, "", work.tokens
         try:
-            values = _model(work) if work.kind == "model" else _constellation(work)
+            if work.kind == "model":
+                values = _model(work)
+            else:
+                from tune.whole import train_whole
+
+                values = train_whole(work)
             tokens = values["tokens"]
             metric = used()["wall_s"] if work.metric == "train_seconds" else values[work.metric]
             if not math.isfinite(metric):
@@ -205,24 +155,6 @@ def _model(work: Work) -> dict[str, float]:
     }
 
 
-def _constellation(work: Work) -> dict[str, float]:
-    """A whole constellation, its kernels in the room that is around us (actors/placement.py)."""
-    from actors.launch import train
-    from constellation.pipeline.evaluation import evaluate_run
-
-    config = override(work.config, {"train.tokens": round(work.tokens)})
-    stop = StopFile(work.stop)
-    for _ in train(work.folder / "run", work.corpus, config, resume=True, say=_silent):
-        if stop.judge({}):
-            raise Stopped  # closing the iterator stops every actor after its step
-    found = evaluate_run(work.folder / "run", None)["answers"]
-    return {
-        "tokens": work.tokens,
-        "routed_bits_per_byte": found["routed"]["bits_per_byte"],
-        "ocean_bits_per_byte": found["ocean"]["bits_per_byte"],
-    }
-
-
 def _tokens_so_far(work: Work) -> float:
     """What a failed run had read, as its summary says; 0 when it never began."""
     summary = work.folder / "ocean" / "summary.json"
@@ -234,10 +166,3 @@ def prune(folder: Path) -> None:
     for root, folders, _ in os.walk(folder):
         if "checkpoints" in folders:
             shutil.rmtree(Path(root) / "checkpoints", ignore_errors=True)
-
-
-def _silent(text: str) -> None:
-    pass
-
-
-__all__ = ["METRICS", "RESULT", "RunError", "Stopped", "Work", "evaluate", "finished", "full", "prepared", "prune"]

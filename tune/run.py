@@ -17,12 +17,13 @@ from pathlib import Path
 from typing import Any
 
 from constellation.errors import ConfigError
-from tune.evaluate import Stopped, Work, evaluate, finished, prune
+from tune.evaluate import evaluate, finished, prune
 from tune.events import LOG, SCHEMA, read_events
 from tune.history import Evaluation, Outcome
 from tune.journal import Journal
 from tune.request import SweepRequest
 from tune.sweep import Start, Wait
+from tune.work import Stopped, Work
 
 ATTEMPTS = 3  # of an evaluation whose process or node is lost
 STOP = ".stop"

@@ -126,11 +126,11 @@ def _request(
     name: str, corpus: Path | None, preset: str | None, overrides: tuple[str, ...], asked: dict[str, Any]
 ) -> SweepRequest:
     """What is asked for; `workers` and a budget in seconds are settled when the machine is known (conduct.py)."""
-    from tune.evaluate import METRICS
     from tune.request import SweepRequest
     from tune.schedulers import make_scheduler
     from tune.search import make_search
     from tune.space import read_space
+    from tune.work import METRICS
 
     base = override(make_preset(preset or "small"), parse_assignments(overrides))
     space = read_space(name, base)
