@@ -19,6 +19,7 @@ from constellation.errors import ConstellationError
 COMMANDS = {
     "demo": "train on Python's own documentation, print a sample of each kernel and the results table",
     "train": "train OCEAN, fit the router, branch and train the kernels on Ray",
+    "tune": "sweep over settings; replay a sweep, report on it",
     "generate": "answer a prompt: route, decode, hand off",
     "chat": "prompt after prompt, on a terminal",
     "route": "explain who would answer each line of standard input",

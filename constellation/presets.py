@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import tomllib
 from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 from constellation.config import Config, override
 from constellation.errors import ConfigError
@@ -44,7 +47,32 @@ PRESETS: dict[str, Callable[[], Config]] = {"tiny": tiny, "small": small, "23m":
 
 
 def preset(name: str) -> Config:
-    """The configuration called `name`, tiny | small | 23m | 100m; ConfigError for another name."""
-    if name not in PRESETS:
-        raise ConfigError(f"unknown preset {name!r}; choose one of {', '.join(PRESETS)}")
-    return PRESETS[name]()
+    """The configuration called `name`, tiny | small | 23m | 100m, or the one in a file; ConfigError for another name.
+
+    A file, such as a sweep's best.toml, names the preset that it changes and what it changes, by dotted names:
+
+        preset = "small"
+        [settings]
+        "optim.lr" = 3e-3
+    """
+    if name in PRESETS:
+        return PRESETS[name]()
+    if name.endswith(".toml"):
+        return _from_file(Path(name))
+    raise ConfigError(f"unknown preset {name!r}; choose one of {', '.join(PRESETS)}, or a file that ends in .toml")
+
+
+def _from_file(path: Path) -> Config:
+    try:
+        found: dict[str, Any] = tomllib.loads(path.read_text())
+    except OSError as error:
+        raise ConfigError(f"preset {path}: {error.strerror}") from None
+    except ValueError as error:
+        raise ConfigError(f"preset {path}: {error}") from None
+    base, settings = found.get("preset"), found.get("settings", {})
+    if base not in PRESETS or not isinstance(settings, dict) or set(found) - {"preset", "settings"}:
+        raise ConfigError(f"preset {path}: wanted are preset = one of {', '.join(PRESETS)}, and a table [settings]")
+    try:
+        return override(PRESETS[base](), settings)
+    except ConfigError as error:
+        raise ConfigError(f"preset {path}: {error}") from None

@@ -13,7 +13,13 @@ ROOT = Path(__file__).parent.parent
 # bottom first; parts of one row do not know each other
 ROWS = [
     {"constellation.errors"},
-    {"constellation.settings", "constellation.storage", "constellation.processor", "constellation.roster"},
+    {
+        "constellation.settings",
+        "constellation.storage",
+        "constellation.processor",
+        "constellation.roster",
+        "constellation.experiments.statistics",
+    },
     {"constellation.optim.registry"},
     {"constellation.config"},
     {"constellation.geometry"},
@@ -27,7 +33,8 @@ ROWS = [
     {"router.http"},
     {"router.app"},
     {"constellation.pipeline"},
-    {"actors", "tune"},
+    {"actors"},
+    {"tune"},
     {"constellation.api"},
     {"constellation.experiments"},
     {"constellation.commands"},

@@ -19,7 +19,7 @@ NAMES = "\n".join(f"  {name:<19}{row.words}" for name, row in OPTIMIZERS.items()
 @click.command(epilog=f"\b\noptim.name chooses the optimizer, whose settings the other optim.* are:\n{NAMES}")
 @options.corpus
 @options.run
-@click.option("--preset", default=None, metavar="NAME", help="tiny | small (default) | 23m | 100m")
+@click.option("--preset", default=None, metavar="NAME", help="tiny | small (default) | 23m | 100m | FILE.toml")
 @click.option("--resume", is_flag=True, help="go on with the run in DIR")
 @options.address
 @click.option(

@@ -48,7 +48,7 @@ class Kept:
 TRACKERS = {
     "tensorboard": Kept("tensorboard", "tensorboardX", "tensorboardX"),
     "mlflow": Kept("mlflow", "mlflow", "'constellation[track]'"),
-    "wandb": Kept("wandb", "wandb", "'constellation[track]'"),
+    "wandb": Kept("wandb", "wandb", "'constellation[wandb]'"),
 }
 DEFAULT = "tensorboard"  # where it is installed
 
