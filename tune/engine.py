@@ -22,7 +22,7 @@ from ray.tune.search import Searcher
 
 from actors.placement import Resources, check_cluster, share
 from constellation.config import Config
-from constellation.errors import ConstellationError, PlacementError, RunError
+from constellation.errors import RunError
 from tune.evaluate import evaluate, full
 from tune.run import STOP, Nothing, SweepRun
 from tune.work import Stopped, Work
@@ -114,7 +114,8 @@ class HandOver(Searcher):  # type: ignore[misc,unused-ignore]
             if error and self._pressed.is_set():
                 return
             try:
-                self._run.landed(name, "its process or node was lost, or memory ran out" if error else None)
+                lost = "its process or node was lost, or memory ran out" if error else None
+                self._run.landed(name, result.get("raised", lost))
             except BaseException as found:
                 self._end(found)
 
@@ -147,10 +148,11 @@ def _evaluation(config: dict[str, Any]) -> None:
         ray_tune.report({"done": 1})
     except Stopped:
         ray_tune.report({"stopped": 1})
-    except (ConstellationError, OSError) as error:
-        if not full(error):
-            raise
-        ray_tune.report({"full": str(error)})
+    except MemoryError:
+        raise
+    except Exception as error:
+        told = f"{type(error).__name__}: {error}".partition("\n")[0]
+        ray_tune.report({"full": f"the disk is full: {told}; go on with --resume"} if full(error) else {"raised": told})
 
 
 def _name(trial: Any) -> str:
@@ -176,6 +178,3 @@ def _ctrl_c(stop: Path) -> Iterator[threading.Event]:
         yield pressed
     finally:
         signal.signal(signal.SIGINT, before)
-
-
-__all__ = ["PlacementError", "compute", "fits", "room"]

@@ -34,6 +34,8 @@ if TYPE_CHECKING:
 
 RESULT = "result.json"
 SPENT = "spent.json"  # by earlier sittings of an evaluation that was stopped
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
+FULL_WORDS = ("requested and", *map(os.strerror, FULL))  # of numpy and safetensors, whose errors have no number
 LOCK_WAIT_S = 120.0  # for the process that a killed driver left behind
 
 
@@ -96,7 +98,9 @@ def full(error: BaseException) -> bool:
     """Whether `error` says that the disk is full or cannot be written: no trial's fault."""
     seen: BaseException | None = error
     while seen is not None:
-        if isinstance(seen, OSError) and seen.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS):
+        if isinstance(seen, OSError) and seen.errno in FULL:
+            return True
+        if any(words in str(seen) for words in FULL_WORDS):
             return True
         seen = seen.__cause__
     return False

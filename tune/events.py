@@ -20,6 +20,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import msgspec
+
 from constellation.errors import ArtifactError
 from constellation.storage.atomic import no_link
 
@@ -65,10 +67,10 @@ def read_events(out: Path) -> Iterator[Event]:
         raise ArtifactError(f"{path}: {error.strerror}; constellation tune writes it into --out") from None
     for number, line in enumerate(data[: data.rfind(b"\n") + 1].splitlines(), start=1):
         try:
-            event = json.loads(line)
+            event = msgspec.json.decode(line)
             if not isinstance(event, dict) or not isinstance(event.get("event"), str):
                 raise ValueError("no event")
-        except ValueError as error:
+        except (ValueError, msgspec.DecodeError) as error:
             raise ArtifactError(f"{path}:{number} is damaged ({error})") from None
         yield event
 

@@ -15,7 +15,7 @@ from rich.progress import Progress as Bar
 from tune.history import Evaluation
 from tune.race import paired_interval
 from tune.request import SweepRequest
-from tune.schedulers import ETA
+from tune.schedulers import ETA, MIN_PAIRS, spearman
 
 
 class Progress:
@@ -35,6 +35,8 @@ class Progress:
         self._shares, self._total, self._began = 0.0, 1.0, time.monotonic()
         self._metrics: dict[int, list[float]] = {}
         self._rungs: tuple[float, ...] = (1.0,)
+        self._seen: dict[Evaluation, float] = {}
+        self._doubted: set[int] = set()
 
     def expect(self, request: SweepRequest) -> None:
         """How much there is to do, in evaluations at the full budget: about so much under successive halving."""
@@ -100,6 +102,7 @@ class Progress:
         self._shares += self._rungs[evaluation.rung]
         if event["status"] == "done":
             self._done += 1
+            self._compare(evaluation, event["metric"])
             if evaluation.rung == len(self._rungs) - 1:
                 self._metrics.setdefault(evaluation.trial, []).append(event["metric"])
             told = f"{event['metric']:.4f}"
@@ -109,3 +112,18 @@ class Progress:
         if not self.as_json:
             more = "" if self.live else "; ".join(["", *filter(None, (self.best, self.left))])
             self.say(f"{event['evaluation']}  {told}{more}")
+
+    def _compare(self, evaluation: Evaluation, metric: float) -> None:
+        """Say once when the results of a rung do not tell those of the next one."""
+        rung = evaluation.rung
+        if evaluation.seed:
+            return
+        self._seen[evaluation] = metric
+        below = {e.trial: m for e, m in self._seen.items() if e.rung == rung - 1}
+        pairs = [(below[e.trial], m) for e, m in self._seen.items() if e.rung == rung and e.trial in below]
+        if len(pairs) >= MIN_PAIRS and rung not in self._doubted:
+            r, low, high = spearman(pairs)
+            if low <= 0:
+                self._doubted.add(rung)
+                told = f"rank correlation {r:+.2f} [{low:+.2f}, {high:+.2f}] of {len(pairs)} trials"
+                self.say(f"rungs {rung - 1} and {rung}: {told}; the lower one does not tell who is better")

@@ -16,8 +16,9 @@ in which results are told.
 
 from __future__ import annotations
 
+import heapq
 import math
-from bisect import insort
+from bisect import bisect_left, insort
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -92,7 +93,7 @@ class Asha:
     def __init__(self, rungs: tuple[float, ...], eta: int = ETA, first: int = 0):
         self.rungs, self.eta, self.first = rungs, eta, first
         self._told: list[list[tuple[float, int]]] = [[] for _ in rungs]  # by metric, then by trial
-        self._promoted: list[set[int]] = [set() for _ in rungs]
+        self._waiting: list[list[tuple[float, int]]] = [[] for _ in rungs]  # heaps of those not promoted
 
     def suggest(self, number: int, search: Search) -> Suggestion | None:
         found = search.suggest(number)
@@ -100,20 +101,24 @@ class Asha:
 
     def told(self, trial: Trial, evaluation: Evaluation, metric: float) -> None:
         insort(self._told[evaluation.rung], (metric, evaluation.trial))
+        heapq.heappush(self._waiting[evaluation.rung], (metric, evaluation.trial))
 
     def promote(self) -> tuple[Evaluation, str] | None:
         for rung in range(len(self.rungs) - 2, self.first - 1, -1):
-            told, promoted = self._told[rung], self._promoted[rung]
-            for place, (metric, trial) in enumerate(told[: len(told) // self.eta], start=1):
-                if trial not in promoted and metric < math.inf:
-                    promoted.add(trial)
-                    return Evaluation(trial, rung + 1), f"place {place} of {len(told)} at rung {rung}"
+            told, waiting = self._told[rung], self._waiting[rung]
+            if not waiting or waiting[0][0] == math.inf:
+                continue
+            place = bisect_left(told, waiting[0]) + 1
+            if place <= len(told) // self.eta:
+                _, trial = heapq.heappop(waiting)
+                return Evaluation(trial, rung + 1), f"place {place} of {len(told)} at rung {rung}"
         return None
 
     def left(self) -> Iterator[tuple[int, str]]:
         for rung in range(self.first, len(self.rungs) - 1):
-            for place, (metric, trial) in enumerate(self._told[rung], start=1):
-                if trial not in self._promoted[rung] and metric < math.inf:
+            for metric, trial in sorted(self._waiting[rung]):
+                if metric < math.inf:
+                    place = bisect_left(self._told[rung], (metric, trial)) + 1
                     yield trial, f"place {place} of {len(self._told[rung])} at rung {rung}"
 
 
