@@ -20,6 +20,7 @@ from constellation.train.objective import Objective
 from constellation.train.parts import Parts
 from constellation.train.schedule import Governor
 from constellation.train.state import TrainState
+from constellation.train.terms import probes_of
 
 
 def fit(
@@ -37,7 +38,7 @@ def fit(
 
     source      of batches; None: the job's token ranges
     say         hears of a damaged checkpoint
-    objective   what is minimised (objective.py); None: cross-entropy
+    objective   what is minimised (objective.py); None: what the configuration weighs (terms.py), cross-entropy alone
     probes      what is measured on the way (telemetry/probe.py)
     regime      judges every step (regime/protocol.py); its advice is in the Step
     recovery    acts on advice, also on a step that failed
@@ -46,7 +47,7 @@ def fit(
     What the parts remember is in the checkpoint, so a run that is resumed is to be given them again. RunError when
     loss or gradient are not finite and no recovery helps.
     """
-    measured = Probes(probes)
+    measured = Probes([*probes, *probes_of(job)])
     state = TrainState(job, source, say, Parts(objective, measured, regime, recovery, governor))
     for step in state.remaining():
         losses = state.losses(state.batch_at(step))
