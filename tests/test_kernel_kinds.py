@@ -206,6 +206,7 @@ def test_scalable_softmax_is_s_ln_n_times_the_logit(metric):
     assert (factor[:, 0] == 0).all()
 
 
+@pytest.mark.slow
 def test_flex_attention_is_the_dense_reference(monkeypatch):
     """Its formula uncompiled, forward alone: what torch has of it on a CPU."""
     from torch.nn.attention.flex_attention import flex_attention
