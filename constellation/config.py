@@ -30,25 +30,78 @@ class Roster:
     kernels: Annotated[int, Meta(ge=roster.FEWEST, le=roster.MOST), says("how many; their names and roots follow")] = 8
 
 
+MIN_LOOPS = 3  # of a recursive kernel
+PHI = "phi is measured, never optimised: a number that is trained for measures nothing any more; read it from a probe"
+
+
 @dataclass(frozen=True)
 class Kernel:
-    """The language model of one kernel (kernel/model.py)."""
+    """The language model of one kernel (kernel/model.py).
+
+    With loops = R > 1 it is recursive: `prelude` blocks, the tied group of all others R times, `coda` blocks.
+    """
 
     vocab_size: Annotated[int, Meta(ge=272), says("tokens: 256 bytes, 16 special ones and merges")] = 1024
     width: Annotated[Count, says("D, residual stream")] = 128
     layers: Annotated[Count, says("blocks")] = 3
     heads: Annotated[Count, says("H; width / heads must be even (rotary pairs)")] = 4
+    kv_heads: Annotated[Whole, says("G, heads of keys and values, each shared by heads / G queries; 0: as heads")] = 0
     hidden: Annotated[Count, says("inner width of SwiGLU")] = 344
     context: Annotated[Count, says("T, tokens a position can see, itself included")] = 256
-    metric: Annotated[Literal["fidelity", "dot"], says("logit: c cos(theta) or q.k / sqrt(d)")] = "fidelity"
+    metric: Annotated[
+        Literal["fidelity", "geodesic", "dot"],
+        says("logit: c cos(theta), -c theta^2 / 2 with theta = arccos|cos|, or q.k / sqrt(d)"),
+    ] = "fidelity"
     coupling: Annotated[
-        Literal["fixed", "off", "learned"],
-        says("inverse temperature c(L) = c0 (1 + beta ln(L / L_ref)), beta fixed, 0 or learned"),
+        Literal["fixed", "off", "learned", "scalable"],
+        says("inverse temperature c0 (1 + beta ln(L / L_ref)), beta fixed, 0 or learned; scalable: s ln L, s learned"),
     ] = "fixed"
     coupling_beta: Annotated[float, says("beta when fixed, and where learning starts")] = 0.44
     coupling_ref: Annotated[Count, says("L_ref, visible keys")] = 32
     look_back: Annotated[int, Meta(ge=0, le=1), says("1: the embedding of the token before is mixed in; 0: not")] = 1
     rope_base: Annotated[Positive, says("longest rotary wavelength / 2 pi, positions")] = 10_000.0
+    norm_eps: Annotated[Positive, says("added to the mean square in RMSNorm")] = 1e-6
+    tied: Annotated[bool, says("the head is the embedding; false: a matrix of its own")] = True
+    basin_head: Annotated[bool, says("a second head that predicts the next window's bytes; train.lambda_basin")] = False
+    prelude: Annotated[Whole, says("blocks before the loop")] = 0
+    loops: Annotated[Count, says("R, times that the blocks between prelude and coda are applied; 1, or at least 3")] = 1
+    coda: Annotated[Whole, says("blocks after the loop")] = 0
+
+    @property
+    def size(self) -> int:
+        """K, channels of a head."""
+        return self.width // self.heads
+
+    @property
+    def groups(self) -> int:
+        """G, heads of keys and values."""
+        return self.kv_heads or self.heads
+
+    @property
+    def order(self) -> tuple[int, ...]:
+        """Numbers of the blocks as a token passes them."""
+        first, last = self.prelude, self.layers - self.coda
+        return (*range(first), *(tuple(range(first, last)) * self.loops), *range(last, self.layers))
+
+    def check(self) -> None:
+        """ConfigError, one line that names the setting, unless such a kernel can be built."""
+        if self.width % self.heads or self.size % 2:
+            raise ConfigError(f"kernel.width={self.width} / kernel.heads={self.heads}: must be an even whole number")
+        if self.heads % self.groups:
+            raise ConfigError(f"kernel.kv_heads={self.kv_heads}: must divide kernel.heads={self.heads}")
+        if 1 < self.loops < MIN_LOOPS:
+            raise ConfigError(
+                f"kernel.loops={self.loops}: must be at least {MIN_LOOPS} (min_loops), or 1 for no recursion"
+            )
+        if self.prelude + self.coda >= self.layers:
+            raise ConfigError(
+                f"kernel.prelude={self.prelude} and kernel.coda={self.coda} leave none of kernel.layers={self.layers} "
+                "to the loop; choose more layers"
+            )
+        if self.coupling == "scalable" and self.coupling_ref < 2:
+            raise ConfigError(
+                f"kernel.coupling_ref={self.coupling_ref}: scalable starts at s = c / ln L_ref; at least 2"
+            )
 
 
 @dataclass(frozen=True)
@@ -74,6 +127,9 @@ class Train:
     ] = "auto"
     threads: Annotated[Count, says("CPU threads of one kernel")] = 1
     ocean_threads: Annotated[Count, says("CPU threads of OCEAN, which trains alone; more pay only on idle cores")] = 1
+    lambda_lm: Annotated[NotNegative, says("weight of the cross-entropy in the loss")] = 1.0
+    lambda_basin: Annotated[NotNegative, says("of the basin head's divergence from the next window's bytes")] = 0.0
+    lambda_beta: Annotated[NotNegative, says("of (beta - 0.44)^2, where kernel.coupling=learned")] = 0.0
     loss_chunk: Annotated[Count, says("rows of logits that exist at once")] = 2048
     eval_every: Annotated[Whole, says("steps between evaluations on dev text; 0: at the end only")] = 0
     eval_bytes: Annotated[Count, says("dev text scored by an evaluation")] = 65_536
@@ -168,9 +224,8 @@ class Config:
     def __post_init__(self) -> None:
         """ConfigError, one line that names the setting, unless every value is in its range and they go together."""
         check(self)
-        k, t = self.kernel, self.train
-        if k.width % k.heads or (k.width // k.heads) % 2:
-            raise ConfigError(f"kernel.width={k.width} / kernel.heads={k.heads}: must be an even whole number")
+        self.kernel.check()
+        t = self.train
         for name, size in (("batch", t.batch), ("kernel_batch", t.kernel_batch)):
             if size % t.accumulation:
                 raise ConfigError(f"train.{name}={size}: must be a multiple of train.accumulation={t.accumulation}")
@@ -178,6 +233,11 @@ class Config:
             raise ConfigError(
                 f"record.precond_every={self.record.precond_every}: {self.optim.name} keeps no rates of its own;"
                 " set optim.name=curvature_sgd too, or leave it out"
+            )
+        if self.kernel.basin_head != (t.lambda_basin > 0):
+            raise ConfigError(
+                f"kernel.basin_head={self.kernel.basin_head} and train.lambda_basin={t.lambda_basin}: a basin head is "
+                "trained by its term alone, and the term needs the head; set both or none"
             )
         if self.router.min_prefix > self.router.max_prefix:
             raise ConfigError("router.min_prefix: must not exceed router.max_prefix")
@@ -280,6 +340,8 @@ def _changed(config: Config, changes: Mapping[str, Any], role: str = "") -> Conf
 
 def _unknown(name: str, known: list[str], prefix: str, optimizer: str) -> ConfigError:
     """Why there is no such setting, and what to write."""
+    if "phi" in name.rpartition(".")[2].split("_"):
+        return ConfigError(f"{prefix}{name}: {PHI}")
     if having := _of_another(name):
         *some, last = having
         have = f"{', '.join(some)} and {last} have" if some else f"{last} has"

@@ -25,12 +25,12 @@ static void add(const void *data, int64_t bytes)
 /* forward.c's structures: see there. */
 struct layer {
     struct panels qkv, out, gate_up, down;
-    const float *norm;
+    const float *norm, *concentration;
 };
 struct kernel {
-    int64_t width, heads, size, hidden, layers, columns;
+    int64_t width, heads, groups, size, hidden, layers, columns;
     float eps2;
-    const float *embedding, *look_back, *rotary;
+    const float *embedding, *look_back, *rotary, *coupling;
     const struct layer *layer;
     struct panels head;
 };
@@ -50,14 +50,18 @@ static struct panels weights(int64_t outputs, int64_t inputs)
     return (struct panels){numbers((outputs + 15) / 16 * 16 * inputs), 0, 0, inputs, outputs};
 }
 
-/* A window of 100 tokens read in pieces, heads of 48: every branch of the attention. */
-static void add_kernel(void)
+enum { HEADS = 2 };
+
+/* A window of 100 tokens read in pieces, heads of 48: every branch of the attention, with `groups` keys for two heads. */
+static void add_kernel(int64_t groups, int geodesic)
 {
-    enum { WIDTH = 96, HEADS = 2, SIZE = 48, HIDDEN = 100, COLUMNS = 112, VOCABULARY = 70, TOKENS = 100 };
-    const struct layer layer = {weights(3 * WIDTH, WIDTH), weights(WIDTH, WIDTH), weights(2 * HIDDEN, WIDTH),
-                                weights(WIDTH, HIDDEN), numbers(4 * HEADS)};
-    struct kernel k = {WIDTH, HEADS, SIZE, HIDDEN, 1, COLUMNS, 1e-3f, numbers((VOCABULARY + 1) * WIDTH),
-                       numbers(WIDTH), numbers(COLUMNS * 2 * SIZE), &layer, weights(VOCABULARY, WIDTH)};
+    enum { WIDTH = 96, SIZE = 48, HIDDEN = 100, COLUMNS = 112, VOCABULARY = 70, TOKENS = 100 };
+    const struct layer layer = {weights(WIDTH + 2 * groups * SIZE, WIDTH), weights(WIDTH, WIDTH),
+                                weights(2 * HIDDEN, WIDTH), weights(WIDTH, HIDDEN), numbers(4 * HEADS),
+                                geodesic ? numbers(HEADS) : 0};
+    struct kernel k = {WIDTH, HEADS, groups, SIZE, HIDDEN, 1, COLUMNS, 1e-3f, numbers((VOCABULARY + 1) * WIDTH),
+                       numbers(WIDTH), numbers(COLUMNS * 2 * SIZE), geodesic ? numbers(COLUMNS) : 0, &layer,
+                       weights(VOCABULARY, WIDTH)};
     for (int i = 0; i < 4 * HEADS; i++) ((float *)layer.norm)[i] = 0.5f + fabsf(layer.norm[i]);
     float *held[1] = {calloc(2 * COLUMNS * 2 * WIDTH, 4)}, *scratch = malloc(4 * forward_scratch(&k, 33)), x[33 * WIDTH];
     float y[33 * 80];
@@ -109,7 +113,9 @@ int main(void)
         draw(x, 500, 4, 500, s, taken, tokens, scratch);
         add(tokens, sizeof tokens);
     }
-    add_kernel();
+    add_kernel(HEADS, 0);
+    add_kernel(1, 0);
+    add_kernel(HEADS, 1);
     printf("%llx\n", (unsigned long long)hash);
     return 0;
 }

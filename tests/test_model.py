@@ -13,7 +13,10 @@ from constellation.kernel.model import COUPLING_FLOOR, KernelLM, inverse_tempera
 from constellation.presets import PRESETS, preset
 
 MINI = Kernel(vocab_size=300, width=24, layers=2, heads=3, hidden=40, context=48, coupling_ref=8)
-KINDS = [("fidelity", "fixed"), ("fidelity", "learned"), ("fidelity", "off"), ("dot", "fixed"), ("dot", "off")]
+KINDS = [
+    ("fidelity", "fixed"), ("fidelity", "learned"), ("fidelity", "off"), ("fidelity", "scalable"),
+    ("geodesic", "fixed"), ("geodesic", "scalable"), ("dot", "fixed"), ("dot", "off"), ("dot", "scalable"),
+]  # fmt: skip
 
 
 def mini(**changes):
@@ -46,27 +49,39 @@ def turned(x, position, base):
 
 
 def naive_logit(model, block, head, q, k, i):
-    """c_h(i) cos(theta), theta the angle between the two states; or the scaled dot product."""
+    """c_h(i) cos(theta), -c_h(i) theta^2 / 2 of the states' angle or that of the nearer sign, or the scaled product."""
     config = model.config
     beta = 0.0 if config.coupling == "off" else float(model.beta)
     coupling = max(1 + beta * math.log((i + 1) / config.coupling_ref), COUPLING_FLOOR)
+    if config.coupling == "scalable":
+        coupling = math.log(i + 1) / math.log(config.coupling_ref)
+    if hasattr(block.attention, "log_c"):
+        coupling *= math.exp(block.attention.log_c[head])
     if config.metric == "dot":
         return coupling * (q @ k) / math.sqrt(len(q))
     a, b = q / q.norm(), k / k.norm()
     theta = 2 * torch.atan2((a - b).norm(), (a + b).norm())
-    return math.exp(block.attention.log_c[head]) * coupling * torch.cos(theta)
+    if config.metric == "geodesic":
+        return -coupling * min(theta, math.pi - theta) ** 2 / 2
+    return coupling * torch.cos(theta)
 
 
 @torch.no_grad()
 def naive_forward(model, tokens):
     config, size = model.config, model.config.width // model.config.heads
     stream = [model.embedding.weight[t].clone() for t in tokens]
-    for block in model.blocks:
+    if config.look_back:
+        stream = [x + model.look_back * b for x, b in zip(stream, [torch.zeros_like(stream[0]), *stream])]
+    middle = model.blocks[config.prelude : config.layers - config.coda]
+    loops = [block for _ in range(config.loops) for block in middle]
+    for block in [*model.blocks[: config.prelude], *loops, *model.blocks[config.layers - config.coda :]]:
         y = [block.attention.qkv.weight @ rms_norm(x, block.norm_attention.weight) for x in stream]
         for i in range(len(stream)):
             heads = []
             for h in range(config.heads):
-                part = [slice(n * config.width + h * size, n * config.width + (h + 1) * size) for n in range(3)]
+                shared = h * config.groups // config.heads
+                first = [h, config.heads + shared, config.heads + config.groups + shared]
+                part = [slice(n * size, (n + 1) * size) for n in first]
                 q = turned(y[i][part[0]], i, config.rope_base)
                 keys = [turned(y[j][part[1]], j, config.rope_base) for j in range(i + 1)]
                 logits = torch.stack([naive_logit(model, block, h, q, k, i) for k in keys])
@@ -76,13 +91,21 @@ def naive_forward(model, tokens):
         for i, x in enumerate(stream):
             gate, up = (block.mlp.gate_up.weight @ rms_norm(x, block.norm_mlp.weight)).chunk(2)
             stream[i] = x + block.mlp.out.weight @ (gate / (1 + torch.exp(-gate)) * up)
-    return torch.stack([model.embedding.weight @ rms_norm(x, model.norm.weight) for x in stream])
+    head = model.embedding.weight if config.tied else model.head.weight
+    return torch.stack([head @ rms_norm(x, model.norm.weight) for x in stream])
 
 
 @pytest.mark.parametrize(("metric", "coupling"), KINDS)
 def test_logits_equal_the_naive_model_in_loops(metric, coupling):
     model = mini(metric=metric, coupling=coupling).double()
     tokens = some_tokens(17)
+    torch.testing.assert_close(model(tokens[None])[0].detach(), naive_forward(model, tokens), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("metric", ["fidelity", "geodesic", "dot"])
+def test_logits_of_a_composed_kernel_equal_the_naive_model_in_loops(metric):
+    changes = {"heads": 4, "kv_heads": 2, "layers": 4, "prelude": 1, "loops": 3, "coda": 1, "tied": False, "width": 32}
+    model, tokens = mini(metric=metric, coupling="scalable", **changes).double(), some_tokens(13)
     torch.testing.assert_close(model(tokens[None])[0].detach(), naive_forward(model, tokens), rtol=1e-5, atol=1e-5)
 
 
@@ -185,8 +208,9 @@ def test_the_start_is_near_a_uniform_guess():
     assert loss.item() == pytest.approx(math.log(1024) + 0.5, abs=0.6)  # logits of variance 1 cost half a nat
 
 
-def test_bf16_autocast_stays_near_fp32():
-    model, tokens = mini(), some_tokens(2, 40)
+@pytest.mark.parametrize("metric", ["fidelity", "geodesic"])
+def test_bf16_autocast_stays_near_fp32(metric):
+    model, tokens = mini(metric=metric), some_tokens(2, 40)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         low = model(tokens)
     assert low.dtype == torch.bfloat16

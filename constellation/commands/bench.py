@@ -75,6 +75,17 @@ def train(seconds: float, preset: str, out: Path | None) -> None:
 
 
 @command.command()
+@click.option("--turns", default=15, show_default=True, type=click.IntRange(2), help="of each pair")
+@click.option("--preset", default="small", show_default=True)
+@out
+def kernels(turns: int, preset: str, out: Path | None) -> None:
+    """Kinds of kernel: metrics, couplings, shared keys and recursion, training and decoding, each beside its peer."""
+    from constellation.experiments import bench_kernels
+
+    bench_kernels.run(make_preset(preset), turns=turns, out=out)
+
+
+@command.command()
 @click.option("--corpus", type=click.Path(path_type=Path, exists=True), required=True, metavar="DIR")
 @click.option(
     "--work", type=click.Path(path_type=Path), required=True, metavar="DIR", help="models; reused when called again"

@@ -19,8 +19,8 @@ from constellation.commands import options
 def command(run: Path, kernel: str, format_: str, out: Path) -> None:
     """Write a plain kernel as a LlamaForCausalLM folder, which transformers, vLLM and CTranslate2 load.
 
-    The kernel must have been trained with kernel.metric=dot kernel.look_back=0 kernel.coupling=off; every other kind
-    is refused with the reason.
+    The kernel must have been trained with kernel.metric=dot kernel.look_back=0 kernel.coupling=off, without a
+    loop; every other kind is refused with the reason.
     """
     from constellation.pipeline.request import open_plan
 

@@ -34,7 +34,7 @@ from constellation.decoding.packed import Packed
 from constellation.decoding.sample import RECORD, RowSettings, Sampling, TokenScore, penalised, sample, scored
 from constellation.decoding.slots import BLOCK, Run, Slots
 from constellation.errors import ConfigError, RunError
-from constellation.kernel.model import KernelLM, parameter_count
+from constellation.kernel.model import KernelLM, multiplications
 
 WORTH_A_COPY = 4  # tokens: fewer are read anew in less time than their keys and values are copied
 PIECE_WORK = 400_000_000  # multiply-adds of a pass that reads: about ten milliseconds of one core
@@ -91,7 +91,7 @@ class Batch:
         bias_V: Tensor | None = None, ends: Sequence[int] = (), wide: bool | None = None, native: bool | None = None,
     ):  # fmt: skip
         if chunk is None:
-            chunk = min(max(PIECE_WORK // parameter_count(model.config), 64), 512)
+            chunk = min(max(PIECE_WORK // multiplications(model.config), 64), 512)
         if slots < 1 or chunk < 1:
             raise ConfigError(f"slots={slots}, chunk={chunk}: both must be at least 1")
         on_gpu = model.embedding.weight.device.type == "cuda"

@@ -31,14 +31,17 @@ class _Panels(ctypes.Structure):
 
 
 class _Layer(ctypes.Structure):
-    _fields_ = [*((name, _Panels) for name in ("qkv", "out", "gate_up", "down")), ("norm", ctypes.c_void_p)]
+    _fields_ = [
+        *((name, _Panels) for name in ("qkv", "out", "gate_up", "down")),
+        *((name, ctypes.c_void_p) for name in ("norm", "concentration")),
+    ]
 
 
 class _Kernel(ctypes.Structure):
     _fields_ = [
-        *((name, ctypes.c_int64) for name in ("width", "heads", "size", "hidden", "layers", "columns")),
+        *((name, ctypes.c_int64) for name in ("width", "heads", "groups", "size", "hidden", "layers", "columns")),
         ("eps2", ctypes.c_float),
-        *((name, ctypes.c_void_p) for name in ("embedding", "look_back", "rotary")),
+        *((name, ctypes.c_void_p) for name in ("embedding", "look_back", "rotary", "coupling")),
         ("layer", ctypes.POINTER(_Layer)),
         ("head", _Panels),
     ]
@@ -47,7 +50,7 @@ class _Kernel(ctypes.Structure):
 def suits(model: KernelLM) -> bool:
     """Whether the library can compute such a kernel."""
     config, weight = model.config, model.embedding.weight
-    vectors = config.width % WIDE == 0 and (config.width // config.heads) % WIDE == 0
+    vectors = config.width % WIDE == 0 and config.size % WIDE == 0
     return vectors and weight.device.type == "cpu"
 
 
@@ -108,23 +111,23 @@ class NativeSlots(Slots):
         self._kept: list[Tensor] = [packed.rotary_halves()]
         layers = []
         for layer in packed.layers:
-            norm = None if layer.norm_2H1 is None else torch.stack(layer.norm_2H1).contiguous()
+            norm = None if layer.norm_A1 is None else torch.stack(layer.norm_A1).contiguous()
             if norm is not None:
                 self._kept.append(norm)
             products = (layer.qkv, layer.out, layer.gated.gate_up, layer.down)
-            layers.append(_Layer(*map(_panels, products), _at(norm)))
+            layers.append(_Layer(*map(_panels, products), _at(norm), _at(layer.concentration_H)))
         self._layers = (_Layer * len(layers))(*layers)
         self._held = (ctypes.c_void_p * len(layers))(*(_at(kv) for kv in self.held))
         self._kernel = _Kernel(
-            packed.width, packed.heads, packed.size, packed.hidden, len(layers), self.columns,
+            packed.width, packed.heads, packed.groups, packed.size, packed.hidden, len(layers), self.columns,
             float(packed.eps_root) ** 2, _at(packed.embedding_VD), _at(packed.look_back_D), _at(self._kept[0]),
-            self._layers, _panels(packed.head),
+            _at(packed.coupling_C), self._layers, _panels(packed.head),
         )  # fmt: skip
         self._scratch = torch.empty(0)
 
     def _allocate(self) -> tuple[Tensor, ...]:
         packed = self.packed
-        shape = packed.layers_count, self.count, 2, packed.heads, self.columns * packed.size
+        shape = packed.layers_count, self.count, 2, packed.groups, self.columns * packed.size
         return torch.from_numpy(np.zeros(shape, np.float32)).unbind(0)
 
     def copy(self, source: int, target: int, length: int) -> None:

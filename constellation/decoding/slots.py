@@ -18,9 +18,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from constellation.decoding.packed import Packed
+from constellation.decoding.packed import Layer, Packed
+from constellation.kernel.geodesic import half_square_angle
 
 BLOCK = 16  # columns are counted in blocks: one AVX-512 vector of float32
+PAIRS = 2**22  # keys of all heads and rows that geodesic attention copies at once
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,9 +47,9 @@ class Slots:
         self._views = functools.lru_cache(maxsize=64)(self._look)  # most passes look where the one before looked
 
     def _allocate(self) -> tuple[Tensor, ...]:
-        """Keys and values of each layer, (slots, columns, 2, H, K)."""
+        """Keys and values of each layer, (slots, columns, 2, G, K)."""
         packed = self.packed
-        shape = (packed.layers_count, self.count, self.columns, 2, packed.heads, packed.size)
+        shape = (packed.layers_count, self.count, self.columns, 2, packed.groups, packed.size)
         if packed.device.type == "cpu":  # from numpy, whose zeros take no memory before they are written to
             return torch.from_numpy(np.zeros(shape, np.float32)).unbind(0)
         return torch.zeros(shape, device=packed.device).unbind(0)
@@ -81,8 +83,11 @@ class Slots:
             qkv = layer.qkv(packed.normal(x_ND))
             mine = qkv[:count]
             packed.turned(layer, mine, rotary_N21K)
-            held.view(-1, 2 * packed.width).index_copy_(0, at_N, mine[:, packed.width :])
-            parts = [self._attend(mine, run, kv[at], mask) for run, kv, mask in zip(runs, views, masks, strict=True)]
+            held.view(len(held) * self.columns, -1).index_copy_(0, at_N, mine[:, packed.width :])
+            parts = [
+                self._attend(layer, mine, position_N, run, kv[at], mask)
+                for run, kv, mask in zip(runs, views, masks, strict=True)
+            ]
             if spare:
                 parts.append(qkv[count:, : packed.width])
             y_ND = torch.cat(parts) if len(parts) > 1 else parts[0]
@@ -96,17 +101,30 @@ class Slots:
         return torch.zeros_like(unseen, dtype=torch.float32).masked_fill_(unseen, float("-inf"))[:, None, None]
 
     def _look(self, slot: int, rows: int, spread: bool, columns: int) -> list[tuple[Tensor, Tensor]]:
-        """The keys and values (rows, H, columns, K) of each layer."""
+        """The keys and values (rows, G, columns, K) of each layer."""
         found = []
         for kv in self.held:
             k, v = kv[slot : slot + (rows if spread else 1), :columns].permute(2, 0, 3, 1, 4).unbind(0)
             found.append((k, v) if spread else (k.expand(rows, -1, -1, -1), v.expand(rows, -1, -1, -1)))
         return found
 
-    def _attend(self, qkv_N3D: Tensor, run: Run, kv: tuple[Tensor, Tensor], mask: Tensor) -> Tensor:
-        packed = self.packed
-        q = qkv_N3D[run.first : run.first + run.count, : packed.width].view(-1, packed.heads, 1, packed.size)
-        return F.scaled_dot_product_attention(q, *kv, attn_mask=mask, scale=1.0).view(-1, packed.width)
+    def _attend(
+        self, layer: Layer, qkv_NO: Tensor, position_N: Tensor, run: Run, kv: tuple[Tensor, Tensor], mask: Tensor
+    ) -> Tensor:
+        """The queries of a row that share a key stand below one another: q (rows, G, H / G, K)."""
+        packed, rows = self.packed, slice(run.first, run.first + run.count)
+        q = qkv_NO[rows, : packed.width].view(run.count, packed.groups, -1, packed.size)
+        if layer.concentration_H is None or packed.coupling_C is None:
+            return F.scaled_dot_product_attention(q, *kv, attn_mask=mask, scale=1.0).view(-1, packed.width)
+        coupling_N = packed.coupling_C[position_N[rows].clamp(max=packed.context - 1)]
+        factor = coupling_N[:, None, None, None] * layer.concentration_H.view(packed.groups, -1, 1)
+        few = max(1, PAIRS // (kv[0][0].numel()))
+        parts = []
+        for start in range(0, run.count, few):
+            at = slice(start, start + few)
+            logits = torch.addcmul(mask[at], half_square_angle(q[at] @ kv[0][at].mT), factor[at], value=-1)
+            parts.append(torch.softmax(logits, -1) @ kv[1][at])
+        return torch.cat(parts).view(-1, packed.width)
 
     def logits(self, x_ND: Tensor) -> Tensor:
         """(N, V) of the last layer's output."""

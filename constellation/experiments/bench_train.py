@@ -113,7 +113,7 @@ def _kernel_step(config: Config, cache: Path, precision: str, optimizer_name: st
     def step(i: int) -> None:
         x, y = (torch.from_numpy(a) for a in batches.at(i))
         with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
-            loss = linear_cross_entropy(model.hidden(x), model.embedding.weight, y, config.train.loss_chunk)
+            loss = linear_cross_entropy(model.hidden(x), model.unembedding, y, config.train.loss_chunk)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), config.train.clip)
         optimizer.step()

@@ -1,14 +1,9 @@
 """A plain kernel as a folder that transformers, vLLM and CTranslate2 load: LlamaForCausalLM.
 
-With metric "dot", no look-back and no coupling the kernel is that architecture, weight by weight:
-
-    model.embed_tokens <- embedding (tied head)      self_attn.{q,k,v}_proj <- attention.qkv, split
-    input_layernorm <- norm_attention                self_attn.o_proj <- attention.out
-    post_attention_layernorm <- norm_mlp             mlp.{gate,up}_proj <- mlp.gate_up, split; down_proj <- mlp.out
-    model.norm <- norm
-
-Rotary positions turn the same pairs (i, i + K/2) in both, so nothing is permuted. A QFI kernel compares unit vectors,
-which no Llama does: it is refused.
+With metric "dot", no look-back, no coupling and no loop the kernel is that architecture, weight by weight (`ENDS`,
+`BLOCK_NAMES`), with shared keys and values and an untied head where it has them. Rotary positions turn the same pairs
+(i, i + K/2) in both, so nothing is permuted. A QFI kernel compares unit vectors, which no Llama does: it is refused. A
+basin head, which changes no logit, is left out.
 """
 
 from __future__ import annotations
@@ -21,7 +16,18 @@ from torch import Tensor
 
 from constellation.config import Kernel
 from constellation.errors import ConfigError
-from constellation.kernel.model import _EPS, KernelLM
+from constellation.kernel.model import KernelLM
+
+ENDS = {"embedding.weight": "model.embed_tokens.weight", "norm.weight": "model.norm.weight",
+        "head.weight": "lm_head.weight"}  # fmt: skip
+BLOCK_NAMES = {  # ours -> theirs, whose rows stand below one another in it
+    "norm_attention.weight": ("input_layernorm.weight",),
+    "norm_mlp.weight": ("post_attention_layernorm.weight",),
+    "attention.qkv.weight": tuple(f"self_attn.{name}_proj.weight" for name in "qkv"),
+    "attention.out.weight": ("self_attn.o_proj.weight",),
+    "mlp.gate_up.weight": tuple(f"mlp.{name}_proj.weight" for name in ("gate", "up")),
+    "mlp.out.weight": ("mlp.down_proj.weight",),
+}
 
 
 def refuse_unless_plain(config: Kernel) -> None:
@@ -33,10 +39,12 @@ def refuse_unless_plain(config: Kernel) -> None:
         reasons.append(f"look_back={config.look_back} (the embedding of the token before)")
     if config.coupling != "off":
         reasons.append(f"coupling={config.coupling!r} (a temperature that runs with the visible keys)")
+    if config.loops > 1:
+        reasons.append(f"loops={config.loops} (blocks that are applied several times)")
     if reasons:
         raise ConfigError(
             f"this kernel is no Llama: {', '.join(reasons)}; only a kernel trained with kernel.metric=dot "
-            "kernel.look_back=0 kernel.coupling=off can be exported as one"
+            "kernel.look_back=0 kernel.coupling=off kernel.loops=1 can be exported as one"
         )
 
 
@@ -48,18 +56,18 @@ def llama_config(config: Kernel, eos: int) -> dict[str, object]:
         "vocab_size": config.vocab_size,
         "hidden_size": config.width,
         "intermediate_size": config.hidden,
-        "num_hidden_layers": config.layers,
+        "num_hidden_layers": len(config.order),
         "num_attention_heads": config.heads,
-        "num_key_value_heads": config.heads,
-        "head_dim": config.width // config.heads,
+        "num_key_value_heads": config.groups,
+        "head_dim": config.size,
         "max_position_embeddings": config.context,
-        "rms_norm_eps": _EPS,
+        "rms_norm_eps": config.norm_eps,
         "rope_theta": config.rope_base,
         "rope_scaling": None,
         "hidden_act": "silu",
         "attention_bias": False,
         "mlp_bias": False,
-        "tie_word_embeddings": True,
+        "tie_word_embeddings": config.tied,
         "bos_token_id": eos,  # a document follows the end of another one
         "eos_token_id": eos,
         "torch_dtype": "float32",
@@ -68,20 +76,17 @@ def llama_config(config: Kernel, eos: int) -> dict[str, object]:
 
 def llama_weights(model: KernelLM) -> dict[str, Tensor]:
     """The weights by the names of transformers."""
-    refuse_unless_plain(model.config)
-    ours, found = model.state_dict(), {}
-    found["model.embed_tokens.weight"] = ours["embedding.weight"]
-    found["model.norm.weight"] = ours["norm.weight"]
-    for i in range(model.config.layers):
-        mine, theirs = f"blocks.{i}.", f"model.layers.{i}."
-        found[theirs + "input_layernorm.weight"] = ours[mine + "norm_attention.weight"]
-        found[theirs + "post_attention_layernorm.weight"] = ours[mine + "norm_mlp.weight"]
-        for name, part in zip("qkv", ours[mine + "attention.qkv.weight"].chunk(3), strict=True):
-            found[theirs + f"self_attn.{name}_proj.weight"] = part
-        found[theirs + "self_attn.o_proj.weight"] = ours[mine + "attention.out.weight"]
-        for name, part in zip(("gate", "up"), ours[mine + "mlp.gate_up.weight"].chunk(2), strict=True):
-            found[theirs + f"mlp.{name}_proj.weight"] = part
-        found[theirs + "mlp.down_proj.weight"] = ours[mine + "mlp.out.weight"]
+    config, ours, found = model.config, model.state_dict(), dict[str, Tensor]()
+    refuse_unless_plain(config)
+    for mine, theirs in ENDS.items():
+        if mine in ours:
+            found[theirs] = ours[mine]
+    heights = {3: [config.heads * config.size, *[config.groups * config.size] * 2], 2: [config.hidden] * 2}
+    for i in range(config.layers):
+        for mine, names in BLOCK_NAMES.items():
+            whole = ours[f"blocks.{i}.{mine}"]
+            parts = whole.split(heights.get(len(names), [len(whole)]))
+            found |= {f"model.layers.{i}.{name}": part for name, part in zip(names, parts, strict=True)}
     return {name: weight.float().cpu().contiguous().clone() for name, weight in found.items()}
 
 

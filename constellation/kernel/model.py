@@ -1,8 +1,12 @@
 """The kernel: a causal language model with QFI-metric attention.
 
 Pre-norm decoder: tokens -> embedding + s * embedding of the token before ->
-[RMSNorm -> attention, RMSNorm -> SwiGLU] x layers -> RMSNorm -> tied head.
-Shapes: B batch, T position, D width, H heads, K head size, V vocabulary.
+[RMSNorm -> attention, RMSNorm -> SwiGLU] x blocks -> RMSNorm -> head, tied to the embedding or its own.
+Shapes: B batch, T position, D width, H heads, G heads of keys and values, K head size, V vocabulary.
+
+A token passes the blocks in the order `prelude`, then R = `loops` times the tied group between, then `coda`
+(Dehghani et al. 2019; Geiping et al. 2025). R = 1 is the plain decoder. Nothing but attention crosses positions, so a
+recursive kernel is as causal as a plain one and has keys and values of every loop.
 
 The look-back s (D,) is learned per channel from 0. With it the first layer sees pairs of tokens, so that
 copying from context (induction, which needs the token before in the key) is learned in fewer steps.
@@ -12,14 +16,16 @@ Attention reads q and k of a head as unit amplitude vectors, that is pure states
 angle between them is theta = arccos <q, k>.
 
     metric = "fidelity":  logit_ij = c_h(i) cos theta_ij     a von Mises-Fisher kernel in that angle
+    metric = "geodesic":  logit_ij = -c_h(i) theta_ij^2 / 2,  theta_ij = arccos |<q_i, k_j>|   (geodesic.py)
     metric = "dot":       logit_ij = s(i) <q_i, k_j> / sqrt(K)   the ordinary control
 
-Either way the factor of row i is put into q_i, so that a plain q.k attention serves both (attention.py).
+For fidelity and dot the factor of row i is put into q_i, so that a plain q.k attention serves both (attention.py).
 c_h > 0 is learned per head; the factor of a row with L = i + 1 visible keys is the running coupling
 
     c_h(L) = c_h max(1 + beta ln(L / L_ref), 0.05)                (`inverse_temperature`)
+    c_h(L) = c_h ln L / ln L_ref = s_h ln L                       "scalable": also "dot" has a c_h then, 1 at the start
 
-beta fixed, 0 or learned (Chiang & Cholak 2022; Nakanishi 2025). Causality is a law: a change of
+beta fixed, 0 or learned (Chiang & Cholak 2022), s_h learned (Nakanishi 2025). Causality is a law: a change of
 token t+1 leaves the logits at <= t bit-identical.
 """
 
@@ -33,17 +39,23 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from constellation.config import Kernel as KernelConfig
-from constellation.kernel.attention import EPS, EXPLICIT_UP_TO, attention, causal_mask, states
+from constellation.kernel.attention import EXPLICIT_UP_TO, attention, causal_mask, states
+from constellation.kernel.geodesic import geodesic_attention
 from constellation.kernel.norm import rms_norm
 
+BASIN_BINS = 64  # of the basin head (train/basin.py)
 COUPLING_FLOOR = 0.05
 INITIAL_CONCENTRATION = 8.0  # c at the start; cos of two random vectors in R^32 has deviation 0.18
-_EPS = EPS
 
 
 def inverse_temperature(visible: Tensor, beta: Tensor | float, ref: int) -> Tensor:
     """max(1 + beta ln(L / L_ref), 0.05) for L visible keys; 1 at L = L_ref, 1 everywhere when beta = 0."""
     return torch.clamp(1 + beta * torch.log(visible / ref), min=COUPLING_FLOOR)
+
+
+def has_concentration(config: KernelConfig) -> bool:
+    """Whether every head has a c_h of its own."""
+    return config.metric != "dot" or config.coupling == "scalable"
 
 
 def rotary_table(context: int, size: int, base: float) -> tuple[Tensor, Tensor]:
@@ -73,28 +85,39 @@ class Linear(nn.Linear):
 class Attention(nn.Module):
     def __init__(self, config: KernelConfig):
         super().__init__()
-        self.heads, self.metric = config.heads, config.metric
-        self.size = config.width // config.heads
-        self.qkv = Linear(config.width, 3 * config.width, bias=False)
+        self.heads, self.groups, self.size, self.metric = config.heads, config.groups, config.size, config.metric
+        self.qkv = Linear(config.width, (self.heads + 2 * self.groups) * self.size, bias=False)
         self.out = Linear(config.width, config.width, bias=False)
-        if config.metric == "fidelity":
-            self.log_c = nn.Parameter(torch.full((config.heads,), math.log(INITIAL_CONCENTRATION)))
+        if has_concentration(config):
+            initial = 1.0 if config.metric == "dot" else INITIAL_CONCENTRATION
+            self.log_c = nn.Parameter(torch.full((config.heads,), math.log(initial)))
 
     def factor(self, rows: Rows) -> Tensor:
         """What multiplies the logits of a row: (H, T), or (1, T) where all heads have the same."""
-        if self.metric == "fidelity":
-            return self.log_c.exp()[:, None] * rows.coupling_T1.mT
-        return rows.coupling_T1.mT / math.sqrt(self.size)
+        coupling_1T = rows.coupling_T1.mT
+        if self.metric == "dot":
+            coupling_1T = coupling_1T / math.sqrt(self.size)
+        return self.log_c.exp()[:, None] * coupling_1T if hasattr(self, "log_c") else coupling_1T
 
     def project(self, x_BTD: Tensor, rows: Rows) -> tuple[Tensor, Tensor, Tensor]:
-        """q (with the row's factor in it), k, v: each (B, H, T, K); logits are then plainly q.k."""
-        qkv_BT3HK = self.qkv(x_BTD).unflatten(-1, (3, self.heads, self.size))
-        return states(qkv_BT3HK, self.factor(rows), rows.cos_TK, rows.sin_TK, self.metric == "fidelity")
+        """q (with the row's factor in it), k, v: each (B, H, T, K); logits of fidelity and dot are then plainly q.k."""
+        return states(self._qkv(x_BTD), self.factor(rows), rows.cos_TK, rows.sin_TK, self.metric != "dot")
 
     def forward(self, x_BTD: Tensor, rows: Rows) -> Tensor:
-        qkv_BT3HK = self.qkv(x_BTD).unflatten(-1, (3, self.heads, self.size))
+        qkv_BT3HK, factor_HT = self._qkv(x_BTD), self.factor(rows)
+        if self.metric == "geodesic":
+            return self.out(geodesic_attention(qkv_BT3HK, factor_HT, rows.cos_TK, rows.sin_TK, rows.mask_TT))
         unit = self.metric == "fidelity"
-        return self.out(attention(qkv_BT3HK, self.factor(rows), rows.cos_TK, rows.sin_TK, rows.mask_TT, unit))
+        return self.out(attention(qkv_BT3HK, factor_HT, rows.cos_TK, rows.sin_TK, rows.mask_TT, unit))
+
+    def _qkv(self, x_BTD: Tensor) -> Tensor:
+        """q, k and v (B, T, 3, H, K); a shared key or value stands there for each head that shares it."""
+        qkv = self.qkv(x_BTD)
+        if self.groups == self.heads:
+            return qkv.unflatten(-1, (3, self.heads, self.size))
+        q, kv = qkv.split((self.heads * self.size, 2 * self.groups * self.size), dim=-1)
+        kv_BT2HK = kv.unflatten(-1, (2, self.groups, self.size)).repeat_interleave(self.heads // self.groups, dim=-2)
+        return torch.cat((q.unflatten(-1, (1, self.heads, self.size)), kv_BT2HK), dim=-3)
 
 
 class RMSNorm(nn.RMSNorm):
@@ -118,9 +141,9 @@ class SwiGLU(nn.Module):
 class Block(nn.Module):
     def __init__(self, config: KernelConfig):
         super().__init__()
-        self.norm_attention = RMSNorm(config.width, eps=_EPS)
+        self.norm_attention = RMSNorm(config.width, eps=config.norm_eps)
         self.attention = Attention(config)
-        self.norm_mlp = RMSNorm(config.width, eps=_EPS)
+        self.norm_mlp = RMSNorm(config.width, eps=config.norm_eps)
         self.mlp = SwiGLU(config)
 
     def forward(self, x: Tensor, rows: Rows) -> Tensor:
@@ -139,11 +162,16 @@ class KernelLM(nn.Module):
     def __init__(self, config: KernelConfig, seed: int | None = 0):
         """`seed=None` leaves the weights as they are, for a model that is loaded next."""
         super().__init__()
+        config.check()
         self.config = config
         table = torch.empty(config.vocab_size, config.width)
         self.embedding: nn.Embedding = nn.Embedding.from_pretrained(table, freeze=False)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers))
-        self.norm = RMSNorm(config.width, eps=_EPS)
+        self.norm = RMSNorm(config.width, eps=config.norm_eps)
+        if not config.tied:
+            self.head = Linear(config.width, config.vocab_size, bias=False)
+        if config.basin_head:
+            self.basin_head = Linear(config.width, BASIN_BINS, bias=False)
         if config.look_back:
             self.look_back = nn.Parameter(torch.zeros(config.width))
         if config.coupling == "learned":
@@ -155,7 +183,7 @@ class KernelLM(nn.Module):
     def _tables(self) -> None:
         """The constant tables, which checkpoints do not hold."""
         config = self.config
-        cos, sin = rotary_table(config.context, config.width // config.heads, config.rope_base)
+        cos, sin = rotary_table(config.context, config.size, config.rope_base)
         self.register_buffer("cos", cos, persistent=False)
         self.register_buffer("sin", sin, persistent=False)
         self.register_buffer("visible", torch.arange(1, config.context + 1).float(), persistent=False)
@@ -165,21 +193,27 @@ class KernelLM(nn.Module):
 
     @torch.no_grad()
     def _initialise(self, generator: torch.Generator) -> None:
-        """N(0, 1/fan_in); the two products that write to the residual stream start smaller by sqrt(2 layers)."""
+        """N(0, 1/fan_in); the two products that write to the residual stream start smaller by sqrt(2 depth)."""
         for name, weight in self.named_parameters():
             if weight.dim() == 2:
                 scale = self.config.width**-0.5 if name.startswith("embedding") else weight.shape[1] ** -0.5
                 weight.normal_(0, scale, generator=generator)
                 if name.endswith("out.weight"):
-                    weight.mul_((2 * self.config.layers) ** -0.5)
+                    weight.mul_((2 * len(self.config.order)) ** -0.5)
 
     def rows(self, length: int) -> Rows:
         """The rows 0..length-1 of a whole sequence."""
-        coupling = inverse_temperature(self.visible[:length], self.beta, self.config.coupling_ref)[:, None]
         mask = None
-        if self.visible.device.type == "cpu" and length <= EXPLICIT_UP_TO:
+        if self.visible.device.type == "cpu" and (length <= EXPLICIT_UP_TO or self.config.metric == "geodesic"):
             mask = causal_mask(length)
-        return Rows(self.cos[:length], self.sin[:length], coupling, mask)
+        return Rows(self.cos[:length], self.sin[:length], self.coupling(length)[:, None], mask)
+
+    def coupling(self, length: int) -> Tensor:
+        """Of the rows 0..length-1, (length,): what multiplies c_h."""
+        visible, ref = self.visible[:length], self.config.coupling_ref
+        if self.config.coupling == "scalable":
+            return torch.log(visible) / math.log(ref)
+        return inverse_temperature(visible, self.beta, ref)
 
     def embed(self, tokens_BT: Tensor, before_B1: Tensor | None = None) -> Tensor:
         """What the first block reads; `before_B1` are the tokens before the first ones, None at a beginning."""
@@ -192,12 +226,17 @@ class KernelLM(nn.Module):
     def hidden(self, tokens_BT: Tensor) -> Tensor:
         rows = self.rows(tokens_BT.shape[1])
         x = self.embed(tokens_BT)
-        for block in self.blocks:
-            x = block(x, rows)
+        for at in self.config.order:
+            x = self.blocks[at](x, rows)
         return self.norm(x)
 
+    @property
+    def unembedding(self) -> Tensor:
+        """W (V, D) of the head."""
+        return self.embedding.weight if self.config.tied else self.head.weight
+
     def logits(self, hidden: Tensor) -> Tensor:
-        return F.linear(hidden, self.embedding.weight)
+        return F.linear(hidden, self.unembedding)
 
     def forward(self, tokens_BT: Tensor) -> Tensor:
         return self.logits(self.hidden(tokens_BT))
@@ -207,8 +246,18 @@ class KernelLM(nn.Module):
 
 
 def parameter_count(config: KernelConfig) -> int:
-    """Parameters by formula: V D + layers (4 D^2 + 3 D hidden + 2 D [+ H]) + D [+ D look-back] [+ 1 beta]."""
+    """V D [+ V D] [+ 64 D] + layers (2 D^2 (1 + G/H) + 3 D hidden + 2 D [+ H]) + D [+ D look-back] [+ 1 beta]."""
+    ends = config.vocab_size * config.width * (1 if config.tied else 2)
+    ends += config.width * (1 + config.look_back + BASIN_BINS * config.basin_head) + (config.coupling == "learned")
+    return ends + config.layers * _block_parameters(config)
+
+
+def multiplications(config: KernelConfig) -> int:
+    """About as many as a token costs in matrix products: a tied group counts as often as it is applied."""
+    return parameter_count(config) + (len(config.order) - config.layers) * _block_parameters(config)
+
+
+def _block_parameters(config: KernelConfig) -> int:
     d = config.width
-    per_block = 4 * d * d + 3 * d * config.hidden + 2 * d + (config.heads if config.metric == "fidelity" else 0)
-    ends = config.vocab_size * d + d * (1 + config.look_back) + (config.coupling == "learned")
-    return ends + config.layers * per_block
+    projections = 2 * d * d + 2 * d * config.groups * config.size
+    return projections + 3 * d * config.hidden + 2 * d + (config.heads if has_concentration(config) else 0)

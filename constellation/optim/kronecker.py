@@ -39,7 +39,7 @@ from torch import Tensor
 from constellation import processor
 from constellation.errors import ConfigError
 from constellation.optim.elementwise import diagonal_step
-from constellation.optim.kinds import kinds_of, matrix_shape
+from constellation.optim.kinds import is_rowwise, kinds_of, matrix_shape
 from constellation.optim.natural import NaturalOptimizer, check_range
 from constellation.optim.polar import NEWTON_SCHULZ, NEWTON_SCHULZ_STEPS, polar, polar_single, polars
 from constellation.optim.registry import KroneckerSettings
@@ -165,9 +165,9 @@ class KroneckerNG(NaturalOptimizer):
 
 
 def build(settings: KroneckerSettings, model: torch.nn.Module) -> KroneckerNG:
-    """Linear weights by Kronecker factors; embeddings and vectors by the diagonal."""
-    s = settings
-    matrices = [module.weight for module in model.modules() if isinstance(module, torch.nn.Linear)]
+    """Linear weights by Kronecker factors; embeddings, heads and vectors by the diagonal."""
+    s, modules = settings, model.named_modules()
+    matrices = [m.weight for name, m in modules if isinstance(m, torch.nn.Linear) and not is_rowwise(name)]
     taken = {id(p) for p in matrices}
     groups = [
         {"params": matrices, "method": "kron", "weight_decay": s.weight_decay},

@@ -21,6 +21,7 @@ from constellation.train.parts import Parts
 from constellation.train.recording import Records
 from constellation.train.schedule import Governor
 from constellation.train.state import TrainState
+from constellation.train.terms import probes_of
 
 
 def fit(
@@ -38,7 +39,7 @@ def fit(
 
     source      of batches; None: the job's token ranges
     say         hears of a damaged checkpoint
-    objective   what is minimised (objective.py); None: cross-entropy
+    objective   what is minimised (objective.py); None: what the configuration weighs (terms.py), cross-entropy alone
     probes      what is measured on the way (telemetry/probe.py)
     regime      judges every step (regime/protocol.py); its advice is in the Step
     recovery    acts on advice, also on a step that failed
@@ -48,7 +49,7 @@ def fit(
     loss or gradient are not finite and no recovery helps.
     """
     records = Records(job.config.record, job.folder)
-    measured = Probes([*records.probes, *probes])
+    measured = Probes([*records.probes, *probes, *probes_of(job)])
     state = TrainState(job, source, say, Parts(objective, measured, regime, recovery, governor), records)
     for step in state.remaining():
         losses = state.losses(state.batch_at(step))

@@ -35,12 +35,13 @@ from constellation.regime.protocol import Advice, Saved
 from constellation.telemetry.step import NUMBERS, Step
 from constellation.train import checkpoint, score
 from constellation.train.job import Job, Source, device
-from constellation.train.objective import CROSS_ENTROPY, Objective
+from constellation.train.objective import CROSS_ENTROPY
 from constellation.train.parts import Parts
 from constellation.train.recording import Records
 from constellation.train.sample import sample_text
 from constellation.train.schedule import Schedule
 from constellation.train.summary import converged, describe, optimizer_stats
+from constellation.train.terms import objective_of
 
 CURVATURE_PART = 8  # an optimizer that sees curvature sees it in one sequence of so many
 TOLD = ("logits", "targets", "telemetry")  # what an optimizer's step may want to be told
@@ -60,7 +61,7 @@ class TrainState:
         self.job, self.steps, self.device = job, job.steps, device()
         self.source = _batches(job) if source is None else source
         self.dev = None if job.dev is None else open_cache(job.dev)
-        self.objective, self.parts, self.records = parts.objective or Objective(), parts, records
+        self.objective, self.parts, self.records = objective_of(job, parts.objective), parts, records
         self.model = KernelLM(job.config.kernel, seed=t.seed).to(self.device)
         self.optimizer = optim.build(job.config.optim, self.model)
         self.schedule = Schedule.of(job)
@@ -77,6 +78,9 @@ class TrainState:
         layout = [{"name": n, "shape": list(p.shape), "dtype": str(p.dtype)} for n, p in self.model.named_parameters()]
         self.folder.begin(job.config, job.role, layout, {"steps": job.steps, "parameters": self.model.num_parameters()})
         self.step, self.trace = self._begin(say)
+        if len(self.objective.terms) > 1 and self.step < self.steps:
+            x, y = (one.chunk(t.accumulation)[0] for one in self.batch_at(self.step))
+            self.objective.refuse_idle(self.model, x, y, t.loss_chunk)
         self.folder.truncate(self.step)
         records.begin(self.model, self.step, self.steps)
         self._began = self._tick = time.perf_counter()

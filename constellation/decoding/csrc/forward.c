@@ -1,22 +1,24 @@
 /* The forward pass of decoding (slots.py) on a CPU in one call: no dispatch between operations. Rows do not depend on
    each other.
 
-   held      of a slot and layer: keys (heads, columns / 16, size, 16), so that 16 columns are scored at once, then
-             values (heads, columns, size)
+   held      of a slot and layer: keys (groups, columns / 16, size, 16), so that 16 columns are scored at once, then
+             values (groups, columns, size); heads / groups queries share a group
    attend    a row's query against the columns 0..position of its slot, head by head */
 
 #include "vector.h"
 
 struct layer {
     struct panels qkv, out, gate_up, down;
-    const float *norm; /* (2, 2, heads): eps / c^2, then 1 / c^2, of q and of k; or 0 */
+    const float *norm;          /* (2, heads + groups): eps / c^2, then 1 / c^2, of q and of k; or 0 */
+    const float *concentration; /* (heads): c where logits are -c coupling theta^2 / 2; or 0, and they are q.k */
 };
 
 struct kernel {
-    int64_t width, heads, size, hidden, layers, columns;
+    int64_t width, heads, groups, size, hidden, layers, columns;
     float eps2; /* D eps */
     const float *embedding, *look_back; /* (V + 1, D), (D) or 0 */
     const float *rotary;                /* (context, 2, 2, size / 2): cos and sin, times the row's factor for q */
+    const float *coupling;              /* (context), of a row; or 0 */
     const struct layer *layer;
     struct panels head;
 };
@@ -40,13 +42,14 @@ void normal(const float *x, int64_t stride, int64_t rows, int64_t width, float e
     }
 }
 
-/* q or k of all heads, in place: normalised where the metric is fidelity, then turned; halves make pairs. */
-static void turn(float *q, const struct kernel *k, const float *norm, const float *rotary)
+/* q or k of `heads` heads, in place: divided by their lengths unless the metric is dot, then turned; halves make
+   pairs. */
+static void turn(float *q, int64_t heads, const struct kernel *k, const float *norm, const float *rotary)
 {
     const int64_t half = k->size / 2;
-    for (int64_t h = 0; h < k->heads; h++, q += k->size) {
+    for (int64_t h = 0; h < heads; h++, q += k->size) {
         float scale = 1.0f;
-        if (norm) scale = 1.0f / sqrtf(norm[h] + square(q, k->size) * norm[2 * k->heads + h]);
+        if (norm) scale = 1.0f / sqrtf(norm[h] + square(q, k->size) * norm[k->heads + k->groups + h]);
         int64_t i = 0;
         for (; i + LANES <= half; i += LANES) {
             const vec a = load(q + i) * scale, b = load(q + half + i) * scale;
@@ -65,8 +68,8 @@ static void turn(float *q, const struct kernel *k, const float *norm, const floa
 static void hold(const float *key, const float *value, const struct kernel *k, int64_t position, float *slot)
 {
     float *keys = slot + position / WIDE * k->size * WIDE + position % WIDE;
-    float *values = slot + k->width * k->columns + position * k->size;
-    for (int64_t h = 0; h < k->heads; h++, keys += k->columns * k->size, values += k->columns * k->size) {
+    float *values = slot + k->groups * k->size * k->columns + position * k->size;
+    for (int64_t h = 0; h < k->groups; h++, keys += k->columns * k->size, values += k->columns * k->size) {
         for (int64_t i = 0; i < k->size; i++) keys[i * WIDE] = *key++;
         memcpy(values, value + h * k->size, k->size * sizeof(float));
     }
@@ -117,14 +120,19 @@ INLINE void weigh(const int wide, const int ways, const float *value, int64_t st
         }
 }
 
-static void attend(const float *q, const float *slot, int64_t position, const struct kernel *k, float *score, float *y)
+static void attend(const float *q, const float *slot, int64_t position, const struct kernel *k, const float *concentration,
+                   float *score, float *y)
 {
-    const int64_t size = k->size, count = position + 1, whole = padded(count);
-    const float *value = slot + k->width * k->columns;
-    for (int64_t h = 0; h < k->heads; h++, q += size, y += size, slot += k->columns * size, value += k->columns * size) {
+    const int64_t size = k->size, count = position + 1, whole = padded(count), shared = k->heads / k->groups;
+    for (int64_t h = 0; h < k->heads; h++, q += size, y += size) {
+        const float *key = slot + h / shared * k->columns * size, *value = key + k->groups * k->columns * size;
         int64_t c = 0;
-        for (; c + 4 * WIDE <= whole; c += 4 * WIDE) scores(4, q, slot + c * size, size, score + c);
-        for (; c < whole; c += WIDE) scores(1, q, slot + c * size, size, score + c);
+        for (; c + 4 * WIDE <= whole; c += 4 * WIDE) scores(4, q, key + c * size, size, score + c);
+        for (; c < whole; c += WIDE) scores(1, q, key + c * size, size, score + c);
+        if (concentration) {
+            const float factor = -concentration[h] * k->coupling[position];
+            for (c = 0; c < whole; c += LANES) store(score + c, half_square_angle(load(score + c)) * factor);
+        }
         for (c = count; c < whole; c++) score[c] = -INFINITY;
         vec most[VECTORS], sum[VECTORS];
         for (int v = 0; v < VECTORS; v++) most[v] = same(-INFINITY), sum[v] = same(0);
@@ -147,19 +155,23 @@ static void attend(const float *q, const float *slot, int64_t position, const st
 
 static int64_t most_inputs(const struct kernel *k) { return k->width > k->hidden ? k->width : k->hidden; }
 
+/* q, k and v of a row. */
+static int64_t projected(const struct kernel *k) { return k->width + 2 * k->groups * k->size; }
+
 /* Floats of `scratch` for `rows` rows. */
 int64_t forward_scratch(const struct kernel *k, int64_t rows)
 {
-    const int64_t each = k->width + padded(3 * k->width) + padded(2 * k->hidden) + padded(k->hidden);
+    const int64_t each = k->width + padded(projected(k)) + padded(2 * k->hidden) + padded(k->hidden);
     return rows * each + padded(k->columns) + product_scratch(most_inputs(k)) / sizeof(float);
 }
 
 /* The last layer's output x (rows, D). `rows_4N`: token, token before, position, slot. `held[l]`: slots, each as above. */
 void forward(const struct kernel *k, const int64_t *rows_4N, int64_t rows, float *const *held, float *x, float *scratch)
 {
-    const int64_t width = k->width, wide = padded(3 * width), gates = padded(2 * k->hidden), hidden = padded(k->hidden);
+    const int64_t width = k->width, shared = k->groups * k->size, wide = padded(projected(k));
+    const int64_t gates = padded(2 * k->hidden), hidden = padded(k->hidden);
     const int64_t *token = rows_4N, *before = token + rows, *position = before + rows, *slot = position + rows;
-    const int64_t step = 2 * width * k->columns;
+    const int64_t step = 2 * shared * k->columns;
     float *mean = scratch, *qkv = mean + rows * width, *gate = qkv + rows * wide, *act = gate + rows * gates;
     float *score = act + rows * hidden, *levels = score + padded(k->columns);
     for (int64_t r = 0; r < rows; r++) {
@@ -177,12 +189,13 @@ void forward(const struct kernel *k, const int64_t *rows_4N, int64_t rows, float
         for (int64_t r = 0; r < rows; r++) {
             float *mine = qkv + r * wide;
             const float *rotary = k->rotary + position[r] * 2 * k->size;
-            turn(mine, k, layer->norm, rotary);
-            turn(mine + width, k, layer->norm ? layer->norm + k->heads : 0, rotary + k->size);
-            hold(mine + width, mine + 2 * width, k, position[r], held[l] + slot[r] * step);
+            turn(mine, k->heads, k, layer->norm, rotary);
+            turn(mine + width, k->groups, k, layer->norm ? layer->norm + k->heads : 0, rotary + k->size);
+            hold(mine + width, mine + width + shared, k, position[r], held[l] + slot[r] * step);
         }
         for (int64_t r = 0; r < rows; r++)
-            attend(qkv + r * wide, held[l] + slot[r] * step, position[r], k, score, mean + r * width);
+            attend(qkv + r * wide, held[l] + slot[r] * step, position[r], k, layer->concentration, score,
+                   mean + r * width);
         product(mean, width, rows, &layer->out, x, width, 1, levels);
         normal(x, width, rows, width, k->eps2, mean);
         product(mean, width, rows, &layer->gate_up, gate, gates, 0, levels);

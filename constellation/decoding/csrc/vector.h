@@ -108,6 +108,23 @@ INLINE vec exponential(vec x)
     return p * (vec)bits;
 }
 
+/* arccos(|x|)^2 / 2 within 2e-7, |x| at most 1 but for rounding: d Q(d), d = 1 - |x|, Q of degree 8 through Chebyshev's
+   points. arccos itself has no derivative at d = 0, its square is analytic there. */
+INLINE vec half_square_angle(vec x)
+{
+    const vec left = 1.0f - larger(x, -x), d = larger(left, same(0));
+    vec q = same(1.423376263e-03f);
+    q = fused(q, d, same(-3.145316616e-03f));
+    q = fused(q, d, same(4.917238373e-03f));
+    q = fused(q, d, same(-7.905125967e-04f));
+    q = fused(q, d, same(6.083056796e-03f));
+    q = fused(q, d, same(1.408197358e-02f));
+    q = fused(q, d, same(4.446483031e-02f));
+    q = fused(q, d, same(1.666658968e-01f));
+    q = fused(q, d, same(1.000000000e+00f));
+    return q * d;
+}
+
 struct panels {
     const void *weights;
     const float *scale; /* of each output, and the weights are int8; or 0, and they are float */
