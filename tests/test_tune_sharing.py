@@ -134,6 +134,7 @@ def test_a_router_is_judged_over_kernels_that_are_trained_once(
     alone(SweepRun(out, grid_of(space, two, micro_corpus, 2)))
     history = read_history(out)
     default, other = (history.outcomes[Evaluation(trial)] for trial in (0, 1))
+    assert default.status == "done", default
     (shared,) = {path.parent for path in (out / "shared").glob("*/ocean")}
     assert default.metric == evaluate_run(shared, None)["answers"]["routed"]["bits_per_byte"]
     assert other.metric is not None and other.metric != default.metric
