@@ -129,7 +129,7 @@ def test_a_router_is_judged_over_kernels_that_are_trained_once(
     """The preset's router has the metric of the shared run as it is; others cost no tokens."""
     space = tmp_path / "s.toml"
     space.write_text('evaluates = "router"\nmetric = "routed_bits_per_byte"\n[settings."router.every"]\n'
-                     'prior = "choice"\nvalues = [64, 16]\n')  # fmt: skip
+                     'prior = "choice"\nvalues = [16, 64]\n')  # fmt: skip
     out = tmp_path / "out"
     alone(SweepRun(out, grid_of(space, two, micro_corpus, 2)))
     history = read_history(out)

@@ -15,6 +15,7 @@ from constellation.artifacts import segments
 from constellation.config import Config, override
 from constellation.pipeline.evaluation import evaluate_run, read_scores
 from constellation.pipeline.prepare import fit_policy
+from constellation.pipeline.request import REQUEST
 from constellation.pipeline.status import done, finished
 from constellation.roster import OCEAN
 from constellation.storage import array_file
@@ -52,7 +53,11 @@ def fit_again(work: Work, elsewhere: Used) -> dict[str, float]:
     """
     config = override(work.config, {"train.tokens": round(work.tokens)})
     shared, own = own_run(work)
-    once(shared, work, elsewhere, lambda: finished(shared), lambda stop: _train(shared, work, own, stop))
+
+    def there() -> bool:
+        return (shared / REQUEST).exists() and finished(shared)
+
+    once(shared, work, elsewhere, there, lambda stop: _train(shared, work, own, stop))
     plan = begun(work.folder / "run", work, config, shared, config.models)
     once(shared, work, elsewhere, (shared / SCORES / f"{SCORES}.json").exists, lambda stop: _score(shared))
     if not (plan.router / "router.json").exists():
