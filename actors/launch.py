@@ -48,8 +48,8 @@ def train(
     """Train the constellation in `run`; yields the steps of all its models as they come.
 
     `config` None is the run's own when resuming, else the preset small; `address` None is a Ray of our own, as open as
-    `auth` says (connect.py); `roles` are the kernels to train in this sitting, all if None. Closing the iterator, or
-    Ctrl-C, stops every actor after its step; `resume` goes on.
+    `auth` says (connect.py); `roles` are the kernels to train in this sitting, all if None; () OCEAN and router alone.
+    Closing the iterator, or Ctrl-C, stops every actor after its step; `resume` goes on.
     """
     fresh = not run.exists()
     if note := request(run, corpus, config, resume):
@@ -67,11 +67,14 @@ def train(
                 if auth is None:
                     refuse_open()
                 size = machine(num_cpus, config.constellation.kernels)
-                num_cpus, bundles = int(size["CPU"]), [share(config)] * resident(config, len(roles), size["GPU"])
+                num_cpus, bundles = (
+                    int(size["CPU"]),
+                    [share(config)] * max(1, resident(config, len(roles), size["GPU"])),
+                )
                 check(bundles, [size], "this machine")
                 check_memory(config, len(bundles), free_bytes())
             else:
-                bundles = [share(config)] * resident(config, len(roles))
+                bundles = [share(config)] * max(1, resident(config, len(roles)))
                 stack.enter_context(connected(address))
                 check_cluster(bundles)
             plan = prepare(run)

@@ -19,13 +19,13 @@ from constellation.errors import ArtifactError, ConfigError
 from constellation.processor import cores
 from tune.best import write_best
 from tune.engine import compute, fits, room
-from tune.evaluate import prepared
 from tune.events import LOG
 from tune.history import Evaluation, read_history
 from tune.progress import Progress
 from tune.request import SweepRequest
 from tune.run import SweepRun, recorded_request
 from tune.schedulers import rank_correlations
+from tune.sharing import prepared
 
 PROBE_S = 2.0
 

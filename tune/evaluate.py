@@ -2,38 +2,31 @@
 
     OUT/trials/0007-r0-s0/    ocean/ (a run folder of one model) or run/ (a constellation)
                               result.json, written last, whole or absent: the evaluation is finished
-    OUT/shared/DIGEST/        corpus, tokenizer and token caches, for every trial with the same settings of them
+    OUT/shared/DIGEST/        what evaluations have in common (sharing.py)
 
 Stopped or killed, an evaluation goes on from its newest checkpoint when it is run again, to the same bits on a CPU.
-No Ray here, but for whole constellations (whole.py).
+No Ray here, but for constellations and their routers (whole.py).
 """
 
 from __future__ import annotations
 
 import errno
-import hashlib
-import json
 import math
 import os
 import shutil
 import time
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from constellation.config import Config, override
 from constellation.errors import ArtifactError, ConstellationError
 from constellation.storage.atomic import read_json, read_object, write_json
 from constellation.storage.exclusive import exclusive
 from tune.cost import flops_per_token, steps_of, tokens_per_step
 from tune.history import Cost, Outcome
+from tune.sharing import SPENT, Used, own_run, prepared, spent
 from tune.work import StopFile, Stopped, Work
 
-if TYPE_CHECKING:
-    from constellation.pipeline.prepare import Plan
-
 RESULT = "result.json"
-SPENT = "spent.json"  # by earlier sittings of an evaluation that was stopped
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 FULL_WORDS = ("requested and", *map(os.strerror, FULL))  # of numpy and safetensors, whose errors have no number
 LOCK_WAIT_S = 120.0  # for the process that a killed driver left behind
@@ -49,12 +42,12 @@ def evaluate(work: Work) -> Outcome:
         if (found := finished(work.folder)) is not None:
             return found
         wall, cpu = time.perf_counter(), time.process_time()
-        spent = read_object(work.folder / SPENT) if (work.folder / SPENT).exists() else {"cpu_s": 0.0, "wall_s": 0.0}
+        before, elsewhere = spent(work.folder), {"cpu_s": 0.0, "wall_s": 0.0}
 
-        def used() -> dict[str, float]:
+        def used() -> Used:
             return {
-                "cpu_s": spent["cpu_s"] + time.process_time() - cpu,
-                "wall_s": spent["wall_s"] + time.perf_counter() - wall,
+                "cpu_s": before["cpu_s"] + time.process_time() - cpu - elsewhere["cpu_s"],
+                "wall_s": before["wall_s"] + time.perf_counter() - wall - elsewhere["wall_s"],
             }
 
         status, metric, reason, tokens = "done", None, "", work.tokens
@@ -62,9 +55,9 @@ def evaluate(work: Work) -> Outcome:
             if work.kind == "model":
                 values = _model(work)
             else:
-                from tune.whole import train_whole
+                from tune.whole import fit_again, train_whole
 
-                values = train_whole(work)
+                values = (fit_again if work.kind == "router" else train_whole)(work, elsewhere)
             tokens = values["tokens"]
             metric = used()["wall_s"] if work.metric == "train_seconds" else values[work.metric]
             if not math.isfinite(metric):
@@ -78,7 +71,10 @@ def evaluate(work: Work) -> Outcome:
             status, reason = "failed", str(error)
             tokens = _tokens_so_far(work)
         flops = tokens * flops_per_token(work.config.kernel)
-        outcome = Outcome(status, metric, reason, Cost(float(tokens), flops, **used()))
+        cost = used()
+        if work.first and work.kind != "model":
+            cost = {kind: value + spent(own_run(work)[0])[kind] for kind, value in cost.items()}
+        outcome = Outcome(status, metric, reason, Cost(float(tokens), flops, **cost))
         write_json(work.folder / RESULT, asdict(outcome), sealed=True)
         return outcome
 
@@ -104,20 +100,6 @@ def full(error: BaseException) -> bool:
             return True
         seen = seen.__cause__
     return False
-
-
-def prepared(corpus: Path | None, config: Config, shared: Path) -> Plan:
-    """Corpus, tokenizer and caches for `config`, made once for everybody with the same settings of them."""
-    from constellation.pipeline import prepare
-
-    key = {"corpus": str(corpus), "data": asdict(config.data), "vocab_size": config.kernel.vocab_size}
-    digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
-    run = shared / digest
-    alike = {f"data.{name}": value for name, value in asdict(config.data).items()}
-    reading = override(Config(), {**alike, "kernel.vocab_size": config.kernel.vocab_size, "train.precision": "fp32"})
-    with exclusive(shared, LOCK_WAIT_S * 5, name=f".{digest}.lock"):
-        prepare.request(run, corpus, reading, resume=True)
-        return prepare.prepare(run)
 
 
 def _model(work: Work) -> dict[str, float]:

@@ -16,12 +16,14 @@ from enum import Enum
 from pathlib import Path
 from typing import Any
 
+from constellation.config import Config
 from constellation.errors import ConfigError
 from tune.evaluate import evaluate, finished, prune
 from tune.events import LOG, SCHEMA, read_events
-from tune.history import Evaluation, Outcome
+from tune.history import Evaluation, Outcome, Trial
 from tune.journal import Journal
 from tune.request import SweepRequest
+from tune.sharing import same_ocean
 from tune.sweep import Start, Wait
 from tune.work import Stopped, Work
 
@@ -51,6 +53,7 @@ class SweepRun:
         self._attempts: Counter[Evaluation] = Counter()
         self._work: dict[Evaluation, Work] = {}
         self._kept: list[tuple[float, Evaluation]] = []
+        self._sharing: set[tuple[float, int]] = set()  # share of the budget and seed of what is charged already
         (out / STOP).unlink(missing_ok=True)
 
     @classmethod
@@ -98,6 +101,7 @@ class SweepRun:
     def _begin(self, start: Start) -> Work | None:
         """The work of `start`, None when its outcome is known already."""
         evaluation, trial = start.evaluation, start.trial
+        first = self._is_first(start)
         if (known := self._journal.known.pop(evaluation, None)) is not None:
             self.outcomes[evaluation] = known
             return None
@@ -114,12 +118,30 @@ class SweepRun:
         if trial.parent is not None and evaluation.rung:
             parent = self.out / "trials" / str(Evaluation(trial.parent, evaluation.rung - 1, evaluation.seed))
         work = Work(
-            str(evaluation), self.request.space.evaluates, config, start.share * self.request.budget, folder,
+            str(evaluation), self.request.space.evaluates, config, self._default(evaluation),
+            start.share * self.request.budget, folder,
             self.out / "shared", None if self.request.corpus is None else Path(self.request.corpus),
-            self.request.metric, parent, self.out / STOP,
+            self.request.metric, parent, self.out / STOP, first,
         )  # fmt: skip
         self._work[evaluation] = work
         return work
+
+    def _default(self, evaluation: Evaluation) -> Config:
+        return self.request.config(Trial(0, self.request.space.default, "default"), evaluation)
+
+    def _is_first(self, start: Start) -> bool:
+        """Whether no evaluation before uses what this one shares with others (sharing.py), if it does."""
+        kind = self.request.space.evaluates
+        if kind == "model" or (start.share, start.evaluation.seed) in self._sharing:
+            return kind == "model"
+        try:
+            config = self.request.config(start.trial, start.evaluation)
+        except ConfigError:
+            return False
+        if kind == "constellation" and not same_ocean(config, self._default(start.evaluation)):
+            return False
+        self._sharing.add((start.share, start.evaluation.seed))
+        return True
 
     def _tell(self, wait: Wait) -> None:
         outcome = self.outcomes.pop(wait.evaluation)

@@ -3,7 +3,8 @@
 A space is a file, TOML or YAML; the ready ones lie in tune/spaces/.
 
     about = "what it asks"
-    evaluates = "model"                     # model: OCEAN alone; constellation: OCEAN, router and kernels
+    evaluates = "model"                     # model: OCEAN alone; constellation: OCEAN, router and kernels;
+                                            # router: fitted anew over the kernels of one shared constellation
     metric = "dev_bits_per_byte"
 
     [fixed]                                 # what all trials have, whatever the preset says
@@ -39,7 +40,7 @@ from constellation.config import Config, override
 from constellation.errors import ConfigError
 from constellation.settings import Setting, leaves
 
-EVALUATES = ("model", "constellation")
+EVALUATES = ("model", "router", "constellation")
 PRIORS = ("uniform", "log", "int", "choice")
 GRID_POINTS = 3  # of a range, in a grid
 MULTIPLE = 8  # what a proportional setting is rounded to
@@ -162,6 +163,10 @@ class _Reader:
             raise self._bad("settings", 'nothing to search: add a table such as [settings."optim.lr"]')
         if both := [name for name in settings if name in fixed]:
             raise self._bad(both[0], f"{both[0]} stands under fixed and under settings; keep one")
+        if kind == "router" and (other := [name for name in settings if not name.startswith("router.")]):
+            raise self._bad(
+                other[0], f'{other[0]}: evaluates = "router" searches router.* alone; choose "constellation"'
+            )
         base = self._overridden(base, fixed)
         having = {name: (setting, value) for name, setting, value in leaves(base)}
         dimensions = tuple(self._dimension(name, entry, base, having) for name, entry in settings.items())

@@ -275,3 +275,24 @@ def modes(
     if out:
         harness.save(result, out)
         click.echo(f"raw result: {out}")
+
+
+@command.command()
+@options.corpus
+@click.option("--preset", default="tiny", show_default=True)
+@click.option("--tokens", default=1e6, show_default=True, type=click.FloatRange(1), help="of an evaluation of OCEAN")
+@click.option("--trials", default=4, show_default=True, type=click.IntRange(1), help="evaluations of a turn")
+@click.option("--turns", default=1, show_default=True, type=click.IntRange(1), help="of each way, alternating")
+@out
+@options.overrides
+def tune(
+    corpus: Path | None, preset: str, tokens: float, trials: int, turns: int, out: Path | None,
+    overrides: tuple[str, ...],
+) -> None:  # fmt: skip
+    """A sweep on Ray against the plain loop: seconds of the same evaluations, and the ratio."""
+    if corpus is not None and not corpus.exists():
+        raise ConfigError(f"corpus {corpus} does not exist")
+    config = override(make_preset(preset), parse_assignments(overrides))
+    from constellation.experiments import bench_tune
+
+    bench_tune.run(config, corpus=corpus, tokens=tokens, trials=trials, turns=turns, out=out)

@@ -142,6 +142,8 @@ def _request(
         raise ConfigError(
             "--scheduler pbt: goes with --seeds 1 and spaces that evaluate a model; a lineage has one seed"
         )
+    if asked["scheduler"] != "none" and space.evaluates == "router":
+        raise ConfigError(f"--scheduler {asked['scheduler']}: a router has no shorter run; use none")
     scheduler = make_scheduler(asked["scheduler"], space, asked["trials"], asked["seed"], asked["levels"])
     make_search(asked["search"], space, asked["seed"])
     return SweepRequest(

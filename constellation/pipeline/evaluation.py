@@ -14,7 +14,7 @@ from constellation.coordizer.tokenizer import Tokenizer
 from constellation.data.cache import TokenCache, build_cache, open_cache
 from constellation.data.corpus import read_corpus
 from constellation.errors import DataError
-from constellation.pipeline.prepare import document_bytes, open_plan
+from constellation.pipeline.prepare import Plan, document_bytes, open_plan
 from constellation.processor import cores
 from constellation.train.checkpoint import load_model
 from constellation.train.score import score
@@ -22,11 +22,13 @@ from router.decide.evaluate import Scores, evaluate
 from router.decide.fisher_rao import FisherRaoRouter
 
 
-def evaluate_run(run: Path, corpus: Path | None, top_k: int = 3) -> dict[str, Any]:
-    """Bits per byte of every way to answer `corpus` (None: the run's held-out documents), as plain data."""
+def evaluate_run(run: Path, corpus: Path | None, top_k: int = 3, scores: Scores | None = None) -> dict[str, Any]:
+    """Bits per byte of every way to answer `corpus` (None: the run's held-out documents), as plain data.
+
+    `scores` are those of the held-out documents where they are known (read_scores).
+    """
     plan = open_plan(run)
     router = FisherRaoRouter.load(plan.router)
-    models = {role: load_model(plan.folder(role)) for role in plan.config.models}
     tokenizer = Tokenizer.load(plan.tokenizer)
     with tempfile.TemporaryDirectory() as scratch:
         cache, excluded, problems = open_cache(plan.dev), 0, []
@@ -38,7 +40,8 @@ def evaluate_run(run: Path, corpus: Path | None, top_k: int = 3) -> dict[str, An
             if not held_out:
                 raise DataError(f"{corpus}: all {excluded} documents are part of the run's training text")
             cache = build_cache(held_out, tokenizer, Path(scratch))
-        scores = _read(models, cache, tokenizer, plan.config.train.precision)
+        if scores is None or corpus is not None:
+            scores = _read(plan, cache, tokenizer)
         settings = plan.config.router
         texts = document_bytes(cache, tokenizer)
         answers = evaluate(
@@ -57,8 +60,16 @@ def evaluate_run(run: Path, corpus: Path | None, top_k: int = 3) -> dict[str, An
     }
 
 
-def _read(models: dict[str, Any], cache: TokenCache, tokenizer: Tokenizer, precision: str) -> Scores:
+def read_scores(run: Path) -> Scores:
+    """The held-out documents of `run` under every model of it; no router has a part in it."""
+    plan = open_plan(run)
+    return _read(plan, open_cache(plan.dev), Tokenizer.load(plan.tokenizer))
+
+
+def _read(plan: Plan, cache: TokenCache, tokenizer: Tokenizer) -> Scores:
     """The table of Scores, models side by side on the cores."""
+    models = {role: load_model(plan.folder(role)) for role in plan.config.models}
+    precision = plan.config.train.precision
     torch.set_num_threads(1)
     with ThreadPoolExecutor(cores()) as pool:
         parts = pool.map(lambda model: np.concatenate(score(model, cache, precision=precision)), models.values())
