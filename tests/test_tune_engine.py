@@ -129,6 +129,7 @@ def test_on_ray_a_sweep_decides_as_it_does_alone(
 
 
 @pytest.mark.ray
+@pytest.mark.slow
 def test_a_trial_process_that_is_killed_is_begun_again(
     ray_session: None, undisturbed: Path, request_of: SweepRequest, tmp_path: Path
 ) -> None:
@@ -164,6 +165,7 @@ def test_a_trial_process_that_is_killed_is_begun_again(
 
 
 @pytest.mark.ray
+@pytest.mark.slow
 def test_a_full_disk_ends_the_sweep_and_not_a_trial(
     ray_session: None, undisturbed: Path, request_of: SweepRequest, tmp_path: Path
 ) -> None:
@@ -243,6 +245,7 @@ def expected(out: Path, there: Path) -> list[dict]:
 
 
 @pytest.mark.ray
+@pytest.mark.slow
 def test_a_driver_that_is_killed_goes_on_as_if_it_had_not_been(micro_corpus: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     killed_and_resumed(out, command_of(out, micro_corpus, 9, MICRO), [9, 21])
@@ -263,6 +266,7 @@ def test_a_driver_that_is_killed_twenty_times_goes_on(micro_corpus: Path, tmp_pa
 
 
 @pytest.mark.ray
+@pytest.mark.slow
 def test_ctrl_c_stops_with_checkpoints(micro_corpus: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     command = [*command_of(out, micro_corpus, 9, MICRO)]

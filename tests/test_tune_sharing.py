@@ -102,6 +102,7 @@ def _of_everything(folder: Path) -> Path:
 
 
 @pytest.mark.ray
+@pytest.mark.slow
 def test_a_shared_ocean_gives_the_bits_of_one_alone(
     ray_session: None, two: Config, micro_corpus: Path, tmp_path: Path
 ) -> None:
@@ -123,6 +124,7 @@ def test_a_shared_ocean_gives_the_bits_of_one_alone(
 
 
 @pytest.mark.ray
+@pytest.mark.slow
 def test_a_router_is_judged_over_kernels_that_are_trained_once(
     ray_session: None, two: Config, micro_corpus: Path, tmp_path: Path
 ) -> None:
