@@ -21,6 +21,7 @@ from constellation.train.job import Job
 from constellation.train.loop import fit
 from constellation.train.objective import Forward, Objective
 from constellation.train.parts import Parts
+from constellation.train.recording import Records
 from constellation.train.state import TrainState
 from constellation.train.terms import beta_match, objective_of
 
@@ -190,7 +191,8 @@ def test_a_beta_that_starts_where_it_shall_be_is_a_term_all_the_same(corpus: Pat
     settings = config(**{"train.lambda_beta": 1.5, "kernel.coupling": "learned", "kernel.coupling_beta": 0.44})
     torch.manual_seed(5)
     before = torch.get_rng_state()
-    state = TrainState(job(corpus, tmp_path, settings), None, print, Parts())
+    one = job(corpus, tmp_path, settings)
+    state = TrainState(one, None, print, Parts(), Records(one.config.record, one.folder))
     assert torch.equal(torch.get_rng_state(), before) and all(p.grad is None for p in state.model.parameters())
     assert math.isclose(float(state.model.beta.detach()), 0.44, rel_tol=1e-6)
 
