@@ -67,14 +67,11 @@ def train(
                 if auth is None:
                     refuse_open()
                 size = machine(num_cpus, config.constellation.kernels)
-                num_cpus, bundles = (
-                    int(size["CPU"]),
-                    [share(config)] * max(1, resident(config, len(roles), size["GPU"])),
-                )
+                num_cpus, bundles = int(size["CPU"]), [share(config)] * resident(config, len(roles), size["GPU"])
                 check(bundles, [size], "this machine")
                 check_memory(config, len(bundles), free_bytes())
             else:
-                bundles = [share(config)] * max(1, resident(config, len(roles)))
+                bundles = [share(config)] * resident(config, len(roles))
                 stack.enter_context(connected(address))
                 check_cluster(bundles)
             plan = prepare(run)

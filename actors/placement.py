@@ -71,14 +71,14 @@ def share(config: Config) -> Resources:
 def resident(config: Config, kernels: int, gpus: float | None = None) -> int:
     """How many of `kernels` train at once: cluster.resident, else all, or what the cores or `gpus` of our machine hold.
 
-    More processes than cores share caches and take turns: measured in `constellation bench train`, they are slower
-    together than one after another, and their memory is that of all.
+    At least 1, for OCEAN. More processes than cores share caches and take turns: measured in `constellation bench
+    train`, they are slower together than one after another, and their memory is that of all.
     """
     if config.cluster.resident or gpus is None:
-        return min(kernels, config.cluster.resident or kernels)
+        return max(1, min(kernels, config.cluster.resident or kernels))
     each = config.cluster.gpus_per_kernel
     fit = gpus // each if each else cores() // config.train.threads
-    return min(kernels, max(1, int(fit)))
+    return max(1, min(kernels, int(fit)))
 
 
 def halves(whole: Resources) -> tuple[Resources, Resources]:

@@ -8,6 +8,7 @@ from constellation.config import override
 from constellation.errors import ConfigError
 from constellation.presets import PRESETS, preset, small, tiny
 from tune.best import write_best
+from tune.cost import flops_per_token
 from tune.space import read_space, ready
 from tune.work import METRICS
 
@@ -144,3 +145,11 @@ def test_a_bad_preset_file_is_refused(tmp_path: Path, text: str, told: str) -> N
     (tmp_path / "best.toml").write_text(text)
     with pytest.raises(ConfigError, match=told):
         preset(str(tmp_path / "best.toml"))
+
+
+def test_a_loop_costs_what_it_computes() -> None:
+    looped = override(preset("small"), {"kernel.layers": 3, "kernel.prelude": 1, "kernel.coda": 1, "kernel.loops": 3})
+    untied = override(preset("small"), {"kernel.layers": 5})
+    assert flops_per_token(looped.kernel) == flops_per_token(untied.kernel)
+    shared = override(preset("small"), {"kernel.kv_heads": 1})
+    assert flops_per_token(shared.kernel) < flops_per_token(preset("small").kernel)

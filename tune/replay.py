@@ -26,12 +26,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import scipy.stats
 
 from constellation.errors import ConfigError
-from tune.analysis import LEVEL, Floats, Standings, differences
+from tune.analysis import Floats, Standings, differences
 from tune.history import Evaluation, History, Outcome, Trial, read_history
 from tune.importance import searched, unit
+from tune.race import paired_interval
 from tune.request import SweepRequest
 from tune.schedulers import make_scheduler
 from tune.search import Search, make_search
@@ -65,13 +65,8 @@ class ReplayRow:
 
     def mean(self, field: str) -> tuple[float, float, float]:
         """Mean and 95 % interval over the repeats; of one repeat, or equal ones, the interval is the value."""
-        values = np.array([getattr(played, field) for played in self.repeats], float)
-        half = 0.0
-        if len(values) > 1:
-            error = float(values.std(ddof=1)) / math.sqrt(len(values))
-            half = float(scipy.stats.t.ppf((1 + LEVEL) / 2, len(values) - 1)) * error
-        middle = float(values.mean())
-        return middle, middle - half, middle + half
+        middle, low, high = paired_interval([float(getattr(played, field)) for played in self.repeats])
+        return (middle, low, high) if len(self.repeats) > 1 else (middle, middle, middle)
 
 
 @dataclass(frozen=True)
