@@ -27,6 +27,7 @@ COMMANDS = {
     "up": "keep a trained constellation alive on Ray",
     "status": "kernels, roles, roots, nodes, steps, loss, health",
     "down": "stop what `up` started",
+    "targets": "what a Prometheus asks: Ray nodes and fronts",
     "keys": "make, list and remove API keys of the service",
     "export": "write a plain kernel as a folder for transformers, vLLM, CTranslate2",
     "bench": "measure: decode | dense | modes | optim | route | serve | train",
