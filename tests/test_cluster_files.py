@@ -29,6 +29,13 @@ def launcher() -> dict[str, Any]:
     return found
 
 
+@pytest.fixture(scope="module")
+def machines() -> dict[str, Any]:
+    """The launcher's file for machines that one has."""
+    found: dict[str, Any] = yaml.safe_load((ROOT / "deploy" / "onprem" / "cluster.yaml").read_text())
+    return found
+
+
 def cluster_of(manifest: dict[str, Any]) -> dict[str, Any]:
     spec: dict[str, Any] = manifest["spec"]
     inside = {"RayJob": "rayClusterSpec", "RayService": "rayClusterConfig"}.get(manifest["kind"])
@@ -41,6 +48,21 @@ def test_the_cluster_launcher_accepts_cluster_yaml(launcher: dict[str, Any]) -> 
     config = prepare_config(launcher)
     validate_config(config)
     assert config["head_node_type"] in config["available_node_types"]
+
+
+def test_ray_is_started_on_ones_own_machines_as_in_the_cloud(
+    launcher: dict[str, Any], machines: dict[str, Any]
+) -> None:
+    from ray.autoscaler._private.util import prepare_config, validate_config
+
+    for same in ("cluster_name", "head_start_ray_commands", "worker_start_ray_commands", "file_mounts"):
+        assert machines[same] == launcher[same]
+    in_the_cloud = iter(launcher["setup_commands"])
+    assert all(command in in_the_cloud for command in machines["setup_commands"]), "the same, in the same order"
+    workers = machines["provider"]["worker_ips"]
+    assert machines["min_workers"] == machines["max_workers"] == len(set(workers))
+    assert machines["provider"]["head_ip"] not in workers
+    validate_config(prepare_config(machines))
 
 
 def test_the_largest_cluster_holds_what_its_first_page_promises(launcher: dict[str, Any]) -> None:
