@@ -15,6 +15,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+PORTS = 42200  # 127.0.0.n listens at PORTS + n
 ROOT = Path(__file__).parent.parent
 SSHD = shutil.which("sshd", path=f"{os.environ['PATH']}:/usr/sbin:/sbin")
 VENV = Path(sys.executable).parent
@@ -26,10 +27,13 @@ start) shift; set -- start --node-ip-address={address} --temp-dir={temp} --objec
 esac
 exec {python} -m ray.scripts.scripts "$@"
 """
-# `ssh -o ProxyCommand`: the launcher knows port 22 alone
+# the launcher knows port 22 alone, and ssh no other home folder than that of /etc/passwd
+SSH = """#!/bin/sh
+exec {ssh} -i {key} -o 'ProxyCommand={python} {relay} %h' "$@"
+"""
 RELAY = """
 import os, socket, sys, threading
-there = socket.create_connection((sys.argv[1], int(sys.argv[2])))
+there = socket.create_connection((sys.argv[1], {ports} + int(sys.argv[1].rpartition(".")[2])))
 def back():
     while piece := there.recv(65536):
         os.write(1, piece)
@@ -48,13 +52,16 @@ class Machine:
 
     number: int
     folder: Path
-    port: int
     cpus: int | None
     sshd: subprocess.Popen[bytes] | None = None
 
     @property
     def address(self) -> str:
         return f"127.0.0.{self.number}"
+
+    @property
+    def port(self) -> int:
+        return PORTS + self.number
 
     @property
     def home(self) -> Path:
@@ -72,6 +79,7 @@ class Machine:
             client=low, cpus="" if self.cpus is None else f"--num-cpus={self.cpus}",
         ))  # fmt: skip
         (bin_ / "pip").write_text("#!/bin/sh\n# everything is installed here\n")
+        write_ssh(self.folder, bin_)
         for command in ("ray", "pip"):
             (bin_ / command).chmod(0o755)
         (self.home / ".bashrc").write_text(
@@ -98,6 +106,17 @@ class Machine:
     def end(self) -> None:
         self.lose()
         shutil.rmtree(f"/tmp/m{os.getpid()}-{self.number}", ignore_errors=True)
+
+
+def write_ssh(folder: Path, bin_: Path) -> None:
+    """A command `ssh` in `bin_` that finds these machines, with the key in `folder`."""
+    relay = folder / "relay.py"
+    relay.write_text(RELAY.replace("{ports}", str(PORTS)))
+    bin_.mkdir(exist_ok=True)
+    (bin_ / "ssh").write_text(
+        SSH.format(ssh=shutil.which("ssh"), key=folder / "key", python=sys.executable, relay=relay)
+    )
+    (bin_ / "ssh").chmod(0o755)
 
 
 def of_home(home: Path) -> list[int]:

@@ -16,13 +16,14 @@ import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from getpass import getuser
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 
-from tests.machines import RELAY, ROOT, SSHD, VENV, Machine
+from tests.machines import ROOT, SSHD, VENV, Machine, write_ssh
 from tests.waiting import wait_for
 
 pytestmark = pytest.mark.cluster
@@ -71,27 +72,25 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Launched]:
         subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", str(folder / key)], check=True)
     if os.getuid() == 0:
         Path("/run/sshd").mkdir(exist_ok=True)
-    (folder / "relay.py").write_text(RELAY)
+    write_ssh(folder, folder / "bin")
     here = folder / "here"
     (here / ".ray").mkdir(parents=True)
     (here / ".ray" / "auth_token").write_text("fedcba9876543210" * 4)
-    machines = [Machine(number, folder, 42200 + number, None if number == 2 else 2) for number in (2, 3, 4)]
+    machines = [Machine(number, folder, None if number == 2 else 2) for number in (2, 3, 4)]
     config: dict[str, Any] = yaml.safe_load((ROOT / "deploy" / "onprem" / "cluster.yaml").read_text())
     port = 26379
     head, *workers = machines
     config["cluster_name"] = f"constellation-{os.getpid()}"
     config["provider"].update(head_ip=head.address, worker_ips=[worker.address for worker in workers])
-    config["auth"] = {
-        "ssh_user": os.environ.get("USER", "root"), "ssh_private_key": str(folder / "key"),
-        # port 4220n of machine 127.0.0.n
-        "ssh_proxy_command": f"sh -c '{sys.executable} {folder / 'relay.py'} %h 4220$(echo %h | cut -d. -f4)'",
-    }  # fmt: skip
+    config["auth"] = {"ssh_user": getuser(), "ssh_private_key": str(folder / "key")}
     for key in ("head_start_ray_commands", "worker_start_ray_commands"):
         config[key] = [command.replace("6379", str(port)) for command in config[key]]
     file = folder / "cluster.yaml"
     file.write_text(yaml.safe_dump(config))
-    environment = {**os.environ, "HOME": str(here), "PATH": f"{VENV}:{os.environ['PATH']}", "PYTHONPATH": str(ROOT),
-                   "RAY_USAGE_STATS_ENABLED": "0"}  # fmt: skip
+    environment = {
+        **os.environ, "HOME": str(here), "PATH": f"{folder}/bin:{VENV}:{os.environ['PATH']}", "PYTHONPATH": str(ROOT),
+        "RAY_USAGE_STATS_ENABLED": "0", "RAY_UP_enable_autoscaler_v2": "0",
+    }  # fmt: skip
     for name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN"):
         environment.pop(name, None)
     found = Launched(file, folder, environment, machines)

@@ -169,6 +169,8 @@ def query(prometheus: str, expression: str) -> list[dict[str, Any]]:
         with urllib.request.urlopen(url) as answer:
             found: list[dict[str, Any]] = json.load(answer)["data"]["result"]
     except urllib.error.HTTPError as error:
+        if error.code == 503:
+            return []  # it is still starting
         raise AssertionError(f"{expression}: {error.read().decode()}") from None
     except OSError:
         return []  # it is still starting
