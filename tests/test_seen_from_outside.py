@@ -76,8 +76,8 @@ def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Dashboard]:
         process = subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True)
     found = Dashboard(f"127.0.0.1:{port}", f"http://127.0.0.1:{dashboard}", environment, folder)
     try:
-        listing = ray_command("job", "list", "--address", found.url)
-        wait_for(lambda: subprocess.run(listing, env=environment, capture_output=True).returncode == 0)
+        first = ray_command("job", "submit", "--address", found.url, "--", "true")  # until somebody takes a job
+        wait_for(lambda: subprocess.run(first, env=environment, capture_output=True).returncode == 0)
         yield found
     finally:
         from actors.processes import of_session
