@@ -27,6 +27,7 @@ from tests.machines import ROOT, SSHD, VENV, Machine, write_ssh
 from tests.waiting import wait_for
 
 pytestmark = pytest.mark.cluster
+ADDRESS = "127.0.0.2:26379"  # "auto" would find any Ray of this machine, somebody else's too
 SETTINGS = (
     "train.tokens=400000 train.ocean_share=0.1 train.batch=8 train.eval_bytes=2048 train.sample_bytes=0 "
     "train.checkpoint_every=10 cluster.cpus_per_kernel=0.25 kernel.vocab_size=288 router.dims=16 "
@@ -57,7 +58,7 @@ class Launched:
 
     def workers(self) -> int:
         """Nodes beside the head that are alive."""
-        script = "import ray;ray.init('auto',logging_level='ERROR');print('alive',sum(n['Alive'] for n in ray.nodes()))"
+        script = f"import ray;ray.init('{ADDRESS}',logging_level='ERROR');print('alive',sum(n['Alive'] for n in ray.nodes()))"
         done = self.ray("exec", f'RAY_AUTH_MODE=token python -c "{script}"')
         found = re.search(r"^alive (\d+)", done.stdout, re.M)
         return int(found[1]) - 1 if found else 0
@@ -78,13 +79,12 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Launched]:
     (here / ".ray" / "auth_token").write_text("fedcba9876543210" * 4)
     machines = [Machine(number, folder, None if number == 2 else 2) for number in (2, 3, 4)]
     config: dict[str, Any] = yaml.safe_load((ROOT / "deploy" / "onprem" / "cluster.yaml").read_text())
-    port = 26379
     head, *workers = machines
     config["cluster_name"] = f"constellation-{os.getpid()}"
     config["provider"].update(head_ip=head.address, worker_ips=[worker.address for worker in workers])
     config["auth"] = {"ssh_user": getuser(), "ssh_private_key": str(folder / "key")}
     for key in ("head_start_ray_commands", "worker_start_ray_commands"):
-        config[key] = [command.replace("6379", str(port)) for command in config[key]]
+        config[key] = [command.replace("6379", ADDRESS.partition(":")[2]) for command in config[key]]
     file = folder / "cluster.yaml"
     file.write_text(yaml.safe_dump(config))
     environment = {
@@ -109,7 +109,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Launched]:
 
 def test_it_trains_loses_a_worker_gets_it_back_answers_and_goes(cluster: Launched, micro_corpus: Path) -> None:
     run = cluster.folder / "run"
-    train = f"constellation train --preset tiny --corpus {micro_corpus} --run {run} --address auto {SETTINGS}"
+    train = f"constellation train --preset tiny --corpus {micro_corpus} --run {run} --address {ADDRESS} {SETTINGS}"
     said: list[str] = []
     driver = threading.Thread(target=lambda: said.append(cluster.execute(train)), daemon=True)
     driver.start()
@@ -130,9 +130,9 @@ def test_it_trains_loses_a_worker_gets_it_back_answers_and_goes(cluster: Launche
     cluster.told("up", "--yes", "--no-config-cache")
     wait_for(lambda: cluster.workers() == 2)
 
-    cluster.execute(f"constellation up --run {run} --address auto")
+    cluster.execute(f"constellation up --run {run} --address {ADDRESS}")
     answer = cluster.execute(
-        f"constellation generate --run {run} --prompt 'The import statement' --address auto --max-new-tokens 20 --json"
+        f"constellation generate --run {run} --prompt 'The import statement' --address {ADDRESS} --max-new-tokens 20 --json"
     )
     local = subprocess.run(
         [sys.executable, "-m", "constellation", "generate", "--run", str(run), "--prompt", "The import statement",

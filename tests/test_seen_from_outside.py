@@ -12,6 +12,7 @@ import shutil
 import socket
 import subprocess
 import sys
+import time
 import urllib.error
 import urllib.parse
 import urllib.request
@@ -28,6 +29,7 @@ from tests.waiting import wait_for
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 ROOT = Path(__file__).parent.parent
+TARGETS = (sys.executable, "-m", "constellation", "targets")
 PANELS = json.loads((ROOT / "deploy" / "grafana" / "constellation.json").read_text())["panels"]
 
 
@@ -90,7 +92,7 @@ def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Dashboard]:
 
 
 @pytest.fixture(scope="module")
-def job(head: Dashboard, micro_corpus: Path) -> Path:
+def job(head: Dashboard, prometheus: str, micro_corpus: Path) -> Path:
     """The run that `ray job submit` has trained."""
     run = head.folder / "submitted"
     changes = ["train.tokens=200000", "train.ocean_share=0.2", "train.batch=8", "train.eval_bytes=2048",
@@ -141,15 +143,20 @@ def test_actors_and_placement_groups_say_what_they_are(head: Dashboard, service:
 
 
 @pytest.fixture(scope="module")
-def prometheus(head: Dashboard, service: str, job: Path) -> Iterator[str]:
-    """The URL of a Prometheus that runs by deploy/grafana/prometheus.yml on what `constellation targets` names."""
+def prometheus(head: Dashboard) -> Iterator[str]:
+    """The URL of a Prometheus that runs by deploy/grafana/prometheus.yml on what `constellation targets` names.
+
+    It is there before the job, for gauges go with the process that told them.
+    """
     if not shutil.which("prometheus"):
-        pytest.skip("no prometheus on the PATH: apt-get install prometheus")
+        yield ""
+        return
     folder = head.folder / "prometheus"
     folder.mkdir()
-    head.ask(sys.executable, "-m", "constellation", "targets", "--run", str(job), "--out", str(folder / "targets.json"))
+    head.ask(*TARGETS, "--address", head.address, "--out", str(folder / "targets.json"))
     config = yaml.safe_load((ROOT / "deploy" / "grafana" / "prometheus.yml").read_text())
     config["global"]["scrape_interval"] = "1s"  # the test would wait ten times as long
+    config["scrape_configs"][0]["file_sd_configs"][0]["refresh_interval"] = "1s"
     (folder / "prometheus.yml").write_text(yaml.safe_dump(config))
     at = f"127.0.0.1:{free_port()}"
     command = ["prometheus", f"--config.file={folder / 'prometheus.yml'}", f"--storage.tsdb.path={folder / 'data'}",
@@ -164,7 +171,12 @@ def prometheus(head: Dashboard, service: str, job: Path) -> Iterator[str]:
 
 
 def query(prometheus: str, expression: str) -> list[dict[str, Any]]:
-    url = f"{prometheus}/api/v1/query?{urllib.parse.urlencode({'query': expression})}"
+    """What a panel would draw of the last half hour: rows with "values"."""
+    if not prometheus:
+        pytest.skip("no prometheus on the PATH: apt-get install prometheus")
+    now = time.time()
+    asked = urllib.parse.urlencode({"query": expression, "start": now - 1800, "end": now, "step": 2})
+    url = f"{prometheus}/api/v1/query_range?{asked}"
     try:
         with urllib.request.urlopen(url) as answer:
             found: list[dict[str, Any]] = json.load(answer)["data"]["result"]
@@ -184,8 +196,12 @@ def ask(url: str, text: str) -> None:
         assert answer.read().rstrip().endswith(b"[DONE]")
 
 
-def test_every_front_and_node_is_asked(head: Dashboard, prometheus: str) -> None:
-    groups = json.loads((head.folder / "prometheus" / "targets.json").read_text())
+def test_every_front_and_node_is_asked(head: Dashboard, prometheus: str, service: str, job: Path) -> None:
+    out = head.folder / "targets.json"
+    head.ask(*TARGETS, "--run", str(job), "--out", str(out))
+    groups = json.loads(out.read_text())
+    if prometheus:
+        os.replace(out, head.folder / "prometheus" / "targets.json")
     wanted = {target for group in groups for target in group["targets"]}
     assert len(groups) == 3 and len(wanted) == 3, "a node and two fronts, each at a port of its own"
     wait_for(lambda: {row["metric"]["instance"] for row in query(prometheus, "up == 1")} == wanted)
@@ -200,7 +216,7 @@ def test_every_query_of_the_dashboard_returns_numbers(panel: dict[str, Any], pro
         def numbers(expression: str = expression) -> bool:
             if "constellation_" in expression and "ray_" not in expression:
                 ask(service, "The import statement")
-            return any(row["value"][1] != "NaN" for row in query(prometheus, expression))
+            return any(value != "NaN" for row in query(prometheus, expression) for _, value in row["values"])
 
         wait_for(numbers)
         labels = set(re.findall(r"{{(\w+)}}", target["legendFormat"]))
