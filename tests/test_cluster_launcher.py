@@ -58,7 +58,7 @@ class Launched:
 
     def workers(self) -> int:
         """Nodes beside the head that are alive."""
-        script = f"import ray;ray.init('{ADDRESS}',logging_level='ERROR');print('alive',sum(n['Alive'] for n in ray.nodes()))"
+        script = f"import ray;ray.init('{ADDRESS}');print('alive',sum(node['Alive'] for node in ray.nodes()))"
         done = self.ray("exec", f'RAY_AUTH_MODE=token python -c "{script}"')
         found = re.search(r"^alive (\d+)", done.stdout, re.M)
         return int(found[1]) - 1 if found else 0
@@ -132,7 +132,8 @@ def test_it_trains_loses_a_worker_gets_it_back_answers_and_goes(cluster: Launche
 
     cluster.execute(f"constellation up --run {run} --address {ADDRESS}")
     answer = cluster.execute(
-        f"constellation generate --run {run} --prompt 'The import statement' --address {ADDRESS} --max-new-tokens 20 --json"
+        f"constellation generate --run {run} --prompt 'The import statement' --address {ADDRESS} "
+        "--max-new-tokens 20 --json"
     )
     local = subprocess.run(
         [sys.executable, "-m", "constellation", "generate", "--run", str(run), "--prompt", "The import statement",
