@@ -136,11 +136,14 @@ def stop_ray(home: Path) -> None:
     """What `ray stop` does on a machine: its Ray ends, nothing else."""
     import psutil
 
+    ended = []
     for pid in of_home(home):
         with contextlib.suppress(psutil.Error):
-            words = " ".join(psutil.Process(pid).cmdline())
-            if "/ray/" in words or words.startswith("ray::"):
-                os.kill(pid, signal.SIGKILL)
+            process = psutil.Process(pid)
+            if "ray" in " ".join(process.cmdline()):
+                process.kill()
+                ended.append(process)
+    psutil.wait_procs(ended)
 
 
 if __name__ == "__main__":

@@ -63,15 +63,21 @@ def free_port() -> int:
 @pytest.fixture(scope="module")
 def growing(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Growing]:
     from ray.autoscaler._private.fake_multi_node.node_provider import FAKE_HEAD_NODE_ID
+    from ray.autoscaler._private.util import prepare_config
 
-    config: dict[str, Any] = yaml.safe_load((ROOT / "cluster.yaml").read_text())
-    head = config["available_node_types"][config["head_node_type"]]
-    head.update(node_config={}, max_workers=0)
-    config["available_node_types"]["gpu"]["node_config"] = {}
-    config["provider"] = {"type": "fake_multinode", "launch_multiple": True, "head_node_id": FAKE_HEAD_NODE_ID}
+    config: dict[str, Any] = prepare_config(yaml.safe_load((ROOT / "cluster.yaml").read_text()))
+    types = config["available_node_types"]
+    types["ray.head.default"] = {**types.pop(config["head_node_type"]), "node_config": {}, "max_workers": 0}
+    config["head_node_type"] = "ray.head.default"  # as the provider calls it
+    types["gpu"]["node_config"] = {}
+    config["provider"] = {
+        "type": "external",  # "fake_multinode" wants a file that Ray's wheel is without
+        "module": "ray.autoscaler._private.fake_multi_node.node_provider.FakeMultiNodeProvider",
+        "launch_multiple": True, "head_node_id": FAKE_HEAD_NODE_ID,
+    }  # fmt: skip
     config["idle_timeout_minutes"] = 0.1
-    for key in ("setup_commands", "head_start_ray_commands", "worker_start_ray_commands"):
-        config[key] = []
+    for which in ("setup", "head_setup", "worker_setup", "initialization", "head_start_ray", "worker_start_ray"):
+        config[f"{which}_commands"] = []
     config["file_mounts"] = {}
     folder = tmp_path_factory.mktemp("a")
     (folder / "autoscaling.yaml").write_text(json.dumps(config))

@@ -127,7 +127,6 @@ def test_it_trains_loses_a_worker_gets_it_back_answers_and_goes(cluster: Launche
 
     assert finished(run)
     lost.boot()
-    cluster.told("up", "--yes", "--no-config-cache")
     wait_for(lambda: cluster.workers() == 2)
 
     cluster.execute(f"constellation up --run {run} --address {ADDRESS}")
