@@ -64,6 +64,7 @@ def free_port() -> int:
 def growing(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Growing]:
     from ray.autoscaler._private.fake_multi_node.node_provider import FAKE_HEAD_NODE_ID
     from ray.autoscaler._private.util import prepare_config
+    from ray.util import get_node_ip_address
 
     config: dict[str, Any] = prepare_config(yaml.safe_load((ROOT / "cluster.yaml").read_text()))
     types = config["available_node_types"]
@@ -80,8 +81,9 @@ def growing(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Growing]:
         config[f"{which}_commands"] = []
     config["file_mounts"] = {}
     folder = tmp_path_factory.mktemp("a")
-    (folder / "autoscaling.yaml").write_text(json.dumps(config))
     token, port, temp = "0f1e2d3c4b5a6978" * 4, free_port(), f"/tmp/grow-{os.getpid()}"
+    config["provider"]["gcs_address"] = f"{get_node_ip_address()}:{port}"
+    (folder / "autoscaling.yaml").write_text(json.dumps(config))
     here = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": token}
     environment = {
         **os.environ, **here, "RAY_USAGE_STATS_ENABLED": "0", "PYTHONPATH": str(ROOT),
