@@ -5,13 +5,14 @@ BIN := .venv/bin
 RUN ?= runs/demo-$(PRESET)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-avx2 test-slow test-clients check bench clean
+.PHONY: help demo test test-avx2 test-slow test-clients test-cluster check bench clean
 PYTEST := $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 help:
 	@echo "make demo    set up, train the constellation on Python's own documentation, print samples and the results table (PRESET=tiny|small)"
 	@echo "make test    set up, run the test suite, what computes numbers also as on a processor with AVX2 alone (make test-avx2)"
-	@echo "             make test-slow runs the long ones, make test-clients those with other people's clients"
+	@echo "             make test-slow runs the long ones, make test-clients those with other people's clients,"
+	@echo "             make test-cluster those that bring up clusters (apt-get install openssh-server rsync)"
 	@echo "make check   format, lint, types"
 	@echo "make bench   the quick benchmarks: route, train"
 	@echo "make clean   remove .venv and caches; runs/ stays"
@@ -42,6 +43,9 @@ endif
 
 test-slow: .venv/installed
 	@$(BIN)/python -m pytest -m slow
+
+test-cluster: .venv/installed
+	@$(BIN)/python -m pytest -m cluster
 
 # langchain, litellm and lm-eval against the service, each in an environment of its own
 test-clients: .venv/clients/langchain .venv/clients/litellm .venv/clients/lm_eval

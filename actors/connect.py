@@ -95,6 +95,8 @@ def _embedded(num_cpus: int | None, namespace: str, auth: str | None) -> Iterato
 
     if auth is None:
         refuse_open()
+    if auth != "disabled" and not _told_a_token():
+        os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)  # never on disk; children inherit it
     _authenticate(auth or "token")
     size, (folder, mark) = machine(num_cpus), private.make()
     logs_wanted = False
@@ -206,17 +208,19 @@ def _answer(address: str, token: Path | None) -> None:
 
 def _mode_of_others() -> str:
     """How to authenticate with a cluster that somebody else started: as told, else by whether a token is at hand."""
-    default = Path.home() / ".ray" / "auth_token"
-    has_token = "RAY_AUTH_TOKEN" in os.environ or "RAY_AUTH_TOKEN_PATH" in os.environ or default.exists()
+    has_token = _told_a_token() or (Path.home() / ".ray" / "auth_token").exists()
     return os.environ.get("RAY_AUTH_MODE") or ("token" if has_token else "disabled")
 
 
+def _told_a_token() -> bool:
+    return bool({"RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"} & set(os.environ))
+
+
 def _authenticate(mode: str, token: Path | None = None) -> None:
+    """Without a `token` here or in the environment, Ray takes the one in the home folder."""
     os.environ["RAY_AUTH_MODE"] = mode
     if token is not None:
         os.environ["RAY_AUTH_TOKEN"] = token.read_text()
-    elif mode == "token" and not {"RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"} & set(os.environ):
-        os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)  # never on disk; children inherit it
     from ray._raylet import AuthenticationTokenLoader, Config  # type: ignore[attr-defined]
 
     Config.initialize("")  # this process may have talked to another Ray: forget how

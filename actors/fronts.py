@@ -1,6 +1,7 @@
 """The constellation over HTTP: fronts, each an actor without a CPU of its own in which uvicorn runs.
 
-    Front       one application on one port; it holds no state that a request needs twice
+    Front       one application on one port, and on one of its own that Prometheus asks; it holds no state that a
+                request needs twice
     Fronts      all of a command's: started, looked after, drained
 
 A front asks the kernels by their names, so kernels may die and come back while it streams. Fronts on one
@@ -9,8 +10,10 @@ machine share a port (the system divides who connects), fronts on several machin
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import os
+import secrets
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -23,9 +26,11 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from actors import lifecycle
 from actors import record as records
 from actors.specs import options_of
+from actors.supervisor_actor import namespace_of
 from constellation.errors import ConstellationError, RunError
 from router.http.listen import Place
 
+FRONT = "front-"  # how names of fronts begin, in the namespace of their constellation
 START_S, LOOK_S, SILENCE_S = 300.0, 1.0, 30.0
 
 
@@ -35,6 +40,10 @@ class FrontMailbox:
     def __init__(self, place: Place):
         self._place = place
         self._listener: Any = None
+        self._own: Any = None
+
+    def __repr__(self) -> str:
+        return f"front of {self._place.name}"
 
     async def listen(self) -> int:
         """The port on which requests are answered from now on; a no-op when they are already."""
@@ -44,13 +53,23 @@ class FrontMailbox:
         if self._listener is None:
             place = self._place
             app = front_of(place.run, place.name, place.key_file, place.front)
-            self._listener = Listener(app, bind(place.host, place.port, place.shared), place.grace_s)
+            shared, self._own = bind(place.host, place.port, place.shared), bind(place.host, 0)
+            self._listener = Listener(app, shared, place.grace_s, self._own)
             await self._listener.start()
         return int(self._listener.port)
 
     @ray.method(concurrency_group="control")
     async def report(self) -> dict[str, Any]:
         return {"pid": os.getpid(), "node": ray.util.get_node_ip_address()}
+
+    @ray.method(concurrency_group="control")
+    async def target(self) -> str:
+        """host:port of this front alone: who asks at the shared port is answered by any of them."""
+        while self._listener is None:
+            await asyncio.sleep(0.1)
+        host = self._place.host
+        anywhere = host in ("0.0.0.0", "::", "")
+        return f"{ray.util.get_node_ip_address() if anywhere else host}:{self._own.getsockname()[1]}"
 
     async def drain(self) -> bool:
         """Returns when everybody who was being answered has been; False if some were cut off."""
@@ -116,10 +135,11 @@ class Fronts:
     def _start(self, number: int) -> int:
         """The first front sits where the command runs, the others wherever there are nodes."""
         here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
-        options = options_of({}, 1, "SPREAD" if number else here)
+        options = options_of({}, 1, "SPREAD" if number else here) | {"namespace": namespace_of(self.place.name)}
         until = time.monotonic() + START_S
         while True:
-            self.actors[number] = FrontActor.options(**options).remote(self.place)
+            unique = f"{FRONT}{number}-{secrets.token_hex(4)}"
+            self.actors[number] = FrontActor.options(**options, name=unique).remote(self.place)
             try:
                 port: int = ray.get(self.actors[number].listen.remote(), timeout=START_S)
                 break

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 import ray
 
+from actors.gauges import KernelGauges
 from actors.messages import BUSY, ActorReport
 from actors.turn_stream import News, TurnNews
 from constellation.config import Decode
@@ -58,6 +59,7 @@ class ActorEngine:
         self._thread = ThreadPoolExecutor(1, thread_name_prefix=role)
         self._loaded: Future[None] = Future()
         self._answerer: Any = None
+        self._gauges = KernelGauges()
 
     def train(self, job: Job) -> None:
         """Begin `job`, the first one or one after it is done; the same job again is a no-op."""
@@ -95,6 +97,7 @@ class ActorEngine:
             while self._steps and self._steps[0].step <= since:
                 self._steps.popleft()
             steps = tuple(self._steps)
+        self._export(state, steps)
         return ActorReport(
             role=self.role, state=state, pid=os.getpid(), node=ray.util.get_node_ip_address(),
             node_id=ray.get_runtime_context().get_node_id(), step=self._step, checkpoint=self.checkpoint,
@@ -104,6 +107,12 @@ class ActorEngine:
     def stop(self) -> None:
         """Ask the thread to end after the step it is in."""
         self._stop.set()
+
+    def _export(self, state: str, steps: Sequence[Step]) -> None:
+        for step in steps:
+            self._gauges.train(self._doing.folder.parent.name, step)
+        if state == "serving":
+            self._gauges.engine(self._doing.name, self.role, self._answerer.stats())
 
     def _begin(self, what: Any, state: str) -> bool:
         if self._doing is None:
@@ -176,6 +185,9 @@ class KernelMailbox:
             torch.cuda.set_per_process_memory_fraction(gpus)  # a fraction of a GPU is bookkeeping to Ray
         self._engine = ActorEngine(role)
         self._told = TurnNews()
+
+    def __repr__(self) -> str:  # how Ray's dashboard and logs call the actor
+        return f"{self._engine.role}"
 
     @ray.method(concurrency_group="control")
     async def train(self, job: Job) -> None:

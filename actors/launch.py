@@ -78,7 +78,7 @@ def train(
         for line in read_json(run / "corpus.json")["report"]:
             say(line)
         stack.enter_context(connected(address, num_cpus=num_cpus, auth=auth))
-        placement = reserve(bundles, config.cluster.placement_timeout_s, say)
+        placement = reserve(bundles, config.cluster.placement_timeout_s, say, purpose=f"train {run.name}")
         stack.callback(placement.release)
         interrupted = stack.enter_context(_ctrl_c())
         supervisor = Supervisor(config, placement, say, after_beat=_view_of(run, interrupted))

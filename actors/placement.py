@@ -126,9 +126,15 @@ def check_cluster(bundles: Sequence[Resources]) -> None:
 
 
 def reserve(
-    bundles: Sequence[Resources], timeout_s: float, say: Callable[[str], None], name: str | None = None
+    bundles: Sequence[Resources],
+    timeout_s: float,
+    say: Callable[[str], None],
+    name: str | None = None,
+    purpose: str = "",
 ) -> Placement:
     """Room for `bundles`, in the group around us or in a new one (detached and found again if it has a `name`).
+
+    Ray's dashboard shows the `purpose` of one without a name.
 
     What can never fit is a PlacementError at once; a cluster that is busy, or can grow, is waited for.
     """
@@ -144,7 +150,8 @@ def reserve(
             return Placement(kept, get_placement_group(name), in_order, own=True)
         except ValueError:
             pass  # none of this name yet
-    lifetime = {"name": name, "lifetime": "detached"} if name else {}
+    shown = f"{purpose or 'constellation'} {ray.get_runtime_context().get_job_id()}-{time.monotonic_ns():x}"
+    lifetime = {"name": name, "lifetime": "detached"} if name else {"name": shown}
     group = placement_group([dict(bundle) for bundle in bundles], strategy="PACK", **lifetime)
     try:
         _wait(group, bundles, timeout_s, say)

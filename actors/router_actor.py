@@ -23,6 +23,9 @@ class RouterMailbox:
 
         self._router = FisherRaoRouter.load(folder)
 
+    def __repr__(self) -> str:
+        return "router"
+
     async def route(self, texts: list[bytes]) -> list[RouteChoice]:
         """One decision per text; ask for many at once."""
         return await asyncio.to_thread(self._router.route, texts)

@@ -41,6 +41,9 @@ class SupervisorMailbox:
         self._thread = threading.Thread(target=self._watch, daemon=True)
         self._thread.start()
 
+    def __repr__(self) -> str:
+        return f"supervisor of {self._name}"
+
     async def status(self) -> ClusterStatus:
         kernels = self._supervisor.status() if self._supervisor else ()
         state, detail = "starting", self._detail

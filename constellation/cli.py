@@ -28,6 +28,7 @@ COMMANDS = {
     "up": "keep a trained constellation alive on Ray",
     "status": "kernels, roles, roots, nodes, steps, loss, health",
     "down": "stop what `up` started",
+    "targets": "what a Prometheus asks: Ray nodes and fronts",
     "keys": "make, list and remove API keys of the service",
     "runs": "list, filter, sort, compare and diff what was trained",
     "plot": "draw the signals of runs as PNG or SVG",

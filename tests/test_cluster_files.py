@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -17,12 +18,21 @@ from constellation.errors import ConfigError
 from constellation.roster import ROLES
 
 ROOT = Path(__file__).parent.parent
-KUBERAY = sorted((ROOT / "deploy" / "kuberay").glob("*.yaml"))
+KUBERAY = sorted((ROOT / "deploy" / "kuberay").glob("ray*.yaml"))
+VALUES = ROOT / "deploy" / "kuberay" / "values.yaml"
+PUBLISHED = "CONSTELLATION_KUBERAY"  # a checkout of github.com/ray-project/kuberay, v1.6 or newer
 
 
 @pytest.fixture(scope="module")
 def launcher() -> dict[str, Any]:
     found: dict[str, Any] = yaml.safe_load((ROOT / "cluster.yaml").read_text())
+    return found
+
+
+@pytest.fixture(scope="module")
+def machines() -> dict[str, Any]:
+    """The launcher's file for machines that one has."""
+    found: dict[str, Any] = yaml.safe_load((ROOT / "deploy" / "onprem" / "cluster.yaml").read_text())
     return found
 
 
@@ -38,6 +48,21 @@ def test_the_cluster_launcher_accepts_cluster_yaml(launcher: dict[str, Any]) -> 
     config = prepare_config(launcher)
     validate_config(config)
     assert config["head_node_type"] in config["available_node_types"]
+
+
+def test_ray_is_started_on_ones_own_machines_as_in_the_cloud(
+    launcher: dict[str, Any], machines: dict[str, Any]
+) -> None:
+    from ray.autoscaler._private.util import prepare_config, validate_config
+
+    for same in ("cluster_name", "head_start_ray_commands", "worker_start_ray_commands", "file_mounts"):
+        assert machines[same] == launcher[same]
+    in_the_cloud = iter(launcher["setup_commands"])
+    assert all(command in in_the_cloud for command in machines["setup_commands"]), "the same, in the same order"
+    workers = machines["provider"]["worker_ips"]
+    assert machines["min_workers"] == machines["max_workers"] == len(set(workers))
+    assert machines["provider"]["head_ip"] not in workers
+    validate_config(prepare_config(machines))
 
 
 def test_the_largest_cluster_holds_what_its_first_page_promises(launcher: dict[str, Any]) -> None:
@@ -127,3 +152,86 @@ def test_ray_accepts_the_configuration_of_the_service() -> None:
         pytest.skip(f"ray[serve] is not installed: {error}")
     text = yaml.safe_load((ROOT / "deploy/kuberay/rayservice.yaml").read_text())["spec"]["serveConfigV2"]
     assert ServeDeploySchema.parse_obj(yaml.safe_load(text)).applications[0].route_prefix == "/"
+
+
+def published(file: str) -> str:
+    """A file of KubeRay's own repository, in which the schemas of the manifests have a megabyte each."""
+    if PUBLISHED not in os.environ:
+        pytest.skip(f"{PUBLISHED} names no checkout of KubeRay")
+    return (Path(os.environ[PUBLISHED]) / file).read_text()
+
+
+def strict(schema: Any) -> Any:
+    """`schema` with every field that it does not name refused, as the API server warns of it before dropping it."""
+    if isinstance(schema, list):
+        return [strict(part) for part in schema]
+    if not isinstance(schema, dict):
+        return schema
+    found = {key: strict(value) for key, value in schema.items()}
+    if found.pop("x-kubernetes-int-or-string", False):
+        return {"anyOf": [{"type": "integer"}, {"type": "string"}]}
+    if isinstance(found.get("properties"), dict) and not found.get("x-kubernetes-preserve-unknown-fields"):
+        found.setdefault("additionalProperties", False)
+    return found
+
+
+def refused(manifest: dict[str, Any]) -> list[str]:
+    """What KubeRay's published schema has against `manifest`."""
+    from jsonschema import Draft202012Validator
+
+    plural = f"{manifest['kind'].lower()}s"
+    definition = yaml.load(published(f"helm-chart/kuberay-operator/crds/ray.io_{plural}.yaml"), yaml.CSafeLoader)
+    (schema,) = [v["schema"]["openAPIV3Schema"] for v in definition["spec"]["versions"] if v["name"] == "v1"]
+    schema["properties"]["metadata"] = {"type": "object", "x-kubernetes-preserve-unknown-fields": True}
+    return [
+        f"{error.json_path}: {error.message}" for error in Draft202012Validator(strict(schema)).iter_errors(manifest)
+    ]
+
+
+@pytest.mark.parametrize("path", KUBERAY, ids=lambda path: path.stem)
+def test_a_manifest_is_what_the_published_schema_wants(path: Path) -> None:
+    manifest = yaml.safe_load(path.read_text())
+    assert refused(manifest) == []
+    head = cluster_of(manifest)["headGroupSpec"]
+    head["rayStartParam"] = head.pop("rayStartParams")
+    assert any("rayStartParam" in line for line in refused(manifest)), "a slip is told"
+
+
+def test_the_chart_reads_every_value_that_ours_sets() -> None:
+    """A value is read whole (`.Values.head.resources`) or in parts; of the autoscaler's the manifest's schema knows."""
+    templates = "".join(
+        published(f"helm-chart/ray-cluster/templates/{name}") for name in ("raycluster-cluster.yaml", "_helpers.tpl")
+    )
+    read = set(re.findall(r"\.Values\.([\w.]+)", templates))
+    values = yaml.safe_load(VALUES.read_text())
+
+    def paths(value: Any, at: str) -> list[str]:
+        if at in read or not isinstance(value, dict):
+            return [at]
+        return [path for key, inner in value.items() for path in paths(inner, f"{at}.{key}".lstrip("."))]
+
+    assert [path for path in paths(values, "") if path not in read] == []
+    assert paths({"head": {"imagine": 1}}, "") == ["head.imagine"] and "head.imagine" not in read
+
+
+def test_the_values_are_the_cluster_of_the_manifest() -> None:
+    values, cluster = (
+        yaml.safe_load(VALUES.read_text()),
+        yaml.safe_load((VALUES.parent / "raycluster.yaml").read_text()),
+    )
+    spec = cluster_of(cluster)
+    (group,) = spec["workerGroupSpecs"]
+    image = f"{values['image']['repository']}:{values['image']['tag']}"
+    for own, theirs in ((values["head"], spec["headGroupSpec"]), (values["worker"], group)):
+        pod = theirs["template"]["spec"]
+        (container,) = pod["containers"]
+        assert own.get("rayStartParams", {}) == theirs["rayStartParams"] and own["volumes"] == pod["volumes"]
+        assert (image, own["resources"], own["volumeMounts"]) == tuple(
+            container[key] for key in ("image", "resources", "volumeMounts")
+        )
+    same = ("groupName", "replicas", "minReplicas", "maxReplicas")
+    assert [values["worker"][key] for key in same] == [group[key] for key in same]
+    assert values["head"]["rayVersion"] == spec["rayVersion"]
+    token = values["common"]["containerEnv"]
+    assert token[0] == {"name": "RAY_AUTH_MODE", "value": "token"}
+    assert values["head"]["autoscalerOptions"] == {**spec["autoscalerOptions"], "env": token}

@@ -264,3 +264,30 @@ def test_how_one_cluster_was_looked_at_is_not_inherited() -> None:
     found = subprocess.run([sys.executable, "-c", JOINED], env=outside, capture_output=True, text=True)
     told, mode = found.stdout.splitlines()
     assert "is not a Ray, or hangs" in told and mode == "None"
+
+
+WITH_THE_TOKEN_AT_HOME = """
+import os, socket
+from actors import connect
+from constellation.errors import ConfigError
+
+connect.ANSWER_S = 0.2
+with socket.create_server(("127.0.0.1", 0)) as nobody, connect._environment():
+    try:
+        connect._answer(f"127.0.0.1:{nobody.getsockname()[1]}", None)
+    except ConfigError:
+        pass
+    from ray._raylet import AuthenticationTokenLoader
+    print(os.environ["RAY_AUTH_MODE"], AuthenticationTokenLoader.instance().get_token_for_http_header(), flush=True)
+os._exit(0)  # Ray's client goes on trying
+"""
+
+
+def test_a_cluster_is_shown_the_token_of_the_home_folder(tmp_path: Path) -> None:
+    """Where `ray up` puts it: on every machine of a cluster."""
+    (tmp_path / ".ray").mkdir()
+    (tmp_path / ".ray" / "auth_token").write_text("0123456789abcdef" * 4)
+    home = {name: value for name, value in os.environ.items() if not name.startswith("RAY_AUTH")}
+    command = [sys.executable, "-c", WITH_THE_TOKEN_AT_HOME]
+    found = subprocess.run(command, env={**home, "HOME": str(tmp_path)}, capture_output=True, text=True)
+    assert found.stdout.startswith("token ") and "0123456789abcdef" * 4 in found.stdout, found.stderr

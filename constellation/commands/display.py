@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
+from rich.live import Live
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
@@ -81,7 +82,12 @@ def result_table(summary: dict[str, Any]) -> None:
 
 
 def status_table(found: ClusterStatus) -> None:
-    """The page of `constellation status`: a row per model."""
+    """The page of `constellation status`."""
+    Console().print(_rows(found))
+
+
+def _rows(found: ClusterStatus) -> Table:
+    """A row per model."""
     right = ("steps", "nats/token", "pid", "restarts")
     names = ("model", "E8 root", "state", "steps", "nats/token", "node", "pid", "restarts", "health")
     table = table_of(f"{found.name}: {found.state}; {found.detail}", names, right)
@@ -90,7 +96,38 @@ def status_table(found: ClusterStatus) -> None:
         loss = "-" if k.loss_nats is None else f"{k.loss_nats:.3f}"
         pid = "-" if k.pid is None else str(k.pid)
         table.add_row(k.role, k.root or "-", k.state, steps, loss, k.node or "-", pid, str(k.restarts), k.health)
-    Console().print(table)
+    return table
+
+
+class Page:
+    """A table shown anew again and again: in place on a terminal, elsewhere a line for each model that has moved."""
+
+    def __init__(self) -> None:
+        self.console = Console(soft_wrap=True)
+        self._live = Live(console=self.console, auto_refresh=False, screen=False) if self.console.is_terminal else None
+        self._said: dict[str, str] = {}
+
+    def __enter__(self) -> Page:
+        if self._live:
+            self._live.start()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        if self._live:
+            self._live.stop()
+
+    def show(self, found: ClusterStatus) -> None:
+        if self._live:
+            self._live.update(_rows(found), refresh=True)
+            return
+        lines = {"": f"{found.name}: {found.state}; {found.detail}"}
+        for k in found.kernels:
+            loss = "" if k.loss_nats is None else f"  loss {k.loss_nats:.3f} nats/token"
+            lines[k.role] = f"{k.role:<12} {k.state:<9} {k.step:>6}/{k.steps or '-'}{loss}  {k.health}"
+        for role, line in lines.items():
+            if self._said.get(role) != line:
+                self.console.print(line, highlight=False, markup=False)
+        self._said = lines
 
 
 def table_of(title: str, names: tuple[str, ...], right: tuple[str, ...]) -> Table:

@@ -6,6 +6,7 @@ for each: what a processor has is part of the name. What lies there is loaded on
 else can write to them, and its content is what its name says; a damaged one is made again. Where that folder cannot be
 written to, or nothing in it may be executed, one of the same kind below TMPDIR serves.
 
+An image needs no compiler: CONSTELLATION_NATIVE_BUILT names a folder of libraries that were made before (built.py).
 CONSTELLATION_NATIVE_MARCH names another architecture than this processor's own (gcc's -march), for tests.
 """
 
@@ -25,10 +26,9 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
+from constellation.decoding import built
+from constellation.decoding.built import FLAGS, SOURCES
 from constellation.errors import ConfigError
-
-SOURCES = Path(__file__).parent / "csrc"
-FLAGS = ("-O3", "-ffp-contract=off", "-fno-math-errno", "-shared", "-fPIC")
 
 
 class Unavailable(ConfigError):
@@ -38,11 +38,16 @@ class Unavailable(ConfigError):
 @functools.cache
 def library() -> ctypes.CDLL:
     """The library, compiled when this machine has none yet; Unavailable with the reason."""
+    if image := os.environ.get(built.FOLDER):
+        try:
+            return _typed(ctypes.CDLL(str(built.best(Path(image), _flags()))))
+        except OSError as error:
+            raise Unavailable(f"{built.FOLDER}={image}: {error}; unset it to compile one here") from None
     found = next(filter(None, map(shutil.which, ("cc", "gcc", "clang"))), "")
     compiler = shlex.split(os.environ.get("CC", found))
     if not compiler or not shutil.which(compiler[0]):
         raise Unavailable("no C compiler (cc, gcc, clang) is on the PATH; small kernels decode several times slower")
-    words = [*compiler, _architecture(), *FLAGS, *sorted(map(str, SOURCES.glob("*.c"))), "-lm"]
+    words = [*compiler, _architecture(), *FLAGS, *built.sources(), "-lm"]
     version = subprocess.run([*compiler, "--version"], capture_output=True, check=False).stdout
     parts = [version, _processor(), *map(str.encode, (*compiler, _architecture(), *FLAGS))]
     parts += [path.read_bytes() for path in sorted(SOURCES.iterdir())]
@@ -54,10 +59,14 @@ def library() -> ctypes.CDLL:
         except OSError as error:  # of the folder, or of the loader
             reasons.append(f"{folder}: {error}")
             continue
-        for function in (made.forward_scratch, made.product_scratch, made.draw_scratch):
-            function.restype = ctypes.c_int64
-        return made
+        return _typed(made)
     raise Unavailable(f"{'; '.join(reasons)}; set XDG_CACHE_HOME to a folder of yours that can be written to")
+
+
+def _typed(made: ctypes.CDLL) -> ctypes.CDLL:
+    for function in (made.forward_scratch, made.product_scratch, made.draw_scratch):
+        function.restype = ctypes.c_int64
+    return made
 
 
 def available() -> bool:
@@ -119,11 +128,20 @@ def _architecture() -> str:
 
 def _processor() -> bytes:
     """What distinguishes processors that a compiler tunes for."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        lines = [platform.processor()]
+    lines = _cpuinfo() or [platform.processor()]
     wanted = ("model name", "flags", "Features", "CPU part")
     return (
         "\n".join(sorted({line for line in lines if line.startswith(wanted)})).encode() or platform.machine().encode()
     )
+
+
+def _flags() -> frozenset[str]:
+    """Extensions of the instruction set that this processor has, as Linux calls them."""
+    return frozenset(word for line in _cpuinfo() if line.startswith(("flags", "Features")) for word in line.split())
+
+
+def _cpuinfo() -> list[str]:
+    try:
+        return Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return []

@@ -67,10 +67,10 @@ def url_of(host: str, port: int) -> str:
 
 
 class Listener:
-    """`app` on the socket `sock`: `await start()`, and in the end `await drain()`; signals are left alone."""
+    """`app` on the sockets: `await start()`, and in the end `await drain()`; signals are left alone."""
 
-    def __init__(self, app: FastAPI, sock: socket.socket, grace_s: float):
-        self.sock, self.grace_s = sock, grace_s
+    def __init__(self, app: FastAPI, sock: socket.socket, grace_s: float, *more: socket.socket):
+        self.sockets, self.grace_s = [sock, *more], grace_s
         self.port = int(sock.getsockname()[1])
         self._gate = app.state.gate
         self._server = _server(app, grace_s)
@@ -78,7 +78,7 @@ class Listener:
 
     async def start(self) -> None:
         """Returns when requests are answered."""
-        self._task = asyncio.create_task(self._server.serve(sockets=[self.sock]))
+        self._task = asyncio.create_task(self._server.serve(sockets=self.sockets))
         while not self._server.started:
             if self._task.done():
                 raise RunError("the application ended before it had begun; see the lines above")
@@ -93,7 +93,8 @@ class Listener:
             await asyncio.sleep(0.01)
         whole = not self._gate.inside
         await self._task
-        self.sock.close()
+        for sock in self.sockets:
+            sock.close()
         return whole
 
 
