@@ -14,6 +14,7 @@ import os
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import ray
@@ -24,6 +25,7 @@ from actors import lifecycle
 from actors import record as records
 from actors.specs import options_of
 from constellation.errors import ConstellationError, RunError
+from constellation.storage.mirror import address_of
 from router.http.listen import Place
 
 START_S, LOOK_S, SILENCE_S = 300.0, 1.0, 30.0
@@ -32,8 +34,8 @@ START_S, LOOK_S, SILENCE_S = 300.0, 1.0, 30.0
 class FrontMailbox:
     """An application in an actor."""
 
-    def __init__(self, place: Place):
-        self._place = place
+    def __init__(self, place: Place, run: Path | str):
+        self._place, self._run = place, run
         self._listener: Any = None
 
     async def listen(self) -> int:
@@ -43,7 +45,7 @@ class FrontMailbox:
 
         if self._listener is None:
             place = self._place
-            app = front_of(place.run, place.name, place.key_file, place.front)
+            app = front_of(self._run, place.name, place.key_file, place.front)
             self._listener = Listener(app, bind(place.host, place.port, place.shared), place.grace_s)
             await self._listener.start()
         return int(self._listener.port)
@@ -119,7 +121,7 @@ class Fronts:
         options = options_of({}, 1, "SPREAD" if number else here)
         until = time.monotonic() + START_S
         while True:
-            self.actors[number] = FrontActor.options(**options).remote(self.place)
+            self.actors[number] = FrontActor.options(**options).remote(self.place, address_of(self.place.run))
             try:
                 port: int = ray.get(self.actors[number].listen.remote(), timeout=START_S)
                 break
