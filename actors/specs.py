@@ -63,7 +63,7 @@ def trainer(placement: Placement, number: int, job: Job) -> ActorSpec:
 
 
 def servers(placement: Placement, run: Path | str, config: Config, namespace: str | None = None) -> list[ActorSpec]:
-    """The router and all models of `run`, a shared folder or a URL; detached, named by role, if there is a `namespace`."""
+    """The router and all models of `run`, a shared folder or a URL; detached and named if there is a `namespace`."""
     threads = config.train.threads
     with_first, with_ocean = halves(placement.bundles[0])
     rooms = {role: (number, placement.bundles[number]) for number, role in enumerate(config.kernels)}
