@@ -498,13 +498,13 @@ def test_a_missing_bucket_is_told_before_anything_is_done(s3: int) -> None:
 
 @pytest.fixture(scope="module")
 def nano() -> Config:
-    """OCEAN and two kernels, some 30 steps each."""
+    """OCEAN and two kernels, some 15 steps each."""
     from constellation.config import override
     from constellation.presets import tiny
 
     return override(tiny(), {
-        "constellation.kernels": 2, "kernel.vocab_size": 288, "train.tokens": 60_000, "train.ocean_share": 0.34,
-        "train.batch": 8, "train.kernel_batch": 8, "train.checkpoint_every": 7, "train.eval_bytes": 1024,
+        "constellation.kernels": 2, "kernel.vocab_size": 288, "train.tokens": 24_000, "train.ocean_share": 0.34,
+        "train.batch": 8, "train.kernel_batch": 8, "train.checkpoint_every": 4, "train.eval_bytes": 1024,
         "train.sample_bytes": 0, "train.precision": "fp32", "optim.ns_precision": "fp32", "train.ocean_threads": 1,
         "router.dims": 8, "router.max_prefix": 256, "cluster.storage_timeout_s": 30,
     })  # fmt: skip
@@ -567,6 +567,12 @@ def test_a_run_at_a_url_is_killed_goes_on_elsewhere_and_ends_in_the_same_bits(
             assert (mirror.resolve(url) / saved[-1][0] / "checkpoints" / saved[-1][2] / "state.json").exists()
             told = json.loads(cli("status", "--run", url, "--json").stdout)
             assert {k["role"]: k["state"] for k in told["kernels"]}["ocean"] == "done"
+            assert told["state"] == "stopped"
+            Objects(url).put(lease.NAME, page())  # a driver of another machine
+            refused = cli("train", "--run", url, "--resume")
+            assert refused.returncode == 2 and "in use by process 1 on there since" in refused.stderr
+            assert json.loads(cli("status", "--run", url, "--json").stdout)["state"] == "training"
+            Objects(url).delete(lease.NAME)
     with machine():
         for _ in constellation.train(None, url, local=True):
             pass
@@ -579,23 +585,18 @@ def test_a_run_at_a_url_is_killed_goes_on_elsewhere_and_ends_in_the_same_bits(
         assert found["token_ids"] == wanted["token_ids"]
         answer = cli("train", "--run", url)
         assert answer.returncode == 2 and "exists already" in answer.stderr and answer.stderr.count("\n") == 1
-        Objects(url).put(lease.NAME, page())
-        assert "in use by process 1 on there" in cli("train", "--run", url, "--resume").stderr
 
 
 @pytest.mark.ray
-def test_actors_train_a_run_at_a_url_to_the_same_bits(
-    ray_session: None, s3: int, nano: Config, alone: Path, micro_corpus: Path
-) -> None:
-    import ray
+def test_actors_train_a_run_at_a_url_to_the_same_bits(s3: int, nano: Config, alone: Path, micro_corpus: Path) -> None:
+    """Through a Ray of the command's own, whose actors know who may ask the store from its environment."""
+    from constellation.config import difference
+    from constellation.presets import tiny
 
-    from actors import launch
-
-    url, here = "s3://bucket/runs/actors", "auto"
-    with machine() as driver:
-        names = [name for name in os.environ if name.startswith("AWS_")]
-        assert ray.is_initialized() and names and driver and here
-        steps = list(launch.train(mirror.resolve(url), micro_corpus, nano))
-        assert [s.checkpoint for s in steps if s.step == s.steps]
+    url = "s3://bucket/runs/actors"
+    changes = [f"{name}={now}" for name, (_, now) in difference(tiny(), nano).items()]
+    with machine():
+        done = cli("train", "--run", url, "--corpus", str(micro_corpus), "--preset", "tiny", *changes)
+        assert done.returncode == 0, done.stderr
         with machine():
             assert weights(mirror.resolve(url)) == weights(alone)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import click
@@ -19,6 +20,7 @@ def command(run: Path | None, name: str | None, address: str | None, as_json: bo
     from actors import record
     from constellation.commands.display import status_table
     from constellation.pipeline.status import folder_status
+    from constellation.storage.mirror import spoken
 
     if run is not None and record.read(run) is None:  # the folder says it all, without Ray
         found = folder_status(run)
@@ -26,4 +28,5 @@ def command(run: Path | None, name: str | None, address: str | None, as_json: bo
         from actors import lifecycle
 
         found = lifecycle.status(run, name=name, address=address)
+    found = dataclasses.replace(found, run=spoken(found.run), detail=spoken(found.detail))
     options.print_json(found.to_json()) if as_json else status_table(found)

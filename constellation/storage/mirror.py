@@ -59,7 +59,7 @@ class Mirror:
         self.url = url.rstrip("/")
         check_url(self.url)
         self.place = _place_of(self.url)
-        self.folder = self.place / (self.url.partition("?")[0].rpartition("/")[2] or "run")
+        self.folder = _folder_of(self.url)
         self.objects = Objects(self.url, patience_s, say)
         self._hashes: dict[tuple[int, int, int], str] = {}  # (inode, bytes, ns of change) -> SHA-256
 
@@ -255,6 +255,17 @@ def resolve(run: str | os.PathLike[str], say: Say = lambda text: None) -> Path:
     return mirror.folder
 
 
+def spoken(text: str) -> str:
+    """`text` for the user: URLs in the place of the local folders that they are worked on in."""
+    if str(_root()) not in text:
+        return text
+    for page in _root().glob(f"*/{ORIGIN}"):
+        if str(page.parent) in text:
+            url = str(read_json(page)["url"])
+            text = text.replace(str(_folder_of(url)), url)
+    return text
+
+
 def address_of(run: Path) -> str | Path:
     """What another node is to be told of `run`: the URL it is kept at, or the folder, which all nodes share."""
     return url_of(run) or run.resolve()
@@ -268,6 +279,10 @@ def _root() -> Path:
 
 def _place_of(url: str) -> Path:
     return root() / hashlib.sha256(url.encode()).hexdigest()[:24]
+
+
+def _folder_of(url: str) -> Path:
+    return _place_of(url) / (url.partition("?")[0].rpartition("/")[2] or "run")
 
 
 def _key(part: str, path: str, digest: str) -> str:

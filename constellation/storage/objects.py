@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import tempfile
 import time
 import urllib.parse
 from collections.abc import Callable, Iterator
@@ -168,6 +169,24 @@ class Objects:
                     said = True
                 time.sleep(pause)
                 pause = min(2 * pause, LONGEST_PAUSE_S)
+
+
+@contextlib.contextmanager
+def delivered(place: str, last: str, say: Say = lambda text: None) -> Iterator[Path]:
+    """A folder to write to, which is `place` in the end: itself, or for a URL one whose files go up after the block.
+
+    The file `last` goes up last: whoever finds it finds all of them. An error in the block delivers nothing to a URL.
+    """
+    if not is_url(place):
+        yield Path(place)
+        return
+    objects = Objects(place, say=say)
+    objects.check_bucket()
+    with tempfile.TemporaryDirectory(prefix="constellation-") as folder:
+        made = Path(folder) / "out"
+        yield made
+        for file in sorted((f for f in made.rglob("*") if f.is_file()), key=lambda f: (f.name == last, f)):
+            objects.send(file.relative_to(made).as_posix(), file)
 
 
 def _first_line(error: BaseException) -> str:
