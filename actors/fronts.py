@@ -17,6 +17,7 @@ import secrets
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import ray
@@ -28,6 +29,7 @@ from actors import record as records
 from actors.specs import options_of
 from actors.supervisor_actor import namespace_of
 from constellation.errors import ConstellationError, RunError
+from constellation.storage.mirror import address_of
 from router.http.listen import Place
 
 FRONT = "front-"  # how names of fronts begin, in the namespace of their constellation
@@ -37,8 +39,8 @@ START_S, LOOK_S, SILENCE_S = 300.0, 1.0, 30.0
 class FrontMailbox:
     """An application in an actor."""
 
-    def __init__(self, place: Place):
-        self._place = place
+    def __init__(self, place: Place, run: Path | str):
+        self._place, self._run = place, run
         self._listener: Any = None
         self._own: Any = None
 
@@ -52,7 +54,7 @@ class FrontMailbox:
 
         if self._listener is None:
             place = self._place
-            app = front_of(place.run, place.name, place.key_file, place.front)
+            app = front_of(self._run, place.name, place.key_file, place.front)
             shared, self._own = bind(place.host, place.port, place.shared), bind(place.host, 0)
             self._listener = Listener(app, shared, place.grace_s, self._own)
             await self._listener.start()
@@ -138,8 +140,8 @@ class Fronts:
         options = options_of({}, 1, "SPREAD" if number else here) | {"namespace": namespace_of(self.place.name)}
         until = time.monotonic() + START_S
         while True:
-            unique = f"{FRONT}{number}-{secrets.token_hex(4)}"
-            self.actors[number] = FrontActor.options(**options, name=unique).remote(self.place)
+            actor = FrontActor.options(**options, name=f"{FRONT}{number}-{secrets.token_hex(4)}")
+            self.actors[number] = actor.remote(self.place, address_of(self.place.run))
             try:
                 port: int = ray.get(self.actors[number].listen.remote(), timeout=START_S)
                 break

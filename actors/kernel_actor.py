@@ -27,6 +27,8 @@ from actors.messages import BUSY, ActorReport
 from actors.turn_stream import News, TurnNews
 from constellation.config import Decode
 from constellation.errors import ConfigError, ConstellationError
+from constellation.roster import OCEAN
+from constellation.storage import mirror, uploads
 from constellation.storage.exclusive import exclusive
 
 if TYPE_CHECKING:  # torch is imported in the actor's process only
@@ -71,8 +73,8 @@ class ActorEngine:
         if self._begin(job, "training"):
             self._thread.submit(self._train, job)
 
-    def serve(self, run: Path, threads: int, decode: Decode) -> Future[None]:
-        """Load this role's model from its newest checkpoint in `run`, to answer with it."""
+    def serve(self, run: Path | str, threads: int, decode: Decode) -> Future[None]:
+        """Load this role's model from its newest checkpoint in `run`, a folder or URL, to answer with it."""
         if self._begin(run, "idle"):
             self._loaded = self._thread.submit(self._load, run, threads, decode)
         return self._loaded
@@ -127,14 +129,20 @@ class ActorEngine:
         from constellation.train.loop import fit
 
         try:
+            store, job = self._at_home(job)
             if not job.train.exists():
                 where = ray.util.get_node_ip_address()
                 raise ConfigError(f"{job.train} is not visible on node {where}; --run must be a folder all nodes share")
             with exclusive(job.folder, LOCK_WAIT_S, self._stop.is_set):
+                if store is not None:
+                    store.pull(job.role)
                 checkpoint.sweep(job.folder)
                 self._step = max(checkpoint.steps_on_disk(job.folder), default=0)
                 self.checkpoint = checkpoint.folder_of(job.folder, self._step).name if self._step else None
                 steps: Any = fit(job, say=self._notes.append)
+                if store is not None:
+                    store.sweep(job.role)
+                    steps = uploads.uploaded(steps, store, job.role)
                 for step in steps:
                     with self._lock:
                         self._steps.append(step)
@@ -147,7 +155,17 @@ class ActorEngine:
         except BaseException as error:
             self._fail(error)
 
-    def _load(self, run: Path, threads: int, decode: Decode) -> None:
+    def _at_home(self, job: Job) -> tuple[mirror.Mirror | None, Job]:
+        """The mirror of a job whose run is kept at a URL, and the job on this machine, with all that it reads."""
+        if job.home is None:
+            return None, job
+        store = mirror.Mirror(job.home, job.config.cluster.storage_timeout_s, self._notes.append)
+        store.begin()
+        for part in ("data", "router", OCEAN, "") if job.branch is not None else ("data", ""):
+            store.pull(part)
+        return store, job.here(store.folder)
+
+    def _load(self, run: Path | str, threads: int, decode: Decode) -> None:
         """The very class that answers without Ray, with one model, so that both give the same tokens."""
         try:
             import torch
@@ -156,6 +174,7 @@ class ActorEngine:
             from constellation.train import checkpoint
             from router.answer.turn import Answerer
 
+            run = mirror.resolve(run, self._notes.append)
             torch.set_num_threads(threads)
             device = "cuda" if torch.cuda.is_available() else "cpu"
             model = checkpoint.load_model(run / self.role, device, self._notes.append)
@@ -194,7 +213,7 @@ class KernelMailbox:
         self._engine.train(job)
 
     @ray.method(concurrency_group="control")
-    async def serve(self, run: Path, threads: int, decode: Decode) -> None:
+    async def serve(self, run: Path | str, threads: int, decode: Decode) -> None:
         """Returns when it can answer."""
         await asyncio.wrap_future(self._engine.serve(run, threads, decode))
 

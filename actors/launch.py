@@ -21,9 +21,11 @@ from actors.memory import check_memory, free_bytes
 from actors.placement import check, check_cluster, reserve, resident, share
 from actors.supervisor import Supervisor
 from constellation.config import Config
+from constellation.pipeline.home import Home, owned
 from constellation.pipeline.prepare import fit_router, kernel_job, ocean_job, prepare
 from constellation.pipeline.request import open_request, request, withdrawn
 from constellation.pipeline.status import VIEW, done, finished, roots, summary, write_view
+from constellation.roster import OCEAN
 from constellation.storage.atomic import read_json
 from constellation.storage.exclusive import exclusive
 from constellation.telemetry.step import Step
@@ -60,6 +62,7 @@ def train(
     address = where(address)
     with exclusive(run), contextlib.ExitStack() as stack:
         config = open_request(run)[1]
+        home = stack.enter_context(owned(run, config.cluster.storage_timeout_s, say))
         roles = config.kernels if roles is None else roles
         (run / VIEW).unlink(missing_ok=True)  # of an earlier sitting
         with withdrawn(run, fresh):  # too small a cluster is told before any work is done
@@ -75,25 +78,29 @@ def train(
                 stack.enter_context(connected(address))
                 check_cluster(bundles)
             plan = prepare(run)
+        home.save("data", "")
         for line in read_json(run / "corpus.json")["report"]:
             say(line)
         stack.enter_context(connected(address, num_cpus=num_cpus, auth=auth))
         placement = reserve(bundles, config.cluster.placement_timeout_s, say, purpose=f"train {run.name}")
         stack.callback(placement.release)
         interrupted = stack.enter_context(_ctrl_c())
-        supervisor = Supervisor(config, placement, say, after_beat=_view_of(run, interrupted))
+        supervisor = Supervisor(config, placement, say, after_beat=_view_of(run, interrupted, home))
         stack.callback(supervisor.dismiss)  # runs first: actors die before their room goes
 
-        jobs = [job for job in [ocean_job(plan)] if not done(job.folder)]
+        jobs = [home.of(job) for job in [ocean_job(plan)] if not done(job.folder)]
         yield from supervisor.train(jobs)
+        home.fetch(OCEAN)
         say("fitting the router")
         fit_router(plan)
+        home.save("router")
         supervisor.roots = roots(run)
-        jobs = [job for role in roles if not done((job := kernel_job(plan, role)).folder)]
+        jobs = [home.of(job) for role in roles if not done((job := kernel_job(plan, role)).folder)]
         yield from supervisor.train(jobs)
+        home.fetch(*roles)
 
 
-def _view_of(run: Path, interrupted: threading.Event) -> Callable[[Supervisor], None]:
+def _view_of(run: Path, interrupted: threading.Event, home: Home) -> Callable[[Supervisor], None]:
     """Leaves the supervisor's view in the run folder now and then, for `constellation status`; hears of Ctrl-C."""
     written = 0.0
 
@@ -101,9 +108,11 @@ def _view_of(run: Path, interrupted: threading.Event) -> Callable[[Supervisor], 
         nonlocal written
         if interrupted.is_set():
             raise KeyboardInterrupt
+        home.check()
         if time.monotonic() - written > VIEW_EVERY_S:
             write_view(run, supervisor.status())
             written = time.monotonic()
+            home.tell()
 
     return write
 

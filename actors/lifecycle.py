@@ -30,6 +30,7 @@ from actors.supervisor_actor import SUPERVISOR, SupervisorActor, namespace_of
 from constellation.errors import ConfigError, RunError
 from constellation.pipeline.serving import servable
 from constellation.pipeline.status import ClusterStatus, folder_status
+from constellation.storage.mirror import address_of
 
 UP_S, ASK_S, DOWN_S = 600.0, 10.0, 30.0
 RESTARTING = "the supervisor does not answer yet; Ray starts it again if it has ended"
@@ -73,7 +74,7 @@ def up(
                 record = Record(name, ray.get_runtime_context().gcs_address, head)
                 records.write(run, record)
                 options = options_of({}, 1, "DEFAULT") | {"name": SUPERVISOR, "namespace": namespace_of(name)}
-                actor = SupervisorActor.options(**options, lifetime="detached").remote(run.resolve(), name, config)
+                actor = SupervisorActor.options(**options, lifetime="detached").remote(address_of(run), name, config)
                 return _until_up(actor, run, say)
         except BaseException:
             if record is not None:

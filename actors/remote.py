@@ -30,6 +30,7 @@ from actors.turn_stream import Listening
 from constellation.errors import ConstellationError, RunError
 from constellation.pipeline.request import open_plan
 from constellation.pipeline.status import models_of
+from constellation.storage.mirror import address_of
 
 if TYPE_CHECKING:
     from constellation.decoding.sample import TokenScore
@@ -84,7 +85,7 @@ def kernels_of(run: Path, record: Record, say: Callable[[str], None] = print) ->
 @contextlib.contextmanager
 def _on_demand(supervisor: Supervisor, run: Path) -> Iterator[Callable[[str], Any]]:
     """Finds an actor of `run` by role and starts it if it is not there; a thread watches over them meanwhile."""
-    specs = {spec.role: spec for spec in servers(supervisor.placement, run.resolve(), supervisor.config)}
+    specs = {spec.role: spec for spec in servers(supervisor.placement, address_of(run), supervisor.config)}
     end, failures, one_at_a_time = threading.Event(), list[BaseException](), threading.Lock()
 
     def watch() -> None:

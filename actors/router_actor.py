@@ -18,10 +18,11 @@ if TYPE_CHECKING:
 class RouterMailbox:
     """Answers who should answer."""
 
-    def __init__(self, folder: Path):
+    def __init__(self, run: Path | str):
+        from constellation.storage.mirror import resolve
         from router.decide.fisher_rao import FisherRaoRouter
 
-        self._router = FisherRaoRouter.load(folder)
+        self._router = FisherRaoRouter.load(resolve(run) / "router")
 
     def __repr__(self) -> str:
         return "router"

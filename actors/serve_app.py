@@ -17,6 +17,7 @@ import ray
 
 from actors.supervisor_actor import namespace_of
 from constellation.errors import ConfigError
+from constellation.storage.mirror import address_of, resolve
 
 if TYPE_CHECKING:
     from fastapi import FastAPI
@@ -33,7 +34,7 @@ def arguments(args: Mapping[str, str]) -> dict[str, str]:
         raise ConfigError(f"serve argument {unknown[0]!r}: choose of {', '.join(KNOWN)}")
     found = {**KNOWN, **{name: str(value) for name, value in args.items()}}
     if not found["run"]:
-        raise ConfigError("serve argument 'run': the run folder is needed, one that every node sees")
+        raise ConfigError("serve argument 'run': a run folder that every node sees is needed, or a URL")
     for name in ("replicas", "ongoing"):
         if not found[name].isdigit() or int(found[name]) < 1:
             raise ConfigError(f"serve argument {name}={found[name]}: a whole number of at least 1 is wanted")
@@ -47,11 +48,13 @@ def app(args: Mapping[str, str]) -> Any:
 
     from actors import lifecycle
 
-    run, keys = Path(given["run"]), Path(given["api_key_file"]) if given["api_key_file"] else None
+    run, keys = resolve(given["run"]), Path(given["api_key_file"]) if given["api_key_file"] else None
     name = lifecycle.up(run, name=given["name"] or None).name
 
+    home = address_of(run)
+
     def front() -> FastAPI:
-        return front_of(run, name, keys)
+        return front_of(home, name, keys)
 
     deployment = serve.deployment(
         name="front", num_replicas=int(given["replicas"]), max_ongoing_requests=int(given["ongoing"]),
@@ -60,11 +63,12 @@ def app(args: Mapping[str, str]) -> Any:
     return deployment(serve.ingress(front)()).bind()
 
 
-def front_of(run: Path, name: str, keys: Path | None, front: Front | None = None) -> FastAPI:
+def front_of(run: Path | str, name: str, keys: Path | None, front: Front | None = None) -> FastAPI:
     """The application over the kernels of the constellation called `name`, for a process that is part of its Ray."""
     from actors.remote import RayKernels
     from constellation.pipeline.serving import application
     from constellation.pipeline.status import models_of
 
+    run = resolve(run)
     kernels = RayKernels(models_of(run), lambda role: ray.get_actor(role, namespace=namespace_of(name)))
     return application(run, kernels, keys, front)

@@ -62,13 +62,13 @@ def trainer(placement: Placement, number: int, job: Job) -> ActorSpec:
     return ActorSpec(job.role, KernelActor, arguments, options, ("train", job), job.steps)
 
 
-def servers(placement: Placement, run: Path, config: Config, namespace: str | None = None) -> list[ActorSpec]:
-    """The router and all models of `run`; detached and named by role if there is a `namespace`."""
+def servers(placement: Placement, run: Path | str, config: Config, namespace: str | None = None) -> list[ActorSpec]:
+    """The router and all models of `run`, a shared folder or a URL; detached and named if there is a `namespace`."""
     threads = config.train.threads
     with_first, with_ocean = halves(placement.bundles[0])
     rooms = {role: (number, placement.bundles[number]) for number, role in enumerate(config.kernels)}
     rooms |= {config.kernels[0]: (0, with_first), OCEAN: (0, with_ocean)}
-    specs = [ActorSpec(ROUTER, RouterActor, (run / ROUTER,), options_of({}, 1, "DEFAULT"), ("report", 0))]
+    specs = [ActorSpec(ROUTER, RouterActor, (run,), options_of({}, 1, "DEFAULT"), ("report", 0))]
     for role, (number, part) in rooms.items():
         options = options_of(part, threads, placement.strategy(number))
         specs.append(

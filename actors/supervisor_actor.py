@@ -21,6 +21,7 @@ from actors.supervisor import Supervisor
 from constellation.config import Config
 from constellation.errors import ConstellationError
 from constellation.pipeline.status import ClusterStatus, KernelStatus, roots
+from constellation.storage.mirror import resolve
 
 SUPERVISOR = "supervisor"  # its name; the others are named by their roles
 
@@ -33,7 +34,7 @@ def namespace_of(name: str) -> str:
 class SupervisorMailbox:
     """A Supervisor at work in a thread of an actor of its own."""
 
-    def __init__(self, run: Path, name: str, config: Config):
+    def __init__(self, run: Path | str, name: str, config: Config):
         self._run, self._name, self._config = run, name, config
         self._detail, self._failure = "starting", ""
         self._supervisor: Supervisor | None = None
@@ -70,7 +71,7 @@ class SupervisorMailbox:
                 timeout_s = self._config.cluster.placement_timeout_s
                 placement = reserve(bundles, timeout_s, self._say, namespace_of(self._name))
                 stack.callback(placement.release)
-                supervisor = Supervisor(self._config, placement, self._say, roots(self._run))
+                supervisor = Supervisor(self._config, placement, self._say, roots(resolve(self._run)))
                 stack.callback(supervisor.dismiss)
                 supervisor.start(servers(placement, self._run, self._config, namespace_of(self._name)))
                 self._supervisor = supervisor

@@ -55,7 +55,7 @@ def train(
     address: str | None = None,
     say: Callable[[str], None] = _on_stderr,
 ) -> Iterator[Step]:
-    """Train OCEAN, fit the router, branch and train the kernels, in the folder `run`; yields each training step.
+    """Train OCEAN, fit the router, branch and train the kernels, in `run`, a folder or URL; yields each training step.
 
     corpus     a folder or file; or texts (str, or bytes of UTF-8) and files (`pathlib.Path`), one document each; None:
                the documentation and library of this Python, or what an earlier call trained on
@@ -70,10 +70,11 @@ def train(
     run was begun with another corpus or other settings; DataError, with the first step, when there is no text to read.
     """
     from constellation.pipeline.request import REQUEST, check_request
+    from constellation.storage.mirror import resolve
 
     if local and address is not None:
         raise ConfigError(f"local=True and address={address!r} exclude each other: local uses no Ray")
-    folder, config = Path(run), None
+    folder, config = resolve(os.fspath(run), say), None
     begun = (folder / REQUEST).exists()
     if preset is not None or overrides or not begun:
         config = override(preset if isinstance(preset, Config) else make_preset(preset or "small"), overrides or {})
@@ -93,23 +94,26 @@ def _in_this_process(
     run: Path, corpus: Path | None, config: Config | None, resume: bool, say: Callable[[str], None]
 ) -> Iterator[Step]:
     """What actors/launch.py does, one model after another."""
+    from constellation.pipeline.home import owned
     from constellation.pipeline.prepare import fit_router, kernel_job, ocean_job, prepare
-    from constellation.pipeline.request import request, withdrawn
+    from constellation.pipeline.request import open_request, request, withdrawn
     from constellation.pipeline.status import done
     from constellation.storage.exclusive import exclusive
     from constellation.train.loop import fit
 
     fresh = not run.exists()
     request(run, corpus, config, resume)
-    with exclusive(run):
+    with exclusive(run), owned(run, open_request(run)[1].cluster.storage_timeout_s, say) as home:
         with withdrawn(run, fresh):
             plan = prepare(run)
+        home.save("data", "")
         if not done(plan.folder(OCEAN)):
-            yield from fit(ocean_job(plan), say=say)
+            yield from home.saved(fit(ocean_job(plan), say=say), OCEAN)
         fit_router(plan)
+        home.save("router")
         for role in plan.config.kernels:
             if not done(plan.folder(role)):
-                yield from fit(kernel_job(plan, role), say=say)
+                yield from home.saved(fit(kernel_job(plan, role), say=say), role)
 
 
 def _keep(texts: Iterable[str | bytes | os.PathLike[str]], file: Path, config: Config, begun: bool) -> None:
@@ -143,9 +147,10 @@ def load_kernel(run: AnyPath, role: str) -> Module:
     In evaluation mode, on the CPU. ConfigError for an unknown role, ArtifactError when it has no checkpoint.
     """
     from constellation.pipeline.request import open_plan
+    from constellation.storage.mirror import resolve
     from constellation.train.checkpoint import load_model
 
-    plan = open_plan(Path(run))
+    plan = open_plan(resolve(os.fspath(run)))
     if role not in plan.config.models:
         raise ConfigError(f"role={role!r}: choose one of {', '.join(plan.config.models)}")
     return load_model(plan.folder(role))
@@ -157,7 +162,7 @@ def load_kernel(run: AnyPath, role: str) -> Module:
 def open(
     run: AnyPath, *, local: bool = False, address: str | None = None, say: Callable[[str], None] = _on_stderr
 ) -> Constellation:
-    """The constellation in the folder `run`, to be asked; close it, or use it in a `with` block.
+    """The constellation in `run`, a folder or URL, to be asked; close it, or use it in a `with` block.
 
     Who answers: actors in the Ray at `address` if it is given; else the constellation of this run that is up; else, or
     if `local`, the models in this process, on as many threads of torch as the run was trained with. The tokens are the
@@ -167,8 +172,9 @@ def open(
         raise ConfigError("--local and --address exclude each other: --local uses no Ray")
     from constellation.pipeline.request import open_plan
     from constellation.pipeline.status import unfinished, unfinished_line
+    from constellation.storage.mirror import resolve
 
-    run = Path(run)
+    run = resolve(os.fspath(run), say)
     plan = open_plan(run)
     if not (plan.router / "router.json").exists():
         raise ConfigError(f"{run} is not trained yet; constellation train --run {run} --resume")

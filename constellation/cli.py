@@ -105,5 +105,9 @@ def _line(message: Warning | str, category: Any, filename: str, lineno: int, lin
 
 
 def _fail(message: str, status: int) -> int:
+    if "/constellation/runs/" in message:
+        from constellation.storage.mirror import spoken
+
+        message = spoken(message)
     click.echo(" ".join(message.split()), err=True)
     return status

@@ -200,6 +200,7 @@ class Cluster:
     gpus_per_kernel: Annotated[NotNegative, says("GPUs of one kernel actor, fractions allowed")] = 0.0
     placement_timeout_s: Annotated[Positive, says("how long to wait for a cluster that could fit but is busy")] = 60.0
     max_restarts: Annotated[Count, says("of one kernel actor before the run fails")] = 20
+    storage_timeout_s: Annotated[Positive, says("how long a store at a URL may stay away before the run ends")] = 600.0
     resident: Annotated[Whole, says("kernels that train at once; 0: one a core here, all on a cluster")] = 0
 
 

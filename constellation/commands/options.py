@@ -18,7 +18,24 @@ from constellation.errors import ConfigError
 from constellation.settings import settings_of
 from router.decide.modes import MIXED, MODES
 
-run = click.option("--run", "run", type=click.Path(path_type=Path), required=True, metavar="DIR", help="the run folder")
+
+class RunPlace(click.Path):
+    """A folder, or a URL such as s3://bucket/run: then the local folder that is in step with it."""
+
+    def __init__(self) -> None:
+        super().__init__(path_type=Path)
+
+    def convert(self, value: Any, parameter: click.Parameter | None, context: click.Context | None) -> Any:
+        if not isinstance(value, str) or "://" not in value:
+            return super().convert(value, parameter, context)
+        from constellation.storage.mirror import resolve
+
+        return resolve(value, lambda text: click.echo(text, err=True))
+
+
+run = click.option(
+    "--run", "run", type=RunPlace(), required=True, metavar="DIR", help="the run: a folder, or a URL (s3://bucket/run)"
+)
 corpus = click.option(
     "--corpus", type=click.Path(path_type=Path), default=None, metavar="DIR",
     help="of txt, md, source, jsonl (.gz, .zst), Parquet, saved datasets; default: Python's own documentation",
@@ -81,7 +98,7 @@ def sampling(command: Callable[..., Any]) -> Callable[..., Any]:
 
 def run_or_name(command: Callable[..., Any]) -> Callable[..., Any]:
     """--run DIR, or --name NAME in the Ray at --address."""
-    path = click.option("--run", type=click.Path(path_type=Path), default=None, metavar="DIR", help="the run folder")
+    path = click.option("--run", type=RunPlace(), default=None, metavar="DIR", help="the run: a folder, or a URL")
     return path(name(command))
 
 

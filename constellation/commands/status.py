@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -50,9 +51,12 @@ def _watch(run: Path | None, name: str | None, address: str | None) -> None:
 def _now(run: Path | None, name: str | None, address: str | None) -> ClusterStatus:
     from actors import record
     from constellation.pipeline.status import folder_status
+    from constellation.storage.mirror import spoken
 
     if run is not None and record.read(run) is None:  # the folder says it all, without Ray
-        return folder_status(run)
-    from actors import lifecycle
+        found = folder_status(run)
+    else:
+        from actors import lifecycle
 
-    return lifecycle.status(run, name=name, address=address)
+        found = lifecycle.status(run, name=name, address=address)
+    return dataclasses.replace(found, run=spoken(found.run), detail=spoken(found.detail))

@@ -18,6 +18,7 @@ from typing import Any
 from constellation.errors import ArtifactError, ConfigError
 from constellation.pipeline.request import Plan, open_plan, open_request
 from constellation.roster import root_name
+from constellation.storage import mirror
 from constellation.storage.atomic import read_object, write_json
 from constellation.storage.exclusive import is_held
 
@@ -114,7 +115,7 @@ def folder_status(run: Path) -> ClusterStatus:
     """The constellation in `run` by what lies there: training (then live), finished, stopped, failed or new."""
     addresses = roots(run)
     kernels = [_kernel(run, role, addresses.get(role)) for role in models_of(run)]
-    if is_held(run):
+    if _at_work(run):
         view = _json(run / VIEW)
         told = view.get("time")
         age = time.time() - told if isinstance(told, float) else 0.0
@@ -133,6 +134,18 @@ def folder_status(run: Path) -> ClusterStatus:
     else:
         state, detail = "new", f"not running, nothing trained yet: constellation train --run {run} --resume"
     return ClusterStatus(str(run), run.resolve().name, state, None, detail, tuple(kernels))
+
+
+def _at_work(run: Path) -> bool:
+    """Whether a driver works on `run`: on this machine, or on any that has its lease."""
+    if is_held(run):
+        return True
+    store = mirror.of(run)
+    if store is None:
+        return False
+    from constellation.storage.lease import holder
+
+    return holder(store.objects) is not None
 
 
 def write_view(run: Path, kernels: Sequence[KernelStatus]) -> None:

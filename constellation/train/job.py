@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -34,6 +34,12 @@ class Job:
     tokenizer: Path | None = None  # for sample texts
     segments: Path | None = None  # .npy (S, 2) token ranges this role reads; None: everything
     branch: Path | None = None  # checkpoint to start from; None: random weights
+    home: str | None = None  # URL that the run is kept at; None: its folder is all there is
+
+    def here(self, run: Path) -> Job:
+        """The same job on a machine where its run lies in the folder `run`."""
+        paths: dict[str, Any] = {name: path for name, path in vars(self).items() if isinstance(path, Path)}
+        return replace(self, **{name: run / path.relative_to(self.folder.parent) for name, path in paths.items()})
 
     @property
     def is_kernel(self) -> bool:
