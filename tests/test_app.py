@@ -10,9 +10,8 @@ import httpx
 import numpy as np
 import pytest
 
-from constellation.config import Config, Kernel
+from constellation.config import Config
 from constellation.config import Router as RouterConfig
-from constellation.coordizer.tokenizer import Tokenizer
 from constellation.decoding.sample import Sampling
 from constellation.errors import RunError
 from constellation.roster import OCEAN
@@ -27,19 +26,11 @@ from router.http.keys import Keys, Limits
 from router.http.limits import Front
 from router.http.requests import Message
 from tests import asking
-from tests.kernels import random_kernel
+from tests.cases import KERNEL, NAMES, READ, TOKENIZER, models
 
-NAMES = ("heart", "memory", "action")
-TEXTS = [f"the quick brown fox {i} jumps over the lazy dog, naïve café {i}: x = {i} + 1\n" for i in range(40)]
-TOKENIZER = Tokenizer.train(TEXTS, 320)
-KERNEL = Kernel(vocab_size=336, width=24, layers=2, heads=3, hidden=40, context=64, coupling_ref=8)
 CONFIG = Config(kernel=KERNEL, router=RouterConfig(bins=512, dims=8, every=32, max_prefix=256, hysteresis=0.05))
-GROUPS = [[f"{a} number {i} {a}\n" * 8 for i in range(12)] for a in ("the quick brown fox", "def f(x):", "GENESIS 1:1")]
-BYTES = [text.encode() for group in GROUPS for text in group]
-POLICY = fit(BYTES, CONFIG.router, seed=0, names=NAMES, validation=BYTES)
-
-
-MODELS = {name: random_kernel(KERNEL, i) for i, name in enumerate((OCEAN, *NAMES), 1)}
+POLICY = fit(READ, CONFIG.router, seed=0, names=NAMES, validation=READ)
+MODELS = models()
 MODES = ("route", "mixture", "barycenter", "heart", OCEAN)
 
 

@@ -12,7 +12,8 @@ from constellation.decoding.batch import Batch, Writing
 from constellation.decoding.decode import decode_naive, generate
 from constellation.decoding.sample import Sampling
 from constellation.errors import ConfigError, RunError
-from constellation.kernel.model import EXPLICIT_UP_TO, KernelLM
+from constellation.kernel.model import EXPLICIT_UP_TO
+from tests.cases import lively_kernel
 
 MINI = Kernel(vocab_size=300, width=24, layers=2, heads=3, hidden=40, context=48, coupling_ref=8)
 KINDS = [("fidelity", "fixed"), ("fidelity", "learned"), ("dot", "off")]
@@ -20,15 +21,7 @@ GREEDY = Sampling(temperature=0)
 
 
 def mini(**changes):
-    """Far from uniform, so that greedy tokens are no near ties and sampled ones differ."""
-    model = KernelLM(dataclasses.replace(MINI, **changes), seed=1)
-    random = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for weight in model.parameters():
-            weight.mul_(2.0 if weight.dim() == 2 else 1.0)
-            if weight.dim() == 1:  # gains, look-back, c
-                weight.add_(0.2 * torch.randn(weight.shape, generator=random))
-    return model
+    return lively_kernel(dataclasses.replace(MINI, **changes))
 
 
 MODEL = mini()

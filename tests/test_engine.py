@@ -21,7 +21,7 @@ from constellation.decoding.decode import decode_naive
 from constellation.decoding.engine import Engine
 from constellation.decoding.sample import Sampling
 from constellation.errors import ConfigError
-from constellation.kernel.model import KernelLM
+from tests.cases import lively_kernel
 
 MINI = Kernel(vocab_size=300, width=32, layers=2, heads=2, hidden=40, context=48, coupling_ref=8)
 NATIVE = (True, False) if available() else (False,)  # no C compiler
@@ -33,14 +33,7 @@ PATHS = {
 
 
 def mini(**changes):
-    model = KernelLM(dataclasses.replace(MINI, **changes), seed=1)
-    random = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for weight in model.parameters():
-            weight.mul_(2.0 if weight.dim() == 2 else 1.0)
-            if weight.dim() == 1:
-                weight.add_(0.2 * torch.randn(weight.shape, generator=random))
-    return model
+    return lively_kernel(dataclasses.replace(MINI, **changes))
 
 
 MODEL = mini()

@@ -15,12 +15,12 @@ from constellation.experiments.bench_decode import load_transformers
 from constellation.kernel.export import export_llama, llama_weights
 from constellation.kernel.llama import kernel_config, load_llama
 from constellation.kernel.model import KernelLM
+from tests.cases import TEXTS, TOKENIZER
 
 transformers = load_transformers()
 
 PLAIN = Kernel(vocab_size=336, width=48, layers=3, heads=4, hidden=100, context=64, metric="dot", coupling="off",
                look_back=0, rope_base=5000.0)  # fmt: skip
-TEXTS = [f"the quick brown fox {i} jumps over the lazy dog, naïve café {i}: x = {i} + 1\n" for i in range(40)]
 
 
 def plain(**changes):
@@ -36,7 +36,7 @@ def plain(**changes):
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     path = tmp_path_factory.mktemp("hf")
-    Tokenizer.train(TEXTS, 320).save(path / "ours.json")
+    TOKENIZER.save(path / "ours.json")
     export_llama(plain(), path / "llama", 0, "<|eos|>", path / "ours.json")
     return path
 

@@ -20,6 +20,7 @@ from constellation.errors import ConfigError
 from constellation.kernel.geodesic import NEAR, half_square_angle
 from constellation.kernel.model import KernelLM, multiplications, parameter_count
 from constellation.presets import preset
+from tests.cases import lively_kernel
 
 BASE = Kernel(vocab_size=300, width=64, layers=1, heads=4, hidden=40, context=40, coupling_ref=8)
 PATHS = [("torch", "fp32"), ("torch", "int8"), *((("C", "fp32"), ("C", "int8")) if available() else ())]
@@ -41,17 +42,6 @@ def kinds(draw):
     )  # fmt: skip
 
 
-def made(config: Kernel) -> KernelLM:
-    """Far from uniform, so that a mistake shows and greedy tokens are no near ties."""
-    model, generator = KernelLM(config, seed=1), torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for weight in model.parameters():
-            weight.mul_(1.5 if weight.dim() == 2 else 1.0)
-            if weight.dim() == 1:
-                weight.add_(0.2 * torch.randn(weight.shape, generator=generator))
-    return model
-
-
 def tokens_of(length: int, seed: int = 0) -> list[int]:
     return torch.randint(300, (length,), generator=torch.Generator().manual_seed(seed)).tolist()
 
@@ -69,7 +59,7 @@ def logits_by(path: str, precision: str, model: KernelLM, tokens: list[int]) -> 
 @given(kinds(), st.sampled_from(PATHS))
 @settings(deadline=None, max_examples=30)
 def test_every_kind_has_the_same_logits_by_every_path(config, how):
-    (path, precision), model, tokens = how, made(config), tokens_of(40)
+    (path, precision), model, tokens = how, lively_kernel(config, 1.5), tokens_of(40)
     exact = model(torch.tensor([tokens]))[0].detach()
     found = logits_by(path, precision, model, tokens)
     if precision == "fp32":
@@ -83,7 +73,10 @@ def test_every_kind_has_the_same_logits_by_every_path(config, how):
 @settings(deadline=None, max_examples=15)
 def test_every_kind_decodes_what_whole_forward_passes_do(config, native):
     """By rows, in pieces, and by the pass over all slots that a CUDA graph holds; alone and in company."""
-    model, samplings = made(config), [Sampling(temperature=0, max_new_tokens=8), Sampling(seed=3, max_new_tokens=8)]
+    model, samplings = (
+        lively_kernel(config, 1.5),
+        [Sampling(temperature=0, max_new_tokens=8), Sampling(seed=3, max_new_tokens=8)],
+    )
     windows = [tokens_of(7), tokens_of(19, 1)]
     naive = [decode_naive(model, w, s) for w, s in zip(windows, samplings)]
     for options in ({"native": native and available(), "chunk": 5}, {"wide": True, "native": False}):
@@ -104,7 +97,7 @@ def _counted(count):
 @given(kinds())
 @settings(deadline=None, max_examples=15)
 def test_every_kind_is_causal_to_the_bit_and_counted_by_the_formula(config):
-    model, tokens = made(config), torch.tensor([tokens_of(30), tokens_of(30, 1)])
+    model, tokens = lively_kernel(config, 1.5), torch.tensor([tokens_of(30), tokens_of(30, 1)])
     assert model.num_parameters() == parameter_count(config) <= multiplications(config)
     with torch.no_grad():
         before = model(tokens)
@@ -117,7 +110,7 @@ def test_every_kind_is_causal_to_the_bit_and_counted_by_the_formula(config):
 @given(kinds())
 @settings(deadline=None, max_examples=15)
 def test_every_parameter_of_every_kind_has_a_gradient_but_the_basin_head_of_the_next_token(config):
-    model, tokens = made(config), torch.tensor([tokens_of(20)])
+    model, tokens = lively_kernel(config, 1.5), torch.tensor([tokens_of(20)])
     torch.nn.functional.cross_entropy(model(tokens)[0], torch.tensor(tokens_of(20, 1))).backward()
     without = {n for n, p in model.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0}
     assert without == ({"basin_head.weight"} if config.basin_head else set())
@@ -127,7 +120,7 @@ def test_every_parameter_of_every_kind_has_a_gradient_but_the_basin_head_of_the_
 
 
 def test_a_tied_group_is_the_untied_model_whose_blocks_are_copies():
-    tied = made(dataclasses.replace(BASE, layers=4, prelude=1, loops=3, coda=1))
+    tied = lively_kernel(dataclasses.replace(BASE, layers=4, prelude=1, loops=3, coda=1), 1.5)
     untied = KernelLM(dataclasses.replace(BASE, layers=8), seed=None)
     state = {k: v for k, v in tied.state_dict().items() if not k.startswith("blocks")}
     for at, block in enumerate((0, 1, 2, 1, 2, 1, 2, 3)):
@@ -187,7 +180,7 @@ def test_the_angle_is_safe_at_its_ends_and_has_two_derivatives():
 
 
 def test_a_state_and_its_negative_are_the_same_to_the_geodesic_metric():
-    model = made(dataclasses.replace(BASE, metric="geodesic", look_back=0))
+    model = lively_kernel(dataclasses.replace(BASE, metric="geodesic", look_back=0), 1.5)
     tokens = torch.tensor([tokens_of(20)])
     before = model(tokens)
     with torch.no_grad():
@@ -214,7 +207,7 @@ def test_flex_attention_is_the_dense_reference(monkeypatch):
     from constellation.kernel import geodesic
 
     monkeypatch.setattr(geodesic, "_compiled", lambda: flex_attention)
-    model = made(dataclasses.replace(BASE, metric="geodesic"))
+    model = lively_kernel(dataclasses.replace(BASE, metric="geodesic"), 1.5)
     attention, rows = model.blocks[0].attention, model.rows(32)
     with torch.no_grad():
         x = torch.randn(2, 32, 64, generator=torch.Generator().manual_seed(0))

@@ -10,7 +10,6 @@ from hypothesis import strategies as st
 
 from constellation.config import Config, Kernel
 from constellation.config import Router as RouterConfig
-from constellation.coordizer.tokenizer import Tokenizer
 from constellation.decoding.sample import RowSettings, Sampling, sample
 from constellation.errors import ConfigError
 from constellation.kernel.model import KernelLM
@@ -22,10 +21,8 @@ from router.decide.mixture import combine, weights
 from router.decide.modes import BARYCENTER, MIXED, MIXTURE
 from router.decide.policy import RouteChoice
 from tests import asking
+from tests.cases import NAMES, TOKENIZER
 
-NAMES = ("heart", "memory", "action")
-TEXTS = [f"the quick brown fox {i} jumps over the lazy dog, naïve café {i}: x = {i} + 1\n" for i in range(40)]
-TOKENIZER = Tokenizer.train(TEXTS, 320)
 KERNEL = Kernel(vocab_size=336, width=24, layers=2, heads=3, hidden=40, context=48, coupling_ref=8)
 CONFIG = Config(kernel=KERNEL, router=RouterConfig(every=24, hysteresis=0.0))
 

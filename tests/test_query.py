@@ -10,9 +10,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from constellation.config import Config, Kernel
+from constellation.config import Config
 from constellation.config import Router as RouterConfig
-from constellation.coordizer.tokenizer import Tokenizer
 from constellation.decoding.decode import decode_naive
 from constellation.decoding.sample import Sampling
 from constellation.errors import ArtifactError, ConfigError
@@ -30,13 +29,9 @@ from router.answer.view import WholeText
 from router.decide.fit import fit
 from router.decide.policy import RouteChoice, looks
 from tests.asking import streams, untimed
-from tests.kernels import random_kernel
+from tests.cases import KERNEL, NAMES, TEXTS, TOKENIZER, models, random_kernel
 
-NAMES = ("heart", "memory", "action")
-TEXTS = [f"the quick brown fox {i} jumps over the lazy dog, naïve café {i}: x = {i} + 1\n" for i in range(40)]
-TOKENIZER = Tokenizer.train(TEXTS, 320)
 EVERY = 16
-KERNEL = Kernel(vocab_size=336, width=24, layers=2, heads=3, hidden=40, context=64, coupling_ref=8)
 CONFIG = Config(kernel=KERNEL, router=RouterConfig(every=EVERY, hysteresis=0.2))
 
 
@@ -44,7 +39,7 @@ def model(seed, **changes):
     return random_kernel(dataclasses.replace(KERNEL, **changes), seed)
 
 
-MODELS = {OCEAN: model(1), "heart": model(2), "memory": model(3), "action": model(4)}
+MODELS = models()
 
 
 def local(models=None):

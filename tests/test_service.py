@@ -10,9 +10,8 @@ import numpy as np
 import pytest
 import torch
 
-from constellation.config import Config, Kernel
+from constellation.config import Config
 from constellation.config import Router as RouterConfig
-from constellation.coordizer.tokenizer import Tokenizer
 from constellation.decoding.batch import Prefill
 from constellation.decoding.sample import Sampling
 from constellation.errors import ConfigError, RunError
@@ -24,21 +23,11 @@ from router.answer.packet import Packet
 from router.answer.service import Answer, Ask, Service, numbered
 from router.decide.fit import fit
 from tests.asking import answers, streams, untimed, whole
-from tests.kernels import random_kernel
+from tests.cases import KERNEL, NAMES, READ, TOKENIZER, models
 
-NAMES = ("heart", "memory", "action")
-TEXTS = [f"the quick brown fox {i} jumps over the lazy dog, naïve café {i}: x = {i} + 1\n" for i in range(40)]
-TOKENIZER = Tokenizer.train(TEXTS, 320)
-KERNEL = Kernel(vocab_size=336, width=24, layers=2, heads=3, hidden=40, context=64, coupling_ref=8)
 CONFIG = Config(kernel=KERNEL, router=RouterConfig(bins=512, dims=8, every=32, max_prefix=256, hysteresis=0.05))
-GROUPS = [[f"{a} number {i} {a}\n" * 8 for i in range(12)] for a in ("the quick brown fox", "def f(x):", "GENESIS 1:1")]
-POLICY = fit(
-    [t.encode() for g in GROUPS for t in g], CONFIG.router, seed=0, names=NAMES,
-    validation=[t.encode() for g in GROUPS for t in g],
-)  # fmt: skip
-
-
-MODELS = {name: random_kernel(KERNEL, i) for i, name in enumerate((OCEAN, *NAMES), 1)}
+POLICY = fit(READ, CONFIG.router, seed=0, names=NAMES, validation=READ)
+MODELS = models()
 
 
 def service() -> Service:

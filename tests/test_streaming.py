@@ -14,9 +14,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from constellation.config import Config, Kernel
+from constellation.config import Config
 from constellation.config import Router as RouterConfig
-from constellation.coordizer.tokenizer import Tokenizer
 from constellation.decoding.sample import Sampling
 from constellation.errors import RunError
 from constellation.roster import OCEAN
@@ -30,23 +29,13 @@ from router.app import make_app
 from router.decide.fit import fit
 from router.decide.policy import FIRST
 from tests.asking import answers, untimed
-from tests.kernels import random_kernel
+from tests.cases import KERNEL, NAMES, READ, TOKENIZER, models
 from tests.listening import listening
 
-NAMES = ("heart", "memory", "action")
-TEXTS = [f"the quick brown fox {i} jumps over the lazy dog, naïve café {i}: x = {i} + 1\n" for i in range(40)]
-TOKENIZER = Tokenizer.train(TEXTS, 320)
-KERNEL = Kernel(vocab_size=336, width=24, layers=2, heads=3, hidden=40, context=64, coupling_ref=8)
 CONFIG = Config(kernel=KERNEL, router=RouterConfig(bins=512, dims=8, every=64, max_prefix=256, hysteresis=0.0))
-GROUPS = [[f"{a} number {i} {a}\n" * 8 for i in range(12)] for a in ("the quick brown fox", "def f(x):", "GENESIS 1:1")]
-POLICY = fit(
-    [t.encode() for g in GROUPS for t in g], CONFIG.router, seed=0, names=NAMES,
-    validation=[t.encode() for g in GROUPS for t in g],
-)  # fmt: skip
+POLICY = fit(READ, CONFIG.router, seed=0, names=NAMES, validation=READ)
 PATIENCE_S = 60.0
-
-
-MODELS = {name: random_kernel(KERNEL, i) for i, name in enumerate((OCEAN, *NAMES), 1)}
+MODELS = models()
 
 
 def local() -> LocalKernels:

@@ -7,21 +7,13 @@ import numpy as np
 import pytest
 import torch
 
-from constellation.config import Kernel
-from constellation.coordizer.tokenizer import Tokenizer
 from constellation.decoding.decode import decode_naive
 from constellation.decoding.sample import Sampling
 from constellation.errors import ArtifactError, ConfigError
 from constellation.kernel.model import KernelLM
 from router.answer.packet import Packet
 from router.answer.turn import Answerer
-from tests.kernels import random_kernel
-
-TEXTS = [f"the quick brown fox {i} jumps over the lazy dog, naïve café {i}: x = {i} + 1\n" for i in range(40)]
-TOKENIZER = Tokenizer.train(TEXTS, 320)
-KERNEL = Kernel(vocab_size=336, width=24, layers=2, heads=3, hidden=40, context=64, coupling_ref=8)
-SILENT = [i for i in range(1, 336) if i < 16 or i >= TOKENIZER.vocab_size]
-
+from tests.cases import KERNEL, SILENT, TEXTS, TOKENIZER, random_kernel
 
 MODEL = random_kernel(KERNEL, 2)
 BIAS = torch.zeros(336).index_fill_(0, torch.tensor(SILENT), float("-inf"))
