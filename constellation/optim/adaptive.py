@@ -31,7 +31,7 @@ from constellation.geometry.fisher import FisherBlock, flatten, twice_differenti
 from constellation.optim.gate import AdaptiveConfig, GateDecision, should_apply_ng
 from constellation.optim.gate_costs import GateCosts
 from constellation.optim.mixed import HybridGeometricOptimizer, arguments
-from constellation.optim.natural import state_like
+from constellation.optim.natural import Evidence, state_like
 from constellation.optim.registry import SCHEDULED, AdaptiveSettings, PhaseSchedule, phase_settings
 
 MEAN_DECAY = 0.9  # of the gradient whose turning is watched
@@ -127,23 +127,23 @@ class AdaptiveMixedQIG(HybridGeometricOptimizer):
         self._pending, self._seen = None, {}
         return loss
 
-    def _advance(self, logits: Any, targets: Tensor | None, curvature: Any) -> None:
-        self._measure(logits)
+    def _advance(self, seen: Evidence) -> None:
+        self._measure(seen.logits)
         if self._pending is None:
             self.should_apply_ng(self._seen)
         assert self._pending is not None
         self.decision = self._pending
         basin, *rest = self.param_groups
         if self.decision.apply:
-            self._follow(basin, basin["params"], Natural(self.state), logits, targets)
+            self._follow(basin, basin["params"], Natural(self.state), seen)
             for group in rest:
-                self._follow(group, group["params"], self.state, None, None)
+                self._follow(group, group["params"], self.state, Evidence())
             self._look_back(basin["params"], natural=True)
             return
         self._look_back(basin["params"], natural=False)
         for number, group in enumerate(rest, start=1):
             joined = [p for p, home in zip(basin["params"], basin["home"], strict=True) if home == number]
-            self._follow(group, [*joined, *group["params"]], self.state, None, None)
+            self._follow(group, [*joined, *group["params"]], self.state, Evidence())
 
     def _measure(self, logits: Any) -> None:
         """kappa_eff from one Fisher product along the gradient, when it is due, affordable and not told."""

@@ -10,23 +10,21 @@ are a block-diagonal F; all their steps are known before one moves.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from constellation.errors import ConfigError
 from constellation.optim.block import (
     BASIN_SETTINGS,
     BasinOutcome,
-    Logits,
     basin_step,
     check_basin,
     look_once,
     plan,
     take,
 )
-from constellation.optim.natural import NaturalOptimizer
+from constellation.optim.natural import Evidence, NaturalOptimizer
 from constellation.optim.registry import BasinSettings
 
 __all__ = ["BASIN_SETTINGS", "BasinNaturalGrad", "BasinOutcome", "basin_step", "check_basin"]
@@ -53,7 +51,6 @@ class BasinNaturalGrad(NaturalOptimizer):
     def _forget(self) -> None:
         self._blocks: list[BasinOutcome] = []
         self._moved_steps = 0
-        self._jacobian: Tensor | Callable[[], Tensor] | None = None
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         if "_blocks" not in self.__dict__:
@@ -68,39 +65,13 @@ class BasinNaturalGrad(NaturalOptimizer):
             self.param_groups.pop()
             raise
 
-    def step(
-        self,
-        closure: Callable[[], Any] | None = None,
-        *,
-        logits: Logits | None = None,
-        targets: Tensor | None = None,
-        curvature: Sequence[Tensor | None] | None = None,
-        jacobian: Tensor | Callable[[], Tensor] | None = None,
-    ) -> Any:
-        """One step; returns the closure's loss.
-
-        logits    (..., V) with their graph alive, or a callable that makes them, or what closure() -> (loss, logits)
-                  returns. A callable may take a part of the batch: F is then that part's, cheaper, and knows less, so
-                  that damping must be larger. It must run the module itself, not its compiled form, and is run
-                  without fused attention, neither of which can be differentiated twice
-        targets   of those logits: to leave out rows of -100, for the kinds that need them, to measure the loss
-        jacobian  d logits / d parameters (..., V, P), or a callable, where known (fisher.jacobian_rows); one group
-        """
-        self._jacobian = jacobian
-        try:
-            return super().step(closure, logits=logits, targets=targets)
-        finally:
-            self._jacobian = None
-
-    def _advance(
-        self, logits: Logits | None, targets: Tensor | None, curvature: Sequence[Tensor | None] | None
-    ) -> None:
-        groups = self.param_groups
+    def _advance(self, seen: Evidence) -> None:
+        groups, logits = self.param_groups, seen.logits
         if len(groups) > 1:
-            if self._jacobian is not None or any(g["levenberg_marquardt"] or g["measure"] for g in groups):
+            if seen.jacobian is not None or any(g["levenberg_marquardt"] or g["measure"] for g in groups):
                 raise ConfigError("BasinNaturalGrad: jacobian, measure and levenberg_marquardt see one block; make one")
             logits = look_once(logits) if callable(logits) else logits  # one look serves all blocks
-        plans = [plan(g["params"], self.state, g, logits, targets, self._jacobian) for g in groups]
+        plans = [plan(g["params"], self.state, g, logits, seen.targets, seen.jacobian) for g in groups]
         self._blocks = [p if isinstance(p, BasinOutcome) else take(p) for p in plans]
         self._moved_steps += any(b.moved for b in self._blocks)
 

@@ -29,7 +29,7 @@ from torch import Tensor
 from constellation.errors import ConfigError
 from constellation.optim.elementwise import adamw_step, diagonal_step
 from constellation.optim.kinds import decayed
-from constellation.optim.natural import NaturalOptimizer, check_range
+from constellation.optim.natural import Evidence, NaturalOptimizer, check_range
 from constellation.optim.registry import DiagonalSettings, QIGDiagonalSettings
 
 __all__ = ["DiagonalNG", "QIGDiagonalNG", "adamw_step", "diagonal_step", "exact_diagonal", "sampled_diagonal"]
@@ -86,13 +86,9 @@ class DiagonalNG(NaturalOptimizer):
         }  # fmt: skip
         super().__init__(params, defaults)
 
-    def _advance(
-        self,
-        logits: Tensor | Callable[[], Tensor] | None,
-        targets: Tensor | None,
-        curvature: Sequence[Tensor | None] | None,
-    ) -> None:
+    def _advance(self, seen: Evidence) -> None:
         looks: list[dict[Tensor, Tensor] | None]
+        curvature = seen.curvature  # a tensor for each parameter, None where unknown
         if curvature is not None:
             params = [p for group in self.param_groups for p in group["params"]]
             if len(curvature) != len(params):
@@ -102,7 +98,7 @@ class DiagonalNG(NaturalOptimizer):
             given = {p: f for p, f in zip(params, curvature, strict=True) if f is not None}
             looks = [given for _ in self.param_groups]
         else:  # all looks before any step: the graph needs the parameters as they were
-            looks = [None if g["source"] == "batch" else self._look(g, logits) for g in self.param_groups]
+            looks = [None if g["source"] == "batch" else self._look(g, seen.logits) for g in self.param_groups]
         for group, looked in zip(self.param_groups, looks, strict=True):
             diagonal_step(group["params"], self.state, group, looked)
 

@@ -40,7 +40,7 @@ from constellation import processor
 from constellation.errors import ConfigError
 from constellation.optim.elementwise import diagonal_step
 from constellation.optim.kinds import is_rowwise, kinds_of, matrix_shape
-from constellation.optim.natural import NaturalOptimizer, check_range
+from constellation.optim.natural import Evidence, NaturalOptimizer, check_range
 from constellation.optim.polar import NEWTON_SCHULZ, NEWTON_SCHULZ_STEPS, polar, polar_single, polars
 from constellation.optim.registry import KroneckerSettings
 from constellation.optim.whiten import WHITENED, whitened_step
@@ -140,7 +140,7 @@ class KroneckerNG(NaturalOptimizer):
             raise
         group["ns_precision"] = settled(group["ns_precision"], group["params"])
 
-    def _advance(self, logits: Any, targets: Any, curvature: Any) -> None:
+    def _advance(self, seen: Evidence) -> None:
         for group in self.param_groups:
             parts: dict[str, list[Tensor]] = {"kron": [], "diag": []}
             for p, method in zip(group["params"], _methods(group), strict=True):

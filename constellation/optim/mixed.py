@@ -31,7 +31,7 @@ from constellation.optim.basin import BASIN_SETTINGS, BasinOutcome, basin_step, 
 from constellation.optim.diagonal import DiagonalNG
 from constellation.optim.elementwise import adamw_step, diagonal_step
 from constellation.optim.kronecker import KRON, LARGEST_NORM, KroneckerNG, kronecker_step, settled
-from constellation.optim.natural import NaturalOptimizer, check_range
+from constellation.optim.natural import Evidence, NaturalOptimizer, check_range
 from constellation.optim.registry import MixedSettings
 from constellation.optim.whiten import WHITENED
 
@@ -62,7 +62,6 @@ class HybridGeometricOptimizer(NaturalOptimizer):
 
     wants: ClassVar[tuple[str, ...]] = ("logits", "targets")
     state_kind = ("method", "variant")
-    _jacobian: Any = None
 
     def __init__(
         self,
@@ -117,34 +116,18 @@ class HybridGeometricOptimizer(NaturalOptimizer):
             group["ns_precision"] = settled(group["ns_precision"], mine)
         super().add_param_group(group)
 
-    def step(
-        self,
-        closure: Callable[[], Any] | None = None,
-        *,
-        logits: Tensor | Callable[[], Tensor] | None = None,
-        targets: Tensor | None = None,
-        curvature: Any = None,
-        jacobian: Tensor | Callable[[], Tensor] | None = None,
-    ) -> Any:
-        """One step; `jacobian`: d logits / d parameters of the exact block, where known (BasinNaturalGrad.step)."""
-        self._jacobian = jacobian
-        try:
-            return super().step(closure, logits=logits, targets=targets, curvature=curvature)
-        finally:
-            self._jacobian = None
-
-    def _advance(self, logits: Any, targets: Tensor | None, curvature: Any) -> None:
+    def _advance(self, seen: Evidence) -> None:
         for group in self._exact_first():
-            self._follow(group, group["params"], self.state, logits, targets)
+            self._follow(group, group["params"], self.state, seen)
 
     def _exact_first(self) -> list[dict[str, Any]]:
         """Fisher products come before anything that the logits were made with has moved."""
         return sorted(self.param_groups, key=lambda group: group["method"] != "exact")
 
-    def _follow(self, group: dict[str, Any], params: Sequence[Tensor], state: Any, logits: Any, targets: Any) -> None:
+    def _follow(self, group: dict[str, Any], params: Sequence[Tensor], state: Any, seen: Evidence) -> None:
         """One step of the group's method on `params`."""
         if group["method"] == "exact":
-            self._block = basin_step(params, state, group, logits, targets, jacobian=self._jacobian)
+            self._block = basin_step(params, state, group, seen.logits, seen.targets, jacobian=seen.jacobian)
         elif group["method"] == "kron":
             kronecker_step(params, state, group)
         elif group["method"] == "diag":

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Sequence
 from functools import wraps
 from inspect import unwrap
 from itertools import chain
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -100,6 +100,15 @@ def may_inherit(optimizer: torch.optim.Optimizer, saved: Sequence[dict[str, Any]
     return kind(saved) == kind(optimizer.param_groups) and set(saved[0]) <= set(optimizer.param_groups[0])
 
 
+class Evidence(NamedTuple):
+    """What a step is told of the likelihood beside gradients; an optimizer that has no use for it leaves it."""
+
+    logits: Tensor | Callable[[], Tensor] | None = None  # (..., V) with their graph alive, or what makes them
+    targets: Tensor | None = None  # of those logits
+    curvature: Any = None  # of the parameters, where it is known
+    jacobian: Tensor | Callable[[], Tensor] | None = None  # d logits / d parameters (..., V, P), where it is known
+
+
 class NaturalOptimizer(torch.optim.Optimizer):
     """Abstract: a sibling gives `_advance`, the update of parameters whose gradients are in order.
 
@@ -158,9 +167,19 @@ class NaturalOptimizer(torch.optim.Optimizer):
         *,
         logits: Tensor | Callable[[], Tensor] | None = None,
         targets: Tensor | None = None,
-        curvature: Sequence[Tensor | None] | None = None,
+        curvature: Any = None,
+        jacobian: Tensor | Callable[[], Tensor] | None = None,
     ) -> Any:
-        """One step; returns the closure's loss. The keywords are for optimizers that see the likelihood."""
+        """One step; returns the closure's loss. The keywords are for optimizers that see the likelihood.
+
+        logits     (..., V) with their graph alive, or a callable that makes them, or what closure() -> (loss, logits)
+                   returns. A callable may take a part of the batch: F is then that part's, cheaper, and knows less, so
+                   that damping must be larger. It must run the module itself, not its compiled form, and is run
+                   without fused attention, neither of which can be differentiated twice
+        targets    of those logits: to leave out rows of -100, for the kinds that need them, to measure the loss
+        curvature  as the optimizer says, where it is known from elsewhere
+        jacobian   d logits / d parameters (..., V, P), or a callable, where known (fisher.jacobian_rows); one group
+        """
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -169,18 +188,13 @@ class NaturalOptimizer(torch.optim.Optimizer):
                 loss, logits = loss
         with torch.set_grad_enabled(self.defaults.get("differentiable", False)):
             if self._in_order():
-                self._advance(logits, targets, curvature)
+                self._advance(Evidence(logits, targets, curvature, jacobian))
                 self._outcome, self._natural_steps = "stepped", self._natural_steps + 1
             else:
                 self._outcome, self._skipped_steps = "skipped", self._skipped_steps + 1
         return loss
 
-    def _advance(
-        self,
-        logits: Tensor | Callable[[], Tensor] | None,
-        targets: Tensor | None,
-        curvature: Sequence[Tensor | None] | None,
-    ) -> None:
+    def _advance(self, seen: Evidence) -> None:
         raise NotImplementedError
 
     def _in_order(self) -> bool:

@@ -17,7 +17,6 @@ leaves over, theta per gradient times curvature^q. Every param group is a block 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +28,7 @@ from constellation.geometry.fisher import twice_differentiable
 from constellation.optim import precond
 from constellation.optim.curvature import UNITS, Curvature, ema_grad2, from_likelihood
 from constellation.optim.kinds import decayed
-from constellation.optim.natural import check_range, finite, state_like
+from constellation.optim.natural import Evidence, check_range, finite, state_like
 from constellation.optim.registry import ScaledSettings
 
 SEED_STRIDE = 1_000_003  # seeds of two runs meet after as many steps
@@ -87,23 +86,12 @@ class CurvatureScaledSGD(precond.Scaled):
             raise ConfigError(f"{who}: refresh={refresh}, probes={group['probes']}; at least 0 and 2")
         super().add_param_group({**param_group, "refresh": refresh, "smooth": smooth})
 
-    def step(
-        self,
-        closure: Callable[[], Any] | None = None,
-        *,
-        logits: Tensor | Callable[[], Tensor] | None = None,
-        targets: Tensor | None = None,
-        curvature: Any = None,
-    ) -> Any:
-        """One step; `curvature`, a Curvature over all parameters in order or a callable that makes it."""
-        return super().step(closure, logits=logits, targets=targets, curvature=curvature)
-
-    def _advance(self, logits: Any, targets: Tensor | None, curvature: Any) -> None:
+    def _advance(self, seen: Evidence) -> None:
         blocks = [(g, [p for p in g["params"] if p.grad is not None]) for g in self.param_groups]
         due = [(group, params) for group, params in blocks if params and self._is_due(group, params)]
         looked = [(group, params) for group, params in due if group["source"] != "ema_grad2"]
         if looked:
-            self._look(looked, logits, targets, curvature)
+            self._look(looked, seen)
         for group, params in blocks:
             if not params:
                 continue
@@ -123,21 +111,27 @@ class CurvatureScaledSGD(precond.Scaled):
         step, every = int(self.state[params[0]]["step"]), group["refresh"]
         return bool(every and step and step % every == 0) or any("scale" not in self.state[p] for p in params)
 
-    def _look(self, blocks: list[Any], logits: Any, targets: Tensor | None, curvature: Any) -> None:
-        """New curvature of the blocks that are due, smoothed into the one held."""
+    def _look(self, blocks: list[Any], seen: Evidence) -> None:
+        """New curvature of the blocks that are due, smoothed into the one held.
+
+        It is `seen.curvature`, a Curvature over all parameters in order or a callable that makes it, or is measured.
+        """
+        logits, curvature = seen.logits, seen.curvature
         if curvature is None and logits is None:
             raise ConfigError(
                 f"source={blocks[0][0]['source']!r} is due a look: pass step(logits=..., targets=...) or curvature=..."
             )
         with torch.enable_grad(), twice_differentiable():
             given = curvature() if callable(curvature) else curvature
-            rows = logits() if given is None and callable(logits) else logits
+            rows: Any = logits() if given is None and callable(logits) else logits
         order = [p for g in self.param_groups for p in g["params"]]
         for group, params in blocks:
             if given is None:
                 seed = SEED_STRIDE * group["seed"] + int(self.state[params[0]]["step"])
                 with torch.enable_grad():
-                    found = from_likelihood(group["source"], rows, targets, params, probes=group["probes"], seed=seed)
+                    found = from_likelihood(
+                        group["source"], rows, seen.targets, params, probes=group["probes"], seed=seed
+                    )
                 pairs = list(zip(found.diagonal, found.stderr, strict=True))
             else:
                 found = self._checked(given, group, order)

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from constellation.errors import ConfigError
 from constellation.optim.kinds import decayed
-from constellation.optim.natural import NaturalOptimizer, check_range
+from constellation.optim.natural import Evidence, NaturalOptimizer, check_range
 from constellation.optim.registry import SimpleSettings
 
 
@@ -45,7 +45,7 @@ class SimpleFisherOptimizer(NaturalOptimizer):
         }  # fmt: skip
         super().__init__(params, defaults)
 
-    def _advance(self, logits: Any, targets: Any, curvature: Any) -> None:
+    def _advance(self, seen: Evidence) -> None:
         for group in self.param_groups:
             params = [p for p in group["params"] if p.grad is not None]
             if group["foreach"] is False or group["differentiable"]:
