@@ -40,7 +40,8 @@ def command() -> None:
 @command.command(
     epilog="""\b
 constellation tune report OUT       tables and plots from the sweep's log
-constellation tune replay OUT ...   the same sweep under another scheduler, search or number of workers"""
+constellation tune replay OUT ...   the same sweep under another scheduler, search or number of workers
+constellation tune judge OUT ...    its winner against its preset, on text that it did not see"""
 )
 @click.option("--space", default=None, metavar="NAME|FILE", help="what is searched: a ready space, or TOML or YAML")
 @options.corpus
@@ -188,3 +189,25 @@ def replay(
     """The finished sweep in OUT, replayed from its log under another scheduler, search or number of workers."""
     how = {"scheduler": scheduler, "search": search, "workers": workers, "seeds": seeds, "as_json": as_json}
     click.echo(importlib.import_module("tune.replay").main_text(out, **how))
+
+
+@command.command()
+@click.argument("out", type=click.Path(path_type=Path))
+@click.option(
+    "--corpus", type=click.Path(path_type=Path), required=True, metavar="DIR", help="text that the sweep did not see"
+)
+@click.option("--seeds", default=3, show_default=True, type=click.IntRange(1), help="that the sweep did not use")
+@options.as_json
+def judge(out: Path, corpus: Path, seeds: int, as_json: bool) -> None:
+    """Train the winner of OUT and its preset on new seeds, and compare them on text that the sweep did not see."""
+    if not corpus.exists():
+        raise ConfigError(f"corpus {corpus} does not exist")
+    from constellation.storage.exclusive import exclusive
+
+    def say(text: str) -> None:
+        click.echo(text, err=True)
+
+    if not out.is_dir():
+        raise ConfigError(f"{out} does not exist")
+    with exclusive(out):
+        click.echo(importlib.import_module("tune.judge").main_text(out, corpus, seeds, as_json, say))
