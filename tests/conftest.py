@@ -5,6 +5,7 @@ from __future__ import annotations
 import atexit
 import os
 import shutil
+import signal
 import tempfile
 import uuid
 from collections.abc import Iterator
@@ -22,7 +23,8 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # before numpy and torch: threads
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 os.environ["XDG_STATE_HOME"] = tempfile.mkdtemp(prefix="constellation-tests-")  # what is up here is not the user's
 atexit.register(shutil.rmtree, os.environ["XDG_STATE_HOME"], True)
-
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # a shell's background job, whose children could not be stopped
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 settings.register_profile("same", deadline=None, derandomize=True)  # no test asserts a time
 settings.register_profile("explore", deadline=None)

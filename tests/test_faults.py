@@ -32,12 +32,11 @@ pytestmark = pytest.mark.ray
 
 THREE = ROLES[:3]
 DRIVER = """
-import json, signal, sys
+import json, sys
 from pathlib import Path
 from actors import launch, supervisor
 from constellation.config import from_json
 
-signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job of a shell would ignore it
 supervisor.BEAT_S = launch.VIEW_EVERY_S = 0.1  # instead of 1 s: this run is short
 run, corpus, config, address, roles = json.loads(sys.argv[1])
 try:
