@@ -367,6 +367,7 @@ def test_readmes_table_is_rewritten_between_its_markers_and_only_there(tmp_path)
 # ---------------------------------------------------------------- end to end
 
 
+@pytest.mark.slow
 def test_a_killed_run_goes_on_where_it_was_and_its_table_is_made_again_from_the_raw_result(tmp_path, micro_corpus):
     pytest.importorskip("sklearn")
     pytest.importorskip("heavyball")

@@ -157,6 +157,7 @@ def test_ctrl_c_stops_cleanly_and_resume_goes_on(
     assert_as_if_left_alone(run, micro_run)
 
 
+@pytest.mark.slow
 def test_a_lost_node_is_survived(micro_run: Path, micro_corpus: Path, micro: Config, tmp_path: Path) -> None:
     """On nodes that claim a GPU each, of which every kernel gets a quarter; the device still comes from torch."""
     from ray.cluster_utils import Cluster

@@ -588,6 +588,7 @@ def test_a_run_at_a_url_is_killed_goes_on_elsewhere_and_ends_in_the_same_bits(
 
 
 @pytest.mark.ray
+@pytest.mark.slow
 def test_actors_train_a_run_at_a_url_to_the_same_bits(s3: int, nano: Config, alone: Path, micro_corpus: Path) -> None:
     """Through a Ray of the command's own, whose actors know who may ask the store from its environment."""
     from constellation.config import difference
