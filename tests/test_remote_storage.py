@@ -585,6 +585,11 @@ def test_a_run_at_a_url_is_killed_goes_on_elsewhere_and_ends_in_the_same_bits(
         assert found["token_ids"] == wanted["token_ids"]
         answer = cli("train", "--run", url)
         assert answer.returncode == 2 and "exists already" in answer.stderr and answer.stderr.count("\n") == 1
+        listed, ours = (json.loads(cli("runs", place, "--json").stdout) for place in (url, str(alone)))
+        told = ("run", "status", "steps", "tokens", "last_loss_nats")
+        assert [[row[name] for name in told] for row in listed] == [[row[name] for name in told] for row in ours]
+        assert json.loads(cli("runs", "s3://bucket/runs", "--json").stdout)[0]["run"] == "killed/heart"
+        assert "written into a folder" in cli("runs", url, "--write").stderr
 
 
 @pytest.mark.ray

@@ -10,11 +10,12 @@ import click
 from constellation.commands import options
 from constellation.errors import ConfigError
 
+META = "meta.json"  # with the configuration, for --diff
 SHOWN = ("run", "status", "steps", "tokens", "first_loss_nats", "last_loss_nats", "best_dev_bits_per_byte", "runtime_s")
 
 
 @click.command()
-@click.argument("folder", type=click.Path(path_type=Path), metavar="DIR")
+@click.argument("place", metavar="DIR")
 @click.option("--filter", "filters", multiple=True, metavar="NAME=VALUE", help="also != < <= > >= and ~; all must hold")
 @click.option("--sort", default=None, metavar="NAME", help="by a column or a setting, smallest first")
 @click.option("--reverse", is_flag=True, help="largest first")
@@ -25,41 +26,46 @@ SHOWN = ("run", "status", "steps", "tokens", "first_loss_nats", "last_loss_nats"
 @click.option("--write", is_flag=True, help="write DIR/table.parquet and DIR/table.csv")
 @options.as_json
 def command(
-    folder: Path, filters: tuple[str, ...], sort: str | None, reverse: bool, limit: int | None, columns: str | None,
+    place: str, filters: tuple[str, ...], sort: str | None, reverse: bool, limit: int | None, columns: str | None,
     compare: str | None, diff: str | None, write: bool, as_json: bool,
 ) -> None:  # fmt: skip
     """The runs in DIR, a row each, from their summaries: list, filter, sort, compare, and diff configurations.
 
-    DIR is an experiment, a constellation, or any folder that holds some.
+    DIR is an experiment, a constellation, or any folder that holds some; or a URL, such as s3://bucket/runs.
     """
     from constellation.artifacts import table
+    from constellation.storage.mirror import excerpt
+    from constellation.storage.objects import is_url
 
-    rows = table.rows_of(folder)
-    if diff is not None:
-        _differ(diff.split(","), _pick(rows, diff, 2, 2, folder), folder, as_json)
-        return
-    if compare is not None:
-        rows = _pick(rows, compare, 2, None, folder)
-        found = table.compared(rows)
-        names = [row["run"] for row in rows]
-        if as_json:
-            options.print_json({name: dict(zip(names, values)) for name, values in found.items()})
-        else:
-            _print("what differs", ["", *found.pop("run")], [[name, *values] for name, values in found.items()])
-        return
-    rows = table.select(rows, filters)
-    rows = table.ordered(rows, sort, reverse) if sort and rows else rows
-    rows = rows[:limit]
-    if write:
-        for file in table.write(rows, folder):
-            click.echo(f"{file}: {len(rows)} runs", err=as_json)
-        if not as_json:
+    if write and is_url(place):
+        raise ConfigError("--write: a table is written into a folder; take --json, or a folder's runs")
+    with excerpt(place, {table.SUMMARY, META}, lambda text: click.echo(text, err=True)) as folder:
+        rows = table.rows_of(folder)
+        if diff is not None:
+            _differ(diff.split(","), _pick(rows, diff, 2, 2, folder), folder, as_json)
             return
-    if as_json:
-        options.print_json(rows)
-        return
-    names = _columns(rows, columns, [sort] if sort else [])
-    _print(f"{len(rows)} runs in {folder}", names, [[row.get(name) for name in names] for row in rows])
+        if compare is not None:
+            rows = _pick(rows, compare, 2, None, folder)
+            found = table.compared(rows)
+            names = [row["run"] for row in rows]
+            if as_json:
+                options.print_json({name: dict(zip(names, values)) for name, values in found.items()})
+            else:
+                _print("what differs", ["", *found.pop("run")], [[name, *values] for name, values in found.items()])
+            return
+        rows = table.select(rows, filters)
+        rows = table.ordered(rows, sort, reverse) if sort and rows else rows
+        rows = rows[:limit]
+        if write:
+            for file in table.write(rows, folder):
+                click.echo(f"{file}: {len(rows)} runs", err=as_json)
+            if not as_json:
+                return
+        if as_json:
+            options.print_json(rows)
+            return
+        names = _columns(rows, columns, [sort] if sort else [])
+        _print(f"{len(rows)} runs in {place}", names, [[row.get(name) for name in names] for row in rows])
 
 
 def _columns(rows: list[dict[str, Any]], asked: str | None, besides: list[str]) -> list[str]:

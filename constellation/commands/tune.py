@@ -96,8 +96,11 @@ def run(
     KEY=VALUE changes the preset that all trials share. Everything that is decided lies in DIR/events.jsonl; the winner
     in DIR/best.toml, which `constellation train --preset` takes.
     """
+    from constellation.storage.objects import is_url
     from tune.events import LOG
 
+    if is_url(str(out)) or ":/" in str(out):
+        raise ConfigError(f"--out {out}: a sweep works in a folder that all its nodes see, not at a URL")
     there = (out / LOG).exists()
     if there and not resume:
         raise ConfigError(f"{out} holds a sweep already; go on with --resume, or choose another --out")

@@ -24,7 +24,8 @@ import os
 import secrets
 import shutil
 import stat
-from collections.abc import Iterator
+import tempfile
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -253,6 +254,26 @@ def resolve(run: str | os.PathLike[str], say: Say = lambda text: None) -> Path:
     mirror = Mirror(str(run), say=say)
     mirror.pull_all()
     return mirror.folder
+
+
+@contextlib.contextmanager
+def excerpt(place: str, names: Collection[str], say: Say = lambda text: None) -> Iterator[Path]:
+    """A folder with the runs in `place`: itself, or of a URL a copy of the files that are called one of `names`."""
+    if not is_url(place):
+        yield Path(place)
+        return
+    objects = Objects(place.rstrip("/"), say=say)
+    objects.check_bucket()
+    with tempfile.TemporaryDirectory(prefix="constellation-") as scratch:
+        for page in objects.names():
+            part, _, last = page.rpartition("/")
+            data = objects.get(page) if last == MANIFEST else None
+            for path, (digest, _) in _manifest(data, f"{place}/{page}").files.items() if data else ():
+                if path.rpartition("/")[2] in names:
+                    file = Path(scratch, part, path)
+                    file.parent.mkdir(parents=True, exist_ok=True)
+                    objects.fetch(_key(part, path, digest), file)
+        yield Path(scratch)
 
 
 def spoken(text: str) -> str:
