@@ -22,7 +22,7 @@ from actors.placement import check, check_cluster, reserve, resident, share
 from actors.supervisor import Supervisor
 from constellation.config import Config
 from constellation.pipeline.home import Home, owned
-from constellation.pipeline.prepare import fit_router, kernel_job, ocean_job, prepare
+from constellation.pipeline.prepare import fit_router, kernel_job, ocean_job, prepare, take_ocean
 from constellation.pipeline.request import open_request, request, withdrawn
 from constellation.pipeline.status import VIEW, done, finished, roots, summary, write_view
 from constellation.roster import OCEAN
@@ -88,6 +88,8 @@ def train(
         supervisor = Supervisor(config, placement, say, after_beat=_view_of(run, interrupted, home))
         stack.callback(supervisor.dismiss)  # runs first: actors die before their room goes
 
+        if take_ocean(plan):
+            home.save(OCEAN)
         jobs = [home.of(job) for job in [ocean_job(plan)] if not done(job.folder)]
         yield from supervisor.train(jobs)
         home.fetch(OCEAN)

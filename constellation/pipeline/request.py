@@ -14,6 +14,7 @@ from typing import Any
 
 from constellation.config import Config, difference, from_json
 from constellation.errors import ArtifactError, ConfigError, DataError, PlacementError
+from constellation.pipeline import beginning
 from constellation.presets import small
 from constellation.storage.atomic import read_object, write_json
 
@@ -56,6 +57,8 @@ def check_request(run: Path, corpus: Path | None, config: Config | None, resume:
         raise ConfigError(f"{run} exists already; go on with --resume, or choose another --run")
     if corpus is not None and not corpus.exists():
         raise ConfigError(f"corpus {corpus} does not exist")
+    if config is not None and config.pretrained.given:
+        beginning.check(config)
     return said
 
 

@@ -98,7 +98,7 @@ def unfinished_line(run: Path, left: Mapping[str, Mapping[str, int | None]]) -> 
 def check_complete(run: Path) -> Plan:
     """The plan of a run in which everything that answers has a checkpoint; ConfigError, with what is missing."""
     plan = open_plan(run)
-    absent = [role for role in plan.config.models if not newest_step(run / role)]
+    absent = [role for role in plan.config.models if not newest_step(run / role) and not done(run / role)]
     if not (plan.router / "router.json").exists() or absent:
         missing = "the router" if not absent else ", ".join(absent)
         raise ConfigError(f"{run}: {missing} not trained yet; constellation train --run {run} --resume")
