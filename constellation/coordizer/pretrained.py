@@ -63,6 +63,8 @@ def read(text: str, eos: int) -> Parts:
         token_bytes[at] = b"" if at in specials else str(token["content"]).encode()
     if not 0 <= eos < len(token_bytes):
         raise ConfigError(f"tokenizer.json: the end of a text, id {eos}, is none of its {len(token_bytes)} tokens")
+    if eos not in added and token_bytes[eos]:
+        raise ConfigError(f"tokenizer.json: the token {token_bytes[eos]!r}, id {eos}, ends a text and stands in texts")
     specials.setdefault(eos, next((name for name, at in vocab.items() if at == eos), f"<{eos}>"))
     token_bytes[eos] = b""
     own = {data: at for at, data in enumerate(token_bytes) if len(data) == 1}
