@@ -33,7 +33,8 @@ COMMANDS = {
     "runs": "list, filter, sort, compare and diff what was trained",
     "plot": "draw the signals of runs as PNG or SVG",
     "export": "write a plain kernel as a folder for transformers, vLLM, CTranslate2",
-    "bench": "measure: decode | dense | modes | optim | route | serve | train",
+    "measure": "studies of a trained run, with controls: beta",
+    "bench": "compare: decode | dense | modes | optim | route | serve | train",
     "doctor": "check Python, torch, Ray, GPUs, disk, and run a self-test",
 }
 
