@@ -23,6 +23,7 @@ COMMANDS = {
     "generate": "answer a prompt: route, decode, hand off",
     "chat": "prompt after prompt, on a terminal",
     "route": "explain who would answer each line of standard input",
+    "data": "make a corpus fit for training, or say what is wrong with it: prepare, validate",
     "eval": "causal bits per byte of every way to answer held-out text",
     "serve": "answer OpenAI clients over HTTP",
     "up": "keep a trained constellation alive on Ray",
