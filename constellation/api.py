@@ -105,6 +105,7 @@ def _in_this_process(
     run: Path, corpus: Path | None, config: Config | None, resume: bool, say: Callable[[str], None]
 ) -> Iterator[Step]:
     """What actors/launch.py does, one model after another."""
+    from constellation.pipeline.cost import Meter
     from constellation.pipeline.home import owned
     from constellation.pipeline.prepare import fit_router, kernel_job, ocean_job, prepare, take_ocean
     from constellation.pipeline.request import open_request, request, withdrawn
@@ -120,13 +121,16 @@ def _in_this_process(
         home.save("data", "")
         if take_ocean(plan):
             home.save(OCEAN)
+        meter = Meter(run, plan.config, say)
         if not done(plan.folder(OCEAN)):
-            yield from home.saved(fit(ocean_job(plan), say=say), OCEAN)
+            yield from meter.until_spent(home.saved(fit(ocean_job(plan), say=say), OCEAN))
+        if meter.spent:
+            return
         fit_router(plan)
         home.save("router")
         for role in plan.config.kernels:
-            if not done(plan.folder(role)):
-                yield from home.saved(fit(kernel_job(plan, role), say=say), role)
+            if not meter.spent and not done(plan.folder(role)):
+                yield from meter.until_spent(home.saved(fit(kernel_job(plan, role), say=say), role))
 
 
 def _keep(texts: Iterable[str | bytes | os.PathLike[str]], file: Path, config: Config, begun: bool) -> None:

@@ -149,6 +149,7 @@ class Train:
     keep_best: Annotated[Whole, says("checkpoints with the lowest dev bits per byte kept")] = 1
     sample_bytes: Annotated[Whole, says("length of the sample text written at each evaluation; 0: none")] = 160
     seed: Annotated[Whole, says("initialisation, data order, clustering")] = 0
+    budget_usd: Annotated[NotNegative, says("at which the run stops, to be resumed; 0: none")] = 0.0
 
 
 @dataclass(frozen=True)
@@ -224,6 +225,7 @@ class Cluster:
     placement_timeout_s: Annotated[Positive, says("how long to wait for a cluster that could fit but is busy")] = 60.0
     max_restarts: Annotated[Count, says("of one kernel actor before the run fails")] = 20
     storage_timeout_s: Annotated[Positive, says("how long a store at a URL may stay away before the run ends")] = 600.0
+    usd_per_hour: Annotated[NotNegative, says("price of all machines of the run together; 0: not told")] = 0.0
     resident: Annotated[Whole, says("kernels that train at once; 0: one a core here, all on a cluster")] = 0
 
 
@@ -266,6 +268,8 @@ class Config:
             )
         if self.pretrained.folder and self.pretrained.embeddings:
             raise ConfigError("pretrained.folder and pretrained.embeddings exclude each other: give one of them")
+        if t.budget_usd and not self.cluster.usd_per_hour:
+            raise ConfigError(f"train.budget_usd={t.budget_usd}: say what an hour costs, cluster.usd_per_hour")
         if not t.ocean_share and not self.pretrained.folder:
             raise ConfigError("train.ocean_share=0: OCEAN has to be trained; only one taken by --from may go without")
         if self.router.min_prefix > self.router.max_prefix:

@@ -11,6 +11,7 @@ from constellation.commands import options
 from constellation.config import parse_assignments, values
 from constellation.optim.registry import OPTIMIZERS
 from constellation.pipeline.beginning import begun_with
+from constellation.pipeline.request import REQUEST, check_request, open_request
 from constellation.presets import preset as make_preset
 from constellation.trackers.tracker import named, tracking
 
@@ -67,12 +68,12 @@ def command(
     """
     config = None
     if not resume or preset or overrides or folder or embeddings:
-        base, changes = make_preset(preset or "small"), parse_assignments(overrides)
+        own = resume and not preset and (run / REQUEST).exists()
+        base = open_request(run)[1] if own else make_preset(preset or "small")
+        changes = parse_assignments(overrides)
         config = begun_with(base, changes, folder=folder, embeddings=embeddings)
     trackers = named(log)
     options.check_writable(run)
-    from constellation.pipeline.request import check_request, open_request
-
     check_request(run, corpus, config, resume)  # told before torch and Ray are imported
     from actors import launch
     from constellation.commands.display import Display, result_table
