@@ -161,7 +161,7 @@ class ActorEngine:
             return None, job
         store = mirror.Mirror(job.home, job.config.cluster.storage_timeout_s, self._notes.append)
         store.begin()
-        for part in ("data", "router", OCEAN, "") if job.branch is not None else ("data", ""):
+        for part in ("data", "router", OCEAN, "") if job.is_kernel else ("data", ""):
             store.pull(part)
         return store, job.here(store.folder)
 

@@ -21,8 +21,9 @@ from actors.memory import check_memory, free_bytes
 from actors.placement import check, check_cluster, reserve, resident, share
 from actors.supervisor import Supervisor
 from constellation.config import Config
+from constellation.pipeline.cost import Meter
 from constellation.pipeline.home import Home, owned
-from constellation.pipeline.prepare import fit_router, kernel_job, ocean_job, prepare
+from constellation.pipeline.prepare import fit_router, kernel_job, ocean_job, prepare, take_ocean
 from constellation.pipeline.request import open_request, request, withdrawn
 from constellation.pipeline.status import VIEW, done, finished, roots, summary, write_view
 from constellation.roster import OCEAN
@@ -88,15 +89,20 @@ def train(
         supervisor = Supervisor(config, placement, say, after_beat=_view_of(run, interrupted, home))
         stack.callback(supervisor.dismiss)  # runs first: actors die before their room goes
 
+        if take_ocean(plan):
+            home.save(OCEAN)
+        meter = Meter(run, config, say)
         jobs = [home.of(job) for job in [ocean_job(plan)] if not done(job.folder)]
-        yield from supervisor.train(jobs)
+        yield from meter.until_spent(supervisor.train(jobs))
+        if meter.spent:
+            return
         home.fetch(OCEAN)
         say("fitting the router")
         fit_router(plan)
         home.save("router")
         supervisor.roots = roots(run)
         jobs = [home.of(job) for role in roles if not done((job := kernel_job(plan, role)).folder)]
-        yield from supervisor.train(jobs)
+        yield from meter.until_spent(supervisor.train(jobs))
         home.fetch(*roles)
 
 

@@ -19,7 +19,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, overload
 
-from constellation.config import Config, override
+from constellation.config import Config
 from constellation.errors import ConfigError, DataError
 from constellation.presets import preset as make_preset
 from constellation.roster import OCEAN
@@ -51,6 +51,8 @@ def train(
     preset: str | Config | None = None,
     overrides: Mapping[str, Any] | None = None,
     *,
+    pretrained: AnyPath | None = None,
+    embeddings: AnyPath | None = None,
     local: bool = False,
     address: str | None = None,
     say: Callable[[str], None] = _on_stderr,
@@ -61,6 +63,9 @@ def train(
                the documentation and library of this Python, or what an earlier call trained on
     preset     tiny | small | 23m | 100m, or a whole `Config`; None: small, or what an earlier call trained with
     overrides  settings by their dotted names, {"optim.lr": 2e-3}; {"heart.optim.lr": 2e-3} for one kernel alone
+    pretrained a Hugging Face folder of Llama architecture, as OCEAN: its weights, its tokenizer; all tokens train the
+               kernels, unless overrides give train.ocean_share. ConfigError names what a kernel has no place for
+    embeddings such a folder, or a safetensors file in it: its embeddings alone, frozen, projected to kernel.width
     local      one model after another in this process, without Ray; else each in an actor, in the Ray at `address`
                ("auto", host:port), or in one of its own
     say        takes lines about what goes on
@@ -69,6 +74,7 @@ def train(
     called again it goes on to the same weights; a run that is trained to its end yields nothing. ConfigError when the
     run was begun with another corpus or other settings; DataError, with the first step, when there is no text to read.
     """
+    from constellation.pipeline.beginning import begun_with
     from constellation.pipeline.request import REQUEST, check_request
     from constellation.storage.mirror import resolve
 
@@ -76,8 +82,9 @@ def train(
         raise ConfigError(f"local=True and address={address!r} exclude each other: local uses no Ray")
     folder, config = resolve(os.fspath(run), say), None
     begun = (folder / REQUEST).exists()
-    if preset is not None or overrides or not begun:
-        config = override(preset if isinstance(preset, Config) else make_preset(preset or "small"), overrides or {})
+    if preset is not None or overrides or pretrained or embeddings or not begun:
+        base = preset if isinstance(preset, Config) else make_preset(preset or "small")
+        config = begun_with(base, overrides or {}, folder=_path(pretrained), embeddings=_path(embeddings))
     where = Path(corpus) if isinstance(corpus, (str, os.PathLike)) else None
     check_request(folder, where, config, begun)  # told before torch and Ray are imported
     if corpus is not None and not isinstance(corpus, (str, os.PathLike)):
@@ -90,12 +97,17 @@ def train(
     return launch.train(folder, where, config, address=address, resume=begun, say=say)
 
 
+def _path(given: AnyPath | None) -> Path | None:
+    return None if given is None else Path(os.fspath(given))
+
+
 def _in_this_process(
     run: Path, corpus: Path | None, config: Config | None, resume: bool, say: Callable[[str], None]
 ) -> Iterator[Step]:
     """What actors/launch.py does, one model after another."""
+    from constellation.pipeline.cost import Meter
     from constellation.pipeline.home import owned
-    from constellation.pipeline.prepare import fit_router, kernel_job, ocean_job, prepare
+    from constellation.pipeline.prepare import fit_router, kernel_job, ocean_job, prepare, take_ocean
     from constellation.pipeline.request import open_request, request, withdrawn
     from constellation.pipeline.status import done
     from constellation.storage.exclusive import exclusive
@@ -107,13 +119,18 @@ def _in_this_process(
         with withdrawn(run, fresh):
             plan = prepare(run)
         home.save("data", "")
+        if take_ocean(plan):
+            home.save(OCEAN)
+        meter = Meter(run, plan.config, say)
         if not done(plan.folder(OCEAN)):
-            yield from home.saved(fit(ocean_job(plan), say=say), OCEAN)
+            yield from meter.until_spent(home.saved(fit(ocean_job(plan), say=say), OCEAN))
+        if meter.spent:
+            return
         fit_router(plan)
         home.save("router")
         for role in plan.config.kernels:
-            if not done(plan.folder(role)):
-                yield from home.saved(fit(kernel_job(plan, role), say=say), role)
+            if not meter.spent and not done(plan.folder(role)):
+                yield from meter.until_spent(home.saved(fit(kernel_job(plan, role), say=say), role))
 
 
 def _keep(texts: Iterable[str | bytes | os.PathLike[str]], file: Path, config: Config, begun: bool) -> None:

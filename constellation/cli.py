@@ -23,6 +23,7 @@ COMMANDS = {
     "generate": "answer a prompt: route, decode, hand off",
     "chat": "prompt after prompt, on a terminal",
     "route": "explain who would answer each line of standard input",
+    "data": "make a corpus fit for training, or say what is wrong with it: prepare, validate",
     "eval": "causal bits per byte of every way to answer held-out text",
     "serve": "answer OpenAI clients over HTTP",
     "up": "keep a trained constellation alive on Ray",
@@ -33,7 +34,8 @@ COMMANDS = {
     "runs": "list, filter, sort, compare and diff what was trained",
     "plot": "draw the signals of runs as PNG or SVG",
     "export": "write a plain kernel as a folder for transformers, vLLM, CTranslate2",
-    "bench": "measure: decode | dense | modes | optim | route | serve | train",
+    "measure": "studies of a trained run, with controls: beta",
+    "bench": "compare: decode | dense | modes | optim | route | serve | train",
     "doctor": "check Python, torch, Ray, GPUs, disk, and run a self-test",
 }
 

@@ -60,6 +60,13 @@ class Kernel:
     coupling_ref: Annotated[Count, says("L_ref, visible keys")] = 32
     look_back: Annotated[int, Meta(ge=0, le=1), says("1: the embedding of the token before is mixed in; 0: not")] = 1
     rope_base: Annotated[Positive, says("longest rotary wavelength / 2 pi, positions")] = 10_000.0
+    rope_scaling: Annotated[
+        Literal["none", "linear", "llama3"], says("how pretrained rotary frequencies were slowed (kernel/rotary.py)")
+    ] = "none"
+    rope_factor: Annotated[Positive, says("by how much, with a rope_scaling")] = 1.0
+    rope_low: Annotated[Positive, says("llama3: fewer turns than this in rope_original are slowed whole")] = 1.0
+    rope_high: Annotated[Positive, says("llama3: more turns than this are left as they are")] = 4.0
+    rope_original: Annotated[Count, says("llama3: positions before the scaling")] = 8192
     norm_eps: Annotated[Positive, says("added to the mean square in RMSNorm")] = 1e-6
     tied: Annotated[bool, says("the head is the embedding; false: a matrix of its own")] = True
     basin_head: Annotated[bool, says("a second head that predicts the next window's bytes; train.lambda_basin")] = False
@@ -98,6 +105,8 @@ class Kernel:
                 f"kernel.prelude={self.prelude} and kernel.coda={self.coda} leave none of kernel.layers={self.layers} "
                 "to the loop; choose more layers"
             )
+        if self.rope_scaling == "llama3" and self.rope_low >= self.rope_high:
+            raise ConfigError(f"kernel.rope_low={self.rope_low}: must be below kernel.rope_high={self.rope_high}")
         if self.coupling == "scalable" and self.coupling_ref < 2:
             raise ConfigError(
                 f"kernel.coupling_ref={self.coupling_ref}: scalable starts at s = c / ln L_ref; at least 2"
@@ -110,7 +119,9 @@ class Train:
 
     tokens: Annotated[Count, says("training tokens of the WHOLE constellation, OCEAN's share included")] = 3_000_000
     ocean_share: Annotated[
-        float, Meta(gt=0, lt=1), says("part of them that trains OCEAN; the kernels get the rest")
+        float,
+        Meta(ge=0, lt=1),
+        says("part of them that trains OCEAN, 0 for a pretrained one as it is; kernels: the rest"),
     ] = 0.5
     batch: Annotated[Count, says("sequences in a step of OCEAN")] = 8
     kernel_batch: Annotated[Count, says("sequences in a step of a kernel")] = 4
@@ -138,6 +149,19 @@ class Train:
     keep_best: Annotated[Whole, says("checkpoints with the lowest dev bits per byte kept")] = 1
     sample_bytes: Annotated[Whole, says("length of the sample text written at each evaluation; 0: none")] = 160
     seed: Annotated[Whole, says("initialisation, data order, clustering")] = 0
+    budget_usd: Annotated[NotNegative, says("at which the run stops, to be resumed; 0: none")] = 0.0
+
+
+@dataclass(frozen=True)
+class Pretrained:
+    """What OCEAN begins with, "": with nothing (pipeline/beginning.py)."""
+
+    folder: Annotated[str, says("a Hugging Face folder of Llama architecture: its weights and its tokenizer")] = ""
+    embeddings: Annotated[str, says("such a folder, or a safetensors file in it: its embeddings alone, frozen")] = ""
+
+    @property
+    def given(self) -> str:
+        return self.folder or self.embeddings
 
 
 @dataclass(frozen=True)
@@ -201,6 +225,7 @@ class Cluster:
     placement_timeout_s: Annotated[Positive, says("how long to wait for a cluster that could fit but is busy")] = 60.0
     max_restarts: Annotated[Count, says("of one kernel actor before the run fails")] = 20
     storage_timeout_s: Annotated[Positive, says("how long a store at a URL may stay away before the run ends")] = 600.0
+    usd_per_hour: Annotated[NotNegative, says("price of all machines of the run together; 0: not told")] = 0.0
     resident: Annotated[Whole, says("kernels that train at once; 0: one a core here, all on a cluster")] = 0
 
 
@@ -213,6 +238,7 @@ class Config:
     kernel: Kernel = field(default_factory=Kernel)
     optim: registry.Settings = field(default_factory=registry.KroneckerSettings)
     train: Train = field(default_factory=Train)
+    pretrained: Pretrained = field(default_factory=Pretrained)
     record: Recording = field(default_factory=Recording)
     data: Data = field(default_factory=Data)
     router: Router = field(default_factory=Router)
@@ -240,6 +266,12 @@ class Config:
                 f"kernel.basin_head={self.kernel.basin_head} and train.lambda_basin={t.lambda_basin}: a basin head is "
                 "trained by its term alone, and the term needs the head; set both or none"
             )
+        if self.pretrained.folder and self.pretrained.embeddings:
+            raise ConfigError("pretrained.folder and pretrained.embeddings exclude each other: give one of them")
+        if t.budget_usd and not self.cluster.usd_per_hour:
+            raise ConfigError(f"train.budget_usd={t.budget_usd}: say what an hour costs, cluster.usd_per_hour")
+        if not t.ocean_share and not self.pretrained.folder:
+            raise ConfigError("train.ocean_share=0: OCEAN has to be trained; only one taken by --from may go without")
         if self.router.min_prefix > self.router.max_prefix:
             raise ConfigError("router.min_prefix: must not exceed router.max_prefix")
 

@@ -6,12 +6,14 @@ from typing import Any
 import pytest
 import torch
 
+from constellation.config import Kernel
 from constellation.geometry.fisher import FisherBlock
 from constellation.kernel import attention as attention_module
 from constellation.kernel import norm as norm_module
 from constellation.kernel.attention import ROWS, attention, causal_mask
-from constellation.kernel.model import KernelLM, rotary_table
+from constellation.kernel.model import KernelLM
 from constellation.kernel.norm import rms_norm
+from constellation.kernel.rotary import rotary_table
 from constellation.presets import tiny
 
 
@@ -23,7 +25,7 @@ def both(length: int, heads: int, unit: bool, dtype: torch.dtype, size: int = 8)
     """attention by hand, by its formula, and what both are functions of; `heads` 1: one factor for all."""
     qkv = drawn(2, length, 3, 3, size, dtype=dtype)
     factor = (drawn(heads, length, seed=1, dtype=dtype).detach().abs() * 5 + 1).requires_grad_()
-    cos, sin = (t.to(dtype) for t in rotary_table(length, size, 1e4))
+    cos, sin = (t.to(dtype) for t in rotary_table(Kernel(context=length, width=size, heads=1)))
     mask = causal_mask(length).to(dtype)
 
     def by_hand(qkv: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:

@@ -13,7 +13,8 @@ from constellation.decoding.sample import Sampling
 from constellation.errors import ArtifactError, ConfigError
 from constellation.experiments.bench_decode import load_transformers
 from constellation.kernel.export import export_llama, llama_weights
-from constellation.kernel.llama import kernel_config, load_llama
+from constellation.kernel.llama import load_llama
+from constellation.kernel.llama_folder import kernel_config
 from constellation.kernel.model import KernelLM
 from tests.cases import TEXTS, TOKENIZER
 
@@ -88,7 +89,7 @@ def test_a_llama_that_transformers_made_is_a_kernel(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "name"),
     [
-        ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "rope_scaling"), ({"attention_bias": True}, "bias"),
+        ({"rope_scaling": {"rope_type": "yarn", "factor": 8.0}}, "rope_scaling"), ({"attention_bias": True}, "bias"),
         ({"hidden_act": "gelu"}, "hidden_act"), ({"head_dim": 20}, "head_dim"),
         ({"model_type": "mistral"}, "model_type"),
         ({"rms_norm_eps": None}, "rms_norm_eps"),

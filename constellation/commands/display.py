@@ -13,6 +13,7 @@ from rich.live import Live
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from constellation.pipeline import cost
 from constellation.telemetry.step import Step
 
 if TYPE_CHECKING:
@@ -79,6 +80,8 @@ def result_table(summary: dict[str, Any]) -> None:
             "-" if loss is None else f"{loss:.3f}", "-" if bits is None else f"{bits:.3f}", row["status"],
         )  # fmt: skip
     Console().print(table)
+    if said := cost.line(summary.get("cost") or {}):
+        Console().print(said, highlight=False)
 
 
 def status_table(found: ClusterStatus) -> None:

@@ -30,11 +30,11 @@ def command(run: Path, kernel: str, format_: str, out: str) -> None:
     if not is_url(out):
         options.check_writable(Path(out))
     options.say_unfinished(run, kernel)
-    from constellation.coordizer.tokenizer import SPECIALS, Tokenizer
+    from constellation.coordizer.tokenizer import Tokenizer
     from constellation.kernel.export import export_llama
     from constellation.train.checkpoint import load_model
 
     model, tokenizer = load_model(run / kernel), Tokenizer.load(run / "tokenizer.json")
     with delivered(out, last="config.json", say=options.say(True)) as folder:
-        export_llama(model, folder, tokenizer.eos, SPECIALS[tokenizer.eos], run / "tokenizer.json")
+        export_llama(model, folder, tokenizer.eos, tokenizer.specials[tokenizer.eos], run / "tokenizer.json")
     click.echo(f"{out}: {kernel}, {model.num_parameters():,} parameters, LlamaForCausalLM")

@@ -8,8 +8,10 @@ from typing import Any
 import click
 
 from constellation.commands import options
-from constellation.config import override, parse_assignments, values
+from constellation.config import parse_assignments, values
 from constellation.optim.registry import OPTIMIZERS
+from constellation.pipeline.beginning import begun_with
+from constellation.pipeline.request import REQUEST, check_request, open_request
 from constellation.presets import preset as make_preset
 from constellation.trackers.tracker import named, tracking
 
@@ -20,6 +22,18 @@ NAMES = "\n".join(f"  {name:<19}{row.words}" for name, row in OPTIMIZERS.items()
 @options.corpus
 @options.run
 @click.option("--preset", default=None, metavar="NAME", help="tiny | small (default) | 23m | 100m | FILE.toml")
+@click.option(
+    "--from",
+    "folder",
+    type=click.Path(path_type=Path),
+    default=None,
+    metavar="DIR",
+    help="OCEAN is this pretrained Llama (config.json, safetensors, tokenizer.json); with train.ocean_share trained on",
+)
+@click.option(
+    "--embeddings", type=click.Path(path_type=Path), default=None, metavar="DIR|FILE",
+    help="the embeddings of such a folder, or a safetensors file in it, alone: frozen, projected to kernel.width",
+)  # fmt: skip
 @click.option("--resume", is_flag=True, help="go on with the run in DIR")
 @options.address
 @click.option(
@@ -38,6 +52,8 @@ def command(
     corpus: Path | None,
     run: Path,
     preset: str | None,
+    folder: Path | None,
+    embeddings: Path | None,
     resume: bool,
     address: str | None,
     ray_auth: str | None,
@@ -50,12 +66,14 @@ def command(
     KEY=VALUE changes one setting of the preset, such as optim.lr=2e-3; heart.optim.lr=2e-3 changes it
     for one kernel alone.
     """
-    own_settings = resume and not preset and not overrides
-    config = None if own_settings else override(make_preset(preset or "small"), parse_assignments(overrides))
+    config = None
+    if not resume or preset or overrides or folder or embeddings:
+        own = resume and not preset and (run / REQUEST).exists()
+        base = open_request(run)[1] if own else make_preset(preset or "small")
+        changes = parse_assignments(overrides)
+        config = begun_with(base, changes, folder=folder, embeddings=embeddings)
     trackers = named(log)
     options.check_writable(run)
-    from constellation.pipeline.request import check_request, open_request
-
     check_request(run, corpus, config, resume)  # told before torch and Ray are imported
     from actors import launch
     from constellation.commands.display import Display, result_table

@@ -7,7 +7,8 @@
 
 Valid UTF-8 runs through BPE, a byte that belongs to no valid sequence becomes its one-byte token.
 The specials are never produced from text: the nine characters `<|eos|>` are text like any other.
-Everything follows from the list of merges, so a saved file is checked by rebuilding it from them.
+Everything follows from the list of merges, so a saved file is checked by rebuilding it from them. A run that begins
+with a pretrained model has that model's tokenizer instead, with its own ids (pretrained.py): also lossless.
 """
 
 from __future__ import annotations
@@ -17,14 +18,16 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers, trainers
 from tokenizers import Tokenizer as Engine
 
-from constellation.errors import ArtifactError, ConfigError, RunError
+from constellation.coordizer import pretrained
+from constellation.coordizer.alphabet import alphabet
+from constellation.errors import ArtifactError, ConfigError, DataError, RunError
 
 EOS = 0
 SPECIALS = ("<|eos|>", *(f"<|reserved_{i}|>" for i in range(1, 16)))
@@ -35,26 +38,51 @@ FIRST_MERGE = FIRST_BYTE + 256
 # with the line ends after it, white space. Fewer tokens than GPT-2's pattern, the more so the larger the vocabulary.
 PATTERN = r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 _PARALLEL = "TOKENIZERS_PARALLELISM"
-_INVALID = re.compile("([\udc80-\udcff]+)")  # what "surrogateescape" makes of bytes that are not UTF-8
+_INVALID = "\udc80-\udcff"  # what "surrogateescape" makes of bytes that are not UTF-8
 
 
 class Tokenizer:
     """A byte-level BPE tokenizer, defined by its merges.
 
+    token_bytes  of every id; b"" for those that no text holds
+    specials     names of those that have one
+    eos          the id that ends a document, and stands before the first
+
     Law: `decode(encode(data)) == data` for any bytes; a `str` counts as its UTF-8 bytes (a lone
     surrogate as the three bytes it would have).
     """
+
+    token_bytes: list[bytes]
+    specials: dict[int, str]
+    eos: int
+    hash: str
 
     def __init__(self, merges: Sequence[tuple[str, str]]) -> None:
         vocab, self.token_bytes = _vocabulary(merges)
         engine = _engine(models.BPE(vocab=vocab, merges=list(merges)))
         engine.add_special_tokens([AddedToken(s, special=True, normalized=False) for s in SPECIALS])
         engine.encode_special_tokens = True  # "<|eos|>" inside a text stays text
-        self._engine = engine
+        self._engine, self._theirs = engine, ""
         self._merges = tuple(merges)
+        self._byte_ids: list[int | None] = list(range(FIRST_BYTE, FIRST_MERGE))
+        self._apart = re.compile(f"([{_INVALID}]+)")
         self.vocab_size = len(self.token_bytes)
         self.eos = EOS
+        self.specials = dict(enumerate(SPECIALS))
         self.hash = hashlib.sha256(json.dumps([PATTERN, SPECIALS, merges]).encode()).hexdigest()[:16]
+
+    @classmethod
+    def pretrained(cls, text: str, eos: int) -> Tokenizer:
+        """The one that a tokenizer.json of others describes, documents ended by the id `eos`."""
+        found = pretrained.read(text, eos)
+        tokenizer = cls.__new__(cls)
+        tokenizer._engine, tokenizer._theirs, tokenizer._merges = found.engine, text, ()
+        tokenizer.token_bytes, tokenizer.specials, tokenizer.eos = found.token_bytes, found.specials, eos
+        tokenizer._byte_ids = found.byte_ids
+        tokenizer._apart = re.compile(f"([{_INVALID}{found.apart}]+)")
+        tokenizer.vocab_size = len(found.token_bytes)
+        tokenizer.hash = hashlib.sha256(json.dumps([json.loads(text), eos], sort_keys=True).encode()).hexdigest()[:16]
+        return tokenizer
 
     @classmethod
     def train(cls, texts: Iterable[str], vocab_size: int) -> Tokenizer:
@@ -69,7 +97,7 @@ class Tokenizer:
             vocab_size=vocab_size,
             min_frequency=2,
             special_tokens=list(SPECIALS),
-            initial_alphabet=list(_alphabet()),
+            initial_alphabet=list(alphabet()),
             show_progress=False,
         )
         _quiet_forks()
@@ -78,15 +106,20 @@ class Tokenizer:
 
     def encode(self, text: str | bytes) -> list[int]:
         """Token ids of one text, without EOS; the empty text has none."""
-        return _encode(text, lambda part: self._engine.encode(part).ids)
+        return self._encode(text, lambda part: self._engine.encode(part).ids)
 
     def encode_batch(self, texts: Sequence[str | bytes]) -> list[list[int]]:
         """`[encode(t) for t in texts]`, on all cores."""
         _quiet_forks()
+        if self._theirs and any(not isinstance(t, str) or self._apart.search(t) for t in texts):
+            return [self.encode(t) for t in texts]
         try:
-            return [e.ids for e in self._engine.encode_batch_fast(texts)]
+            found = [e.ids for e in self._engine.encode_batch_fast(texts)]
         except (TypeError, UnicodeError):  # bytes, or a lone surrogate, among them
             return [self.encode(t) for t in texts]
+        return (
+            [self._whole(ids, str(t).encode()) for ids, t in zip(found, texts, strict=True)] if self._theirs else found
+        )
 
     def decode(self, ids: Iterable[int]) -> bytes:
         """The bytes of `ids` in a row; specials have none."""
@@ -99,8 +132,10 @@ class Tokenizer:
     def save(self, path: Path) -> None:
         """Write `tokenizer.json` in the format of the `tokenizers` library, atomically."""
         path = Path(path)
-        content = json.loads(self._engine.to_str())
+        content = json.loads(self._theirs or self._engine.to_str())
         content["model"]["hash"] = self.hash  # readers of the format skip fields of the model they do not know
+        if self._theirs:
+            content["model"]["eos"] = self.eos
         temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
         try:
             with temporary.open("w", encoding="utf-8") as file:
@@ -117,6 +152,12 @@ class Tokenizer:
         """The tokenizer saved at `path`; a damaged or foreign file is refused."""
         try:
             found = json.loads(Path(path).read_text(encoding="utf-8"))
+            if "eos" in found["model"]:
+                said, eos = (found["model"].pop(name) for name in ("hash", "eos"))
+                theirs = cls.pretrained(json.dumps(found), eos)
+                if theirs.hash == said:
+                    return theirs
+                raise ValueError("its checksum differs")
             tokenizer = cls([(str(a), str(b)) for a, b in found["model"]["merges"]])
             whole = _essence(found) == _essence(json.loads(tokenizer._engine.to_str()), tokenizer.hash)
         except OSError as error:
@@ -128,19 +169,32 @@ class Tokenizer:
         return tokenizer
 
     def __reduce__(self) -> tuple[Callable[..., Tokenizer], tuple[Any, ...]]:
-        return Tokenizer, (self._merges,)
+        return (Tokenizer.pretrained, (self._theirs, self.eos)) if self._theirs else (Tokenizer, (self._merges,))
 
     def __repr__(self) -> str:
         return f"Tokenizer(vocab_size={self.vocab_size}, hash={self.hash!r})"
 
+    def _encode(self, text: str | bytes, bpe: Callable[[str], list[int]]) -> list[int]:
+        data = text.encode("utf-8", "surrogatepass") if isinstance(text, str) else bytes(text)
+        parts = self._apart.split(data.decode("utf-8", "surrogateescape"))
+        ids: list[int] = []
+        for i, part in enumerate(parts):  # what goes through BPE and what goes byte by byte alternate
+            ids += self._bytes(part.encode("utf-8", "surrogateescape")) if i % 2 else bpe(part)
+        return self._whole(ids, data) if self._theirs else ids
 
-def _encode(text: str | bytes, bpe: Callable[[str], list[int]]) -> list[int]:
-    data = text.encode("utf-8", "surrogatepass") if isinstance(text, str) else bytes(text)
-    parts = _INVALID.split(data.decode("utf-8", "surrogateescape"))
-    ids: list[int] = []
-    for i, part in enumerate(parts):  # valid and invalid parts alternate
-        ids += [ord(c) - 0xDC00 + FIRST_BYTE for c in part] if i % 2 else bpe(part)
-    return ids
+    def _bytes(self, data: bytes) -> list[int]:
+        ids = [self._byte_ids[b] for b in data]
+        if None in ids:
+            raise DataError(
+                f"byte 0x{data[ids.index(None)]:02x} has no token in this pretrained tokenizer: leave it out"
+            )
+        return ids  # type: ignore[return-value]
+
+    def _whole(self, ids: list[int], data: bytes) -> list[int]:
+        """`ids`, which must have all of `data`: a tokenizer of others may drop what it has no token for."""
+        if sum(map(len, map(self.token_bytes.__getitem__, ids))) != len(data):
+            raise DataError(f"this pretrained tokenizer loses a part of {data[:60]!r}: leave such text out")
+        return ids
 
 
 def _engine(model: models.BPE) -> Engine:
@@ -160,18 +214,9 @@ def _essence(content: dict[str, Any], own_hash: str | None = None) -> list[Any]:
     return [own_hash or model["hash"], model["vocab"], split["pattern"], specials, content["normalizer"]]
 
 
-@functools.cache
-def _alphabet() -> str:
-    """256 printable characters, the b-th standing for byte b (Radford et al. 2019)."""
-    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    others: Iterator[int] = iter(range(256, 512))
-    return "".join(chr(b) if b in printable else chr(next(others)) for b in range(256))
-
-
 def _vocabulary(merges: Sequence[tuple[str, str]]) -> tuple[dict[str, int], list[bytes]]:
-    alphabet = _alphabet()
-    byte = {c: bytes([b]) for b, c in enumerate(alphabet)}
-    names = list(dict.fromkeys([*SPECIALS, *alphabet, *(a + b for a, b in merges)]))  # two merges may make one token
+    byte = {c: bytes([b]) for b, c in enumerate(alphabet())}
+    names = list(dict.fromkeys([*SPECIALS, *byte, *(a + b for a, b in merges)]))  # two merges may make one token
     token_bytes = [b""] * FIRST_BYTE + [b"".join(byte[c] for c in name) for name in names[FIRST_BYTE:]]
     return {name: i for i, name in enumerate(names)}, token_bytes
 

@@ -1,9 +1,9 @@
 """A plain kernel as a folder that transformers, vLLM and CTranslate2 load: LlamaForCausalLM.
 
-With metric "dot", no look-back, no coupling and no loop the kernel is that architecture, weight by weight (`ENDS`,
-`BLOCK_NAMES`), with shared keys and values and an untied head where it has them. Rotary positions turn the same pairs
-(i, i + K/2) in both, so nothing is permuted. A QFI kernel compares unit vectors, which no Llama does: it is refused. A
-basin head, which changes no logit, is left out.
+With metric "dot", no look-back, no coupling and no loop the kernel is that architecture, weight by weight
+(llama_folder.py), with shared keys and values and an untied head where it has them. Rotary positions turn the same
+pairs (i, i + K/2) in both, so nothing is permuted. A QFI kernel compares unit vectors, which no Llama does: it is
+refused. A basin head, which changes no logit, is left out.
 """
 
 from __future__ import annotations
@@ -16,18 +16,8 @@ from torch import Tensor
 
 from constellation.config import Kernel
 from constellation.errors import ConfigError
+from constellation.kernel.llama_folder import BLOCK_NAMES, ENDS
 from constellation.kernel.model import KernelLM
-
-ENDS = {"embedding.weight": "model.embed_tokens.weight", "norm.weight": "model.norm.weight",
-        "head.weight": "lm_head.weight"}  # fmt: skip
-BLOCK_NAMES = {  # ours -> theirs, whose rows stand below one another in it
-    "norm_attention.weight": ("input_layernorm.weight",),
-    "norm_mlp.weight": ("post_attention_layernorm.weight",),
-    "attention.qkv.weight": tuple(f"self_attn.{name}_proj.weight" for name in "qkv"),
-    "attention.out.weight": ("self_attn.o_proj.weight",),
-    "mlp.gate_up.weight": tuple(f"mlp.{name}_proj.weight" for name in ("gate", "up")),
-    "mlp.out.weight": ("mlp.down_proj.weight",),
-}
 
 
 def refuse_unless_plain(config: Kernel) -> None:
@@ -63,7 +53,7 @@ def llama_config(config: Kernel, eos: int) -> dict[str, object]:
         "max_position_embeddings": config.context,
         "rms_norm_eps": config.norm_eps,
         "rope_theta": config.rope_base,
-        "rope_scaling": None,
+        "rope_scaling": _rope_scaling(config),
         "hidden_act": "silu",
         "attention_bias": False,
         "mlp_bias": False,
@@ -72,6 +62,18 @@ def llama_config(config: Kernel, eos: int) -> dict[str, object]:
         "eos_token_id": eos,
         "torch_dtype": "float32",
     }
+
+
+def _rope_scaling(config: Kernel) -> dict[str, object] | None:
+    if config.rope_scaling == "none":
+        return None
+    found: dict[str, object] = {"rope_type": config.rope_scaling, "factor": config.rope_factor}
+    if config.rope_scaling == "llama3":
+        found |= {
+            "low_freq_factor": config.rope_low, "high_freq_factor": config.rope_high,
+            "original_max_position_embeddings": config.rope_original,
+        }  # fmt: skip
+    return found
 
 
 def llama_weights(model: KernelLM) -> dict[str, Tensor]:

@@ -1,110 +1,61 @@
-"""A folder of a LlamaForCausalLM, pretrained elsewhere, as a kernel: the way back of export.py.
-
-Shared keys and values (num_key_value_heads), an untied head and any rms_norm_eps are read; what a kernel has no place
-for is refused by its name: biases, rotary scaling, heads of a width of their own, another activation.
-"""
+"""A folder of a LlamaForCausalLM, pretrained elsewhere, as a kernel: the way back of export.py (llama_folder.py)."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping
+from collections import defaultdict
 from pathlib import Path
-from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors import safe_open
 from torch import Tensor
 
 from constellation.config import Kernel
-from constellation.errors import ArtifactError, ConfigError
-from constellation.kernel.export import BLOCK_NAMES, ENDS
+from constellation.kernel.llama_folder import check_weights, embedding_name, places, read_config, stored, stored_in
 from constellation.kernel.model import KernelLM
 
-NEEDED = (
-    "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size",
-    "max_position_embeddings", "rms_norm_eps",
-)  # fmt: skip
 
-
-def load_llama(folder: Path) -> KernelLM:
+def load_llama(folder: Path, config: Kernel | None = None) -> KernelLM:
     """The kernel, float32, on the CPU, in evaluation mode; ConfigError for a model that is none of ours, ArtifactError
-    for files that are damaged or missing."""
-    said = _read(folder / "config.json")
-    model = KernelLM(kernel_config(said), seed=None)
-    weights = _weights(folder)
+    for files that are damaged or missing. `config` is the folder's with another context, or with a basin head."""
+    theirs = read_config(folder)
+    files = check_weights(folder, theirs)
+    model = KernelLM(config or theirs, seed=0 if config else None)
+    weights = _read(files)
     ours = model.state_dict()
-    for name, parts in _places(model.config).items():
-        if missing := [part for part in parts if part not in weights]:
-            raise ArtifactError(f"{folder}: no weight is called {missing[0]!r}")
-        whole = torch.cat([weights.pop(part).float() for part in parts])
-        if whole.shape != ours[name].shape:
-            raise ArtifactError(f"{folder}: {parts[0]} is of shape {tuple(whole.shape)}, not {tuple(ours[name].shape)}")
-        ours[name] = whole
-    weights = {name: w for name, w in weights.items() if not name.endswith("rotary_emb.inv_freq")}
-    if model.config.tied:
-        weights.pop("lm_head.weight", None)
-    if weights:
-        raise ConfigError(f"{folder} is no kernel: it has {next(iter(weights))}, for which a kernel has no place")
+    for name, parts in places(theirs).items():
+        ours[name] = torch.cat([weights.pop(part).float() for part in parts])
     model.load_state_dict(ours)
     return model.eval()
 
 
-def kernel_config(said: Mapping[str, Any]) -> Kernel:
-    """The kernel that a config.json of transformers describes; ConfigError naming what a kernel has no place for."""
-    if missing := [name for name in NEEDED if name not in said]:
-        raise ConfigError(f"config.json: {missing[0]} is missing")
-    heads = said["num_attention_heads"]
-    groups = said.get("num_key_value_heads") or heads
-    rope = {**(said.get("rope_scaling") or {}), **(said.get("rope_parameters") or {})}
-    reasons = {
-        "model_type": said.get("model_type") == "llama",
-        "hidden_act": said.get("hidden_act", "silu") == "silu",
-        "attention_bias": not said.get("attention_bias"),
-        "mlp_bias": not said.get("mlp_bias"),
-        "head_dim": (said.get("head_dim") or said["hidden_size"] // heads) * heads == said["hidden_size"],
-        "rope_scaling": rope.get("rope_type", rope.get("type", "default")) == "default",
-        "partial_rotary_factor": rope.get("partial_rotary_factor", 1.0) == 1.0,
-        "pretraining_tp": said.get("pretraining_tp", 1) == 1,
-    }
-    if odd := [name for name, fits in reasons.items() if not fits]:
-        found = rope if odd[0].startswith(("rope", "partial")) else said.get(odd[0])
-        raise ConfigError(f"config.json: {odd[0]}={found!r} is nothing that a kernel can compute")
-    kernel = Kernel(
-        vocab_size=said["vocab_size"], width=said["hidden_size"], layers=said["num_hidden_layers"], heads=heads,
-        kv_heads=groups if groups < heads else 0, hidden=said["intermediate_size"],
-        context=said["max_position_embeddings"], metric="dot", coupling="off", look_back=0,
-        rope_base=float(rope.get("rope_theta", said.get("rope_theta", 10_000.0))), norm_eps=said["rms_norm_eps"],
-        tied=bool(said.get("tie_word_embeddings", False)),
-    )  # fmt: skip
-    kernel.check()
-    return kernel
+def load_embedding(path: Path) -> Tensor:
+    """E (V, P), float32, of a folder or of one safetensors file; ArtifactError where there is none."""
+    found = stored(path) if path.is_dir() else {name: (path, shape) for name, shape in stored_in(path).items()}
+    name = embedding_name(path, {name: shape for name, (_, shape) in found.items()})
+    return _read({name: found[name][0]})[name].float()
 
 
-def _places(config: Kernel) -> dict[str, list[str]]:
-    """Our weight -> theirs, which stand below one another in it."""
-    found = {ours: [theirs] for ours, theirs in ENDS.items() if not (config.tied and ours == "head.weight")}
-    for i in range(config.layers):
-        for ours, theirs in BLOCK_NAMES.items():
-            found[f"blocks.{i}.{ours}"] = [f"model.layers.{i}.{name}" for name in theirs]
-    return found
+def projected(embedding_VP: Tensor, width: int) -> Tensor:
+    """The rows in `width` = D channels, (V, D), as long as a kernel's own at the start: mean square 1 / D.
+
+    With E - mean = U S A^T the first D columns of (E - mean) A: the closest of that rank. For D >= P inner products are
+    those of E - mean and the channels beyond P are 0.
+    """
+    centred = embedding_VP.double() - embedding_VP.double().mean(0)
+    axes_PP = torch.linalg.eigh(centred.T @ centred).eigenvectors.flip(-1)
+    axes_PP = axes_PP * axes_PP.sum(0).sign().where(axes_PP.sum(0) != 0, torch.ones(()).double())
+    rows_VD = torch.zeros(len(centred), width, dtype=torch.float64)
+    kept = min(width, centred.shape[1])
+    rows_VD[:, :kept] = centred @ axes_PP[:, :kept]
+    return (rows_VD / (rows_VD.square().mean() * width).sqrt()).float()
 
 
-def _weights(folder: Path) -> dict[str, Tensor]:
-    index = folder / "model.safetensors.index.json"
-    names = sorted(set(_read(index)["weight_map"].values())) if index.exists() else ["model.safetensors"]
+def _read(files: dict[str, Path]) -> dict[str, Tensor]:
+    by_file = defaultdict(list)
+    for name, file in files.items():
+        by_file[file].append(name)
     found: dict[str, Tensor] = {}
-    for name in names:
-        try:
-            found |= load_file(folder / name)
-        except (OSError, SafetensorError) as error:
-            raise ArtifactError(f"{folder / name}: {error}") from None
-    return found
-
-
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        found: dict[str, Any] = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise ArtifactError(f"{path}: {error}") from None
+    for file, names in by_file.items():
+        with safe_open(file, framework="pt") as weights:
+            found |= {name: weights.get_tensor(name) for name in names}
     return found

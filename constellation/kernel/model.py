@@ -42,6 +42,7 @@ from constellation.config import Kernel as KernelConfig
 from constellation.kernel.attention import EXPLICIT_UP_TO, attention, causal_mask, states
 from constellation.kernel.geodesic import geodesic_attention
 from constellation.kernel.norm import rms_norm
+from constellation.kernel.rotary import rotary_table
 
 BASIN_BINS = 64  # of the basin head (train/basin.py)
 COUPLING_FLOOR = 0.05
@@ -56,13 +57,6 @@ def inverse_temperature(visible: Tensor, beta: Tensor | float, ref: int) -> Tens
 def has_concentration(config: KernelConfig) -> bool:
     """Whether every head has a c_h of its own."""
     return config.metric != "dot" or config.coupling == "scalable"
-
-
-def rotary_table(context: int, size: int, base: float) -> tuple[Tensor, Tensor]:
-    """cos and sin of position x frequency, each (context, size / 2)."""
-    frequency = base ** (-torch.arange(0, size, 2, dtype=torch.float64) / size)
-    angle = torch.arange(context, dtype=torch.float64)[:, None] * frequency
-    return angle.cos().float(), angle.sin().float()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -183,7 +177,7 @@ class KernelLM(nn.Module):
     def _tables(self) -> None:
         """The constant tables, which checkpoints do not hold."""
         config = self.config
-        cos, sin = rotary_table(config.context, config.size, config.rope_base)
+        cos, sin = rotary_table(config)
         self.register_buffer("cos", cos, persistent=False)
         self.register_buffer("sin", sin, persistent=False)
         self.register_buffer("visible", torch.arange(1, config.context + 1).float(), persistent=False)

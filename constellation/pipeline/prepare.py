@@ -2,7 +2,7 @@
 
     request    what is wanted: corpus and configuration, in RUN/constellation.json (request.py)
     prepare    corpus -> split, tokenizer, token caches
-    ocean_job  OCEAN reads everything
+    ocean_job  OCEAN reads everything, from random or pretrained weights (beginning.py); or is taken as it is
     fit_router the router is fitted on prefixes, every training byte is given to one kernel
     kernel_job a kernel branches from OCEAN and reads its own bytes
 
@@ -23,17 +23,28 @@ from constellation.coordizer.tokenizer import Tokenizer
 from constellation.data.cache import TokenCache, build_cache, open_cache
 from constellation.data.corpus import Document, read_corpus
 from constellation.errors import ConstellationError
+from constellation.pipeline import beginning
 from constellation.pipeline.request import REQUEST, Plan, open_plan, open_request, request, write_request
 from constellation.roster import OCEAN
 from constellation.storage.atomic import write_json
-from constellation.train import checkpoint
+from constellation.train import checkpoint, loop
 from constellation.train.job import Job, steps_for
 from router.decide import partition
 from router.decide.fisher_rao import FisherRaoRouter
 from router.decide.fit import fit
 from router.decide.policy import Policy
 
-__all__ = ["Plan", "fit_router", "kernel_job", "ocean_job", "open_plan", "open_request", "prepare", "request"]
+__all__ = [
+    "Plan",
+    "fit_router",
+    "kernel_job",
+    "ocean_job",
+    "open_plan",
+    "open_request",
+    "prepare",
+    "request",
+    "take_ocean",
+]
 
 
 def prepare(run: Path) -> Plan:
@@ -49,7 +60,11 @@ def prepare(run: Path) -> Plan:
             run.rmdir()
         raise
     train, dev = documents.split(config.data.dev_fraction)
-    Tokenizer.train(_up_to(train, config.data.tokenizer_bytes), config.kernel.vocab_size).save(run / "tokenizer.json")
+    if config.pretrained.given:
+        beginning.write(run, config)
+    else:
+        texts = _up_to(train, config.data.tokenizer_bytes)
+        Tokenizer.train(texts, config.kernel.vocab_size).save(run / "tokenizer.json")
     tokenizer = Tokenizer.load(run / "tokenizer.json")
     caches = {name: build_cache(part, tokenizer, run / "data") for name, part in (("train", train), ("dev", dev))}
     prepared = {name: cache.path.name for name, cache in caches.items()}
@@ -60,7 +75,18 @@ def prepare(run: Path) -> Plan:
 
 def ocean_job(plan: Plan) -> Job:
     steps = steps_for(plan.config, OCEAN)
-    return Job(OCEAN, plan.folder(OCEAN), plan.config, steps, plan.train, plan.dev, plan.tokenizer)
+    branch = beginning.folder_of(plan.run) if plan.config.pretrained.given else None
+    return Job(OCEAN, plan.folder(OCEAN), plan.config, steps, plan.train, plan.dev, plan.tokenizer, branch=branch)
+
+
+def take_ocean(plan: Plan) -> bool:
+    """Whether OCEAN is the pretrained model as it is; then it is in place, evaluated once."""
+    job = ocean_job(plan)
+    if job.steps:
+        return False
+    for _ in loop.fit(job):
+        raise AssertionError("no step is planned")
+    return True
 
 
 def fit_router(plan: Plan) -> FisherRaoRouter:

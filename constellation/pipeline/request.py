@@ -12,13 +12,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from constellation.config import Config, difference, from_json
+from constellation.config import Config, difference, from_json, override, values
 from constellation.errors import ArtifactError, ConfigError, DataError, PlacementError
+from constellation.pipeline import beginning
 from constellation.presets import small
 from constellation.storage.atomic import read_object, write_json
 
 SCHEMA = 1
 REQUEST = "constellation.json"
+MAY_CHANGE = ("train.budget_usd", "cluster.usd_per_hour")  # of a run that goes on: they decide no weight
 
 
 @dataclass(frozen=True)
@@ -56,6 +58,8 @@ def check_request(run: Path, corpus: Path | None, config: Config | None, resume:
         raise ConfigError(f"{run} exists already; go on with --resume, or choose another --run")
     if corpus is not None and not corpus.exists():
         raise ConfigError(f"corpus {corpus} does not exist")
+    if config is not None and config.pretrained.given:
+        beginning.check(config)
     return said
 
 
@@ -73,6 +77,11 @@ def request(run: Path, corpus: Path | None, config: Config | None, resume: bool)
         where = None if corpus is None else str(corpus.resolve())
         settings = resolve_precision(config or small()).to_json()
         write_request(run, {"schema": SCHEMA, "corpus": where, "config": settings})
+    elif config is not None:
+        _, old, manifest = open_request(run)
+        changes = {name: values(config)[name] for name in MAY_CHANGE if values(config)[name] != values(old)[name]}
+        if changes:
+            write_request(run, {**manifest, "config": override(old, changes).to_json()})
     return said
 
 
@@ -96,7 +105,7 @@ def _check_same(run: Path, corpus: Path | None, config: Config | None) -> None:
     if corpus is not None and corpus.resolve() != old_corpus:
         raise ConfigError(f"--corpus {corpus}: {run} reads {old_corpus or 'the embedded corpus'}; leave --corpus out")
     for name, (before, now) in difference(old, config or old).items():
-        if now != "auto":  # left to the machine, which had chosen when the run was started
+        if now != "auto" and name not in MAY_CHANGE:  # left to the machine, which had chosen when the run was started
             raise ConfigError(f"{name}={now}: {run} was started with {before}; leave it out, or choose another --run")
 
 

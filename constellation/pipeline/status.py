@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from constellation.errors import ArtifactError, ConfigError
+from constellation.pipeline import cost
 from constellation.pipeline.request import Plan, open_plan, open_request
 from constellation.roster import root_name
 from constellation.storage import mirror
@@ -98,7 +99,7 @@ def unfinished_line(run: Path, left: Mapping[str, Mapping[str, int | None]]) -> 
 def check_complete(run: Path) -> Plan:
     """The plan of a run in which everything that answers has a checkpoint; ConfigError, with what is missing."""
     plan = open_plan(run)
-    absent = [role for role in plan.config.models if not newest_step(run / role)]
+    absent = [role for role in plan.config.models if not newest_step(run / role) and not done(run / role)]
     if not (plan.router / "router.json").exists() or absent:
         missing = "the router" if not absent else ", ".join(absent)
         raise ConfigError(f"{run}: {missing} not trained yet; constellation train --run {run} --resume")
@@ -153,7 +154,7 @@ def write_view(run: Path, kernels: Sequence[KernelStatus]) -> None:
 
 
 def summary(run: Path) -> dict[str, Any]:
-    """The result of a run as plain data: a row per model, with its address, loss and bits per byte."""
+    """The result of a run as plain data: a row per model, with its address, loss and bits per byte; what it cost."""
     addresses = roots(run)
     rows = []
     for role in models_of(run):
@@ -163,7 +164,7 @@ def summary(run: Path) -> dict[str, Any]:
             "loss_nats": page.get("last_loss_nats"), "dev_bits_per_byte": page.get("best_dev_bits_per_byte"),
             "status": "done" if done(run / role) else page.get("status", "waiting"),
         })  # fmt: skip
-    return {"run": str(run), "models": rows}
+    return {"run": str(run), "models": rows, "cost": cost.read(run) or None}
 
 
 def roots(run: Path) -> dict[str, str]:

@@ -61,8 +61,10 @@ def batch_of(config: Config, role: str) -> int:
 
 
 def steps_for(config: Config, role: str) -> int:
-    """Steps of `role` when the constellation may see `train.tokens` tokens in all."""
+    """Steps of `role` when the constellation may see `train.tokens` tokens in all; 0 of an OCEAN without a share."""
     t = config.train
+    if role == OCEAN and not t.ocean_share:
+        return 0
     share = t.ocean_share if role == OCEAN else (1 - t.ocean_share) / config.constellation.kernels
     return max(1, round(t.tokens * share / (batch_of(config, role) * config.kernel.context)))
 

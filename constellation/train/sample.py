@@ -18,4 +18,5 @@ def sample_text(model: KernelLM, job: Job, length: int) -> str | None:
     room = min(length, model.config.context - 1)
     sampling = Sampling(temperature=0.8, top_p=0.95, seed=job.config.train.seed, max_new_tokens=room)
     tokens = generate(model, [[tokenizer.eos]], [sampling])[0]
-    return tokenizer.decode(tokens)[:length].decode("utf-8", "replace")
+    known = [token for token in tokens if token < tokenizer.vocab_size]  # a vocabulary may be larger than its tokens
+    return tokenizer.decode(known)[:length].decode("utf-8", "replace")

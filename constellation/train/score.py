@@ -19,8 +19,6 @@ from torch import Tensor
 from constellation.data.cache import TokenCache
 from constellation.kernel.model import KernelLM
 
-EOS = 0
-
 
 def windows(lengths: np.ndarray, context: int, stride: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """(document, first target, first scored target) of each window over documents of `lengths` targets."""
@@ -58,6 +56,7 @@ def score(
     out = np.zeros(int(lengths.sum()), np.float32)
     base = np.concatenate([[0], np.cumsum(lengths)])
     device = next(model.parameters()).device
+    end = int(cache.tokens[cache.offsets[1] - 1])  # every document's last token
     order = np.argsort(np.minimum(lengths[document] - first, reach), kind="stable")
     for rows in np.split(order, np.arange(batch, len(order), batch)):
         doc, begin = document[rows, None], first[rows, None]
@@ -67,7 +66,7 @@ def score(
         at = starts[doc] + np.minimum(target, lengths[doc] - 1)
         y = cache.tokens[at].astype(np.int64)
         before = cache.tokens[np.maximum(at - 1, 0)].astype(np.int64)
-        x = np.where(target == 0, EOS, before)
+        x = np.where(target == 0, end, before)
         if prefix is not None:
             x = np.concatenate([prefix[doc].astype(np.int64), x], axis=1)
         with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):

@@ -63,6 +63,7 @@ class TrainState:
         self.dev = None if job.dev is None else open_cache(job.dev)
         self.objective, self.parts, self.records = objective_of(job, parts.objective), parts, records
         self.model = KernelLM(job.config.kernel, seed=t.seed).to(self.device)
+        self.model.embedding.weight.requires_grad_(not job.config.pretrained.embeddings)
         self.optimizer = optim.build(job.config.optim, self.model)
         self.schedule = Schedule.of(job)
         self._rates = [group["lr"] / job.config.optim.lr for group in self.optimizer.param_groups]  # relative
@@ -112,6 +113,8 @@ class TrainState:
 
     def remaining(self) -> Iterator[int]:
         """How many steps were done before each that is still to do."""
+        if not self.steps and not self.folder.is_done():
+            self._keep_beginning()
         if self.step >= self.steps and not self.folder.is_done():  # killed between the last checkpoint and the summary
             self._write_trace()
             self._summarise("done")
@@ -182,11 +185,7 @@ class TrainState:
             loss = self.losses(self.batch_at(done), gradient=False)[CROSS_ENTROPY]
             self._trace(self._flat(), done, loss, math.nan, 0.0)
         if final or self._paused or done % t.checkpoint_every == 0:
-            self.records.save()
-            name = checkpoint.save(
-                job.folder, done, self.model, self.optimizer, self.trace.arrays(), tokens=done * self.tokens_per_step,
-                dev_bits_per_byte=bits, parts=self.parts.state(), keep_last=t.keep_last, keep_best=t.keep_best,
-            ).name  # fmt: skip
+            name = self._save(bits)
         step = Step(
             job.role, done, job.steps, done * self.tokens_per_step, now["loss_nats"], now["grad_norm"], now["lr"],
             time.perf_counter() - self._tick, bits, sample, name,
@@ -201,6 +200,23 @@ class TrainState:
             if final:
                 self._summarise("done")
         return step
+
+    def _keep_beginning(self) -> None:
+        """The checkpoint, trace and summary of a run of no steps: what it branched from, evaluated."""
+        bits = self.evaluate()
+        self._best = math.inf if bits is None else bits
+        loss = self.losses(self.batch_at(0), gradient=False)[CROSS_ENTROPY]
+        self._trace(self._flat(), 0, loss, math.nan, 0.0)
+        self._save(bits)
+
+    def _save(self, bits: float | None) -> str:
+        t = self.job.config.train
+        self.records.save()
+        return checkpoint.save(
+            self.job.folder, self.step, self.model, self.optimizer, self.trace.arrays(),
+            tokens=self.step * self.tokens_per_step, dev_bits_per_byte=bits, parts=self.parts.state(),
+            keep_last=t.keep_last, keep_best=t.keep_best,
+        ).name  # fmt: skip
 
     def snapshot(self) -> checkpoint.Snapshot:
         """This moment, in memory."""

@@ -15,7 +15,6 @@ import msgspec
 from starlette.requests import Request
 from starlette.responses import Response
 
-from constellation.coordizer.tokenizer import SPECIALS
 from router.answer.concurrency import together
 from router.answer.encoding import beside, encoded
 from router.answer.service import Answer, Piece, Service
@@ -194,7 +193,8 @@ class Endpoints:
         said, names = text(wanted), Names(self.service.tokenizer)
         with self._let_in(Visit.of(request)) as stay:
             # the name of a special token, and nothing else, is that token: how clients learn its id
-            (ids,) = [[SPECIALS.index(said)]] if said in SPECIALS else await encoded(self.service.tokenizer, [said])
+            named = [token for token, name in self.service.tokenizer.specials.items() if name == said]
+            (ids,) = [named] if named else await encoded(self.service.tokenizer, [said])
             stay.reads(len(ids))
             strings = await beside(len(ids), _each, names, ids) if wanted.return_token_strs else None
             return _json(responses.Tokens(len(ids), self.service.config.kernel.context, ids, strings), headers)
@@ -208,7 +208,8 @@ class Endpoints:
             return _json(responses.Prompt(data.decode("utf-8", "replace")), headers)
 
     async def tokenizer_info(self) -> Response:
-        tokenizer, eos = self.service.tokenizer, SPECIALS[self.service.tokenizer.eos]
+        tokenizer = self.service.tokenizer
+        eos = tokenizer.specials[tokenizer.eos]
         return _json({
             "tokenizer_class": "ByteLevelBPE", "vocab_size": tokenizer.vocab_size, "hash": tokenizer.hash,
             "model_max_length": self.service.config.kernel.context, "chat_template": JINJA,

@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 from msgspec import UNSET, Struct, UnsetType
 
-from constellation.coordizer.tokenizer import SPECIALS, Tokenizer
+from constellation.coordizer.tokenizer import Tokenizer
 from router.answer.service import Answer
 
 Finish = Literal["stop", "length"]
@@ -191,14 +191,14 @@ class Names:
     """How tokens are called: their text, bytes that are none as "bytes:\\xe2", specials by name; or "token_id:17"."""
 
     def __init__(self, tokenizer: Tokenizer, by_id: bool = False):
-        self.token_bytes, self.by_id = tokenizer.token_bytes, by_id
+        self.token_bytes, self.specials, self.by_id = tokenizer.token_bytes, tokenizer.specials, by_id
 
     def __call__(self, token: int) -> str:
         if self.by_id:
             return f"token_id:{token}"
         data = self.token_bytes[token]
         if not data:
-            return SPECIALS[token]
+            return self.specials.get(token, f"token_id:{token}")
         try:
             return data.decode()
         except UnicodeDecodeError:
