@@ -155,6 +155,17 @@ class Recording:
 
 
 @dataclass(frozen=True)
+class Measuring:
+    """What is measured of a run while it learns (telemetry/, train/measuring.py)."""
+
+    enabled: Annotated[bool, says("phi, kappa, curiosity and the rest are measured on held-out text")] = False
+    every: Annotated[Count, says("steps between two measurements")] = 50
+    windows: Annotated[Count, says("held-out windows of a measurement, kernel.context tokens each")] = 8
+    budget: Annotated[Part, says("share of the training time that measuring may take; 0: no limit, no clock")] = 0.0
+    emotions: Annotated[bool, says("the emotion monitor is among what is measured")] = True
+
+
+@dataclass(frozen=True)
 class Data:
     """Reading a corpus (constellation/data)."""
 
@@ -214,6 +225,7 @@ class Config:
     optim: registry.Settings = field(default_factory=registry.KroneckerSettings)
     train: Train = field(default_factory=Train)
     record: Recording = field(default_factory=Recording)
+    telemetry: Measuring = field(default_factory=Measuring)
     data: Data = field(default_factory=Data)
     router: Router = field(default_factory=Router)
     decode: Decode = field(default_factory=Decode)

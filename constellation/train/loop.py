@@ -16,6 +16,7 @@ from constellation.telemetry.probe import Probe, Probes
 from constellation.telemetry.step import Step
 from constellation.train import checkpoint
 from constellation.train.job import Job, Source
+from constellation.train.measuring import telemetry_of
 from constellation.train.objective import Objective
 from constellation.train.parts import Parts
 from constellation.train.recording import Records
@@ -49,7 +50,7 @@ def fit(
     loss or gradient are not finite and no recovery helps.
     """
     records = Records(job.config.record, job.folder)
-    measured = Probes([*records.probes, *probes, *probes_of(job)])
+    measured = Probes([*records.probes, *probes, *probes_of(job), *telemetry_of(job)])
     state = TrainState(job, source, say, Parts(objective, measured, regime, recovery, governor), records)
     for step in state.remaining():
         losses = state.losses(state.batch_at(step))
