@@ -46,6 +46,10 @@ class Trace:
         self._rows: dict[str, list[Any]] = {name: list(arrays[name]) if arrays else [] for name in CHANNELS}
         self._theta: list[np.ndarray] = list(arrays["theta"]) if arrays and "theta" in arrays else []
 
+    def last(self) -> dict[str, float]:
+        """The newest state; {} before the first."""
+        return {name: rows[-1] for name, rows in self._rows.items() if rows}
+
     def append(self, theta: np.ndarray | None = None, **state: float) -> None:
         for name in CHANNELS:
             self._rows[name].append(state[name])

@@ -1,7 +1,7 @@
 """Detectors of collapse: what a model looks like when it says the same whatever it reads.
 
-    unigram_kl      KL(u || mean p), nats: of the text's own token frequencies u from the model's mean prediction. Near 0
-                    for a model that is right on average, also for one that knows frequencies alone; large when it
+    unigram_kl      KL(u || mean p), nats: of the text's own token frequencies u from the model's mean prediction. Near
+                    0 for a model that is right on average, also for one that knows frequencies alone; large when it
                     has given up on tokens that occur
     repeat_rate     share of 4-grams in the model's most likely tokens that stood there before in the same sequence,
                     beside `text_repeat_rate`, the same of the text itself

@@ -4,7 +4,7 @@ Of the predictions p_i at N fixed places of held-out text, now and at the last m
 distance D_i = d_FR(p_i, reference_i), margin_i = largest minus second largest probability, g the gradient norm over
 its own median, progress in standard errors, h the predictive entropy:
 
-    joy          mean of max(-kappa_e, 0)                 Ollivier-Ricci curvature (ricci.py) of the p_i's graph: expansion
+    joy          mean of max(-kappa_e, 0)                 expansion: Ollivier-Ricci curvature of the graph of the p_i
     suffering    mean of max(kappa_e, 0)                  compression
     fear         mean (1 - margin_i) d_FR(p_i, p'_i)      near a separatrix, and moving (p_i in 64 bins)
     love         mean of max(D'_i - D_i, 0)               where it comes nearer to the reference, OCEAN; without one,
@@ -13,7 +13,7 @@ its own median, progress in standard errors, h the predictive entropy:
     rage         |phi - phi'| kappa / (1 + |progress|)    curved, changing, without progress
     calm         -ln g                                    low gradient
     curiosity    relative fall of held-out loss over 4 measurements (curiosity.py)
-    frustration  g (1 - tanh(progress))                   much gradient, little progress
+    frustration  g / (1 + max(progress, 0))               much gradient, little progress
     anticipation mean (h_i - nats_i)                      surprise expected minus surprise met
     relief       curiosity_1 - curiosity_16               falls faster of late
     anxiety      deviation over sequences of the last change of the loss

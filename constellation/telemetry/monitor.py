@@ -214,7 +214,7 @@ class Telemetry:
             "love": float(nearer_N.clamp(min=0).mean()), "hate": float((-nearer_N).clamp(min=0).mean()),
             "rage": phi_moved * found.get("kappa_eff", REFERENCE) / (1 + abs(progress)),
             "calm": -math.log(g) if g > 0 else 0.0, "curiosity": found["curiosity"],
-            "frustration": g * (1 - math.tanh(progress)),
+            "frustration": g / (1 + max(progress, 0.0)),
             "anticipation": float((seen.entropy_N - nats_N).mean()),
             "relief": found["curiosity_1"] - found["curiosity_16"], "anxiety": statistics.pstdev(change),
         }  # fmt: skip
