@@ -25,7 +25,7 @@ from constellation.errors import ConfigError
 from constellation.geometry import sphere
 from constellation.telemetry.collapse import repeat_rate, unigram_kl
 from constellation.telemetry.coupling import coupling
-from constellation.telemetry.curiosity import BAND, Curiosity, Mood
+from constellation.telemetry.curiosity import BAND, Curiosity
 from constellation.telemetry.emotion import EmotionMonitor
 from constellation.telemetry.integration import integration
 from constellation.telemetry.kappa import CALIBRATION, REFERENCE, gradient_curvature, kappa
@@ -225,8 +225,3 @@ def _binned(sqrt_p_NV: Tensor) -> Tensor:
     vocabulary = sqrt_p_NV.shape[1]
     p_NV = torch.nn.functional.pad(sqrt_p_NV.square(), (0, -vocabulary % BINS))
     return p_NV.unflatten(1, (-1, BINS)).sum(1).sqrt().cpu()
-
-
-def mood_of(latest: Mapping[str, float]) -> str | None:
-    """The name of the newest mood, as an optimizer's gate reads it."""
-    return Mood(int(latest["mood"])).name if "mood" in latest else None

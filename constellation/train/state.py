@@ -32,6 +32,7 @@ from constellation.errors import ConfigError, RunError
 from constellation.kernel.model import KernelLM
 from constellation.optim.natural import wants
 from constellation.regime.protocol import Advice, Saved
+from constellation.regime.words import words
 from constellation.telemetry.step import NUMBERS, Step
 from constellation.train import checkpoint, score
 from constellation.train.clipping import clipped
@@ -61,7 +62,7 @@ class TrainState:
         torch.set_num_threads(job.threads)
         processor.keep_memory()
         self.job, self.steps, self.device = job, job.steps, device()
-        self.source = _batches(job) if source is None else source
+        self.source = batches_of(job) if source is None else source
         self.dev = None if job.dev is None else open_cache(job.dev)
         self.objective, self.parts, self.records = objective_of(job, parts.objective), parts, records
         self.model = KernelLM(job.config.kernel, seed=t.seed).to(self.device)
@@ -254,7 +255,13 @@ class TrainState:
         told = {
             "logits": lambda: self.model(x[:part]).flatten(0, 1),
             "targets": y[:part].flatten(),
-            "telemetry": {**self.latest, "loss": loss, "grad_norm": norm, "progress": self.step / self.steps},
+            "telemetry": {
+                **self.latest,
+                **words(self.latest),
+                "loss": loss,
+                "grad_norm": norm,
+                "progress": self.step / self.steps,
+            },
         }
         return {name: told[name] for name in self._wants}
 
@@ -281,7 +288,7 @@ class TrainState:
         )  # fmt: skip
 
 
-def _batches(job: Job) -> Source:
+def batches_of(job: Job) -> Source:
     """Windows of the job's own token ranges, in an order drawn by its seed."""
     ranges = None if job.segments is None else segments.read(job.segments)
     return Batches(open_cache(job.train), ranges, job.config.kernel.context, job.batch, job.config.train.seed)
