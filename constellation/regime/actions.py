@@ -103,7 +103,7 @@ def deep_sleep(training: Recoverable, steps: int, brake: Brake) -> None:
 
 def dream(training: Recoverable, steps: int, brake: Brake) -> None:
     teacher = _teacher(training)
-    tokens = _written(training.model, training.step)
+    tokens = _written(training.model, min(DREAM_TOKENS, training.batch[0].shape[1] - 1), training.step)
     with torch.no_grad():
         theirs = _logits(teacher, tokens[:, :-1]).log_softmax(-1)
         nats = -theirs.gather(-1, tokens[:, 1:, None])[..., 0].mean(-1)
@@ -214,12 +214,12 @@ def _move_within(training: Recoverable, targets: list[Tensor]) -> None:
 
 
 @torch.no_grad()
-def _written(model: torch.nn.Module, seed: int) -> Tensor:
-    """Text of the model from nothing, (DREAMS, DREAM_TOKENS), token by token: the naive way, for a moment's use."""
+def _written(model: torch.nn.Module, length: int, seed: int) -> Tensor:
+    """Text of the model from nothing, (DREAMS, length + 1), token by token: the naive way, for a moment's use."""
     device = next(model.parameters()).device
     generator = torch.Generator(device).manual_seed(seed)
     tokens = torch.zeros(DREAMS, 1, dtype=torch.int64, device=device)
-    for _ in range(DREAM_TOKENS):
+    for _ in range(length):
         p = _logits(model, tokens)[:, -1].softmax(-1)
         tokens = torch.cat((tokens, torch.multinomial(p, 1, generator=generator)), 1)
     return tokens
