@@ -260,7 +260,7 @@ def test_a_model_that_predicts_nothing_finite_is_flagged_and_nothing_else_is_sai
 
 
 def test_wrong_probe_sets_are_refused_in_one_line(corpus: tuple[Path, Path], tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"telemetry.windows=1: 8 states of 16 units are too few .* windows=3"):
+    with pytest.raises(ConfigError, match=r"telemetry.windows=1: 8 states of 16 units are too few .*windows=3"):
         list(fit(job(corpus, tmp_path, kernel__context=8, telemetry__windows=1)))
     no_dev = job(corpus, tmp_path)
     with pytest.raises(ConfigError, match=r"telemetry.enabled=true needs held-out text"):

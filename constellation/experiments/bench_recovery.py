@@ -40,7 +40,7 @@ import torch
 
 from constellation.config import Config, override
 from constellation.errors import RunError
-from constellation.experiments.harness import described, finish, machine_line
+from constellation.experiments.harness import described, finish, machine_line, save
 from constellation.experiments.statistics import paired
 from constellation.pipeline.prepare import Plan, open_plan, prepare, request
 from constellation.presets import tiny
@@ -202,11 +202,11 @@ def _work(task: tuple[Path, Trial]) -> dict[str, Any]:
     return train(open_plan(task[0]), task[1])
 
 
-def base(steps: int) -> Config:
-    """The kernel that is harmed: one block of `tiny`, half its context, by AdamW, evaluated once in a while."""
+def base() -> Config:
+    """The kernel that is harmed: one block of `tiny`, half its context, by AdamW."""
     changes = {
         "kernel.context": 32, "kernel.layers": 1, "train.sample_bytes": 0, "train.checkpoint_every": 20,
-        "train.eval_bytes": 2048, "train.eval_every": max(1, steps // 4), "optim.name": "adamw", "optim.lr": 3e-3,
+        "train.eval_bytes": 2048, "optim.name": "adamw", "optim.lr": 3e-3,
     }  # fmt: skip
     return resolve_precision(override(tiny(), changes))
 
@@ -217,20 +217,27 @@ def run(
 ) -> dict[str, Any]:  # fmt: skip
     """Every fault, arm and seed; prints the table."""
     place = work / "recovery"
-    request(place, corpus, base(steps), resume=(place / "constellation.json").exists())
+    request(place, corpus, base(), resume=(place / "constellation.json").exists())
     prepare(place)
-    trials = [Trial(f, a, s, steps) for f in faults for a in arms for s in range(seeds)]
-    tasks = [(place, trial) for trial in trials]
-    if workers == 1:
-        runs = []
-        for task in tasks:
-            runs.append(_work(task))
-            print(f"{len(runs)}/{len(tasks)} {task[1]}", file=sys.stderr, flush=True)
-    else:
-        with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
-            runs = list(pool.map(_work, tasks))
-    result = {**described(__doc__), "steps": steps, "seeds": seeds, "table": table(runs), "raw": runs}
+    runs: list[dict[str, Any]] = []
+    result: dict[str, Any] = {}
+    for seed in range(seeds):  # a killed bench leaves the result of the seeds that are whole
+        runs += _all([(place, Trial(fault, arm, seed, steps)) for fault in faults for arm in arms], workers)
+        result = {**described(__doc__), "steps": steps, "seeds": seed + 1, "table": table(runs), "raw": runs}
+        if out and seed:
+            save(result, out)
     return finish(result, lines(result), out)
+
+
+def _all(tasks: Sequence[tuple[Path, Trial]], workers: int) -> list[dict[str, Any]]:
+    if workers > 1:
+        with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
+            return list(pool.map(_work, tasks))
+    runs = []
+    for task in tasks:
+        runs.append(_work(task))
+        print(f"{len(runs)}/{len(tasks)} {task[1]}", file=sys.stderr, flush=True)
+    return runs
 
 
 def table(runs: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
@@ -249,7 +256,7 @@ def table(runs: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
                 "final": float(np.mean(finals)) if finals else None, "control": control,
                 "actions": [o["action"] for r in by[arm] for o in r["outcomes"] if o["result"] == "kept"],
             }  # fmt: skip
-            if arm != control and control in by and not row["failed"]:
+            if arm != control and control in by and not row["failed"] and len(by[arm]) > 1:
                 gaps = [a["final"] - b["final"] for a, b in zip(by[arm], by[control], strict=True)]
                 row["effect"] = asdict(paired(gaps))
             rows.append(row)
