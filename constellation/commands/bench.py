@@ -327,3 +327,20 @@ def _some(option: str, words: str | None, known: tuple[str, ...]) -> tuple[str, 
         if name not in known:
             raise ConfigError(f"{option} {words}: {name!r} is none of {', '.join(known)}")
     return names
+
+
+@command.command()
+@click.option("--preset", default="small", show_default=True, help="whose training the cost is a share of")
+@click.option("--cost-steps", default=160, show_default=True, type=click.IntRange(51), help="of the run that is timed")
+@click.option("--steps", default=300, show_default=True, type=click.IntRange(100), help="of each studied run")
+@click.option("--seeds", default=3, show_default=True, type=click.IntRange(2))
+@options.corpus
+@click.option("--work", type=click.Path(path_type=Path), required=True, metavar="DIR", help="prepared data")
+@out
+def telemetry(
+    preset: str, cost_steps: int, steps: int, seeds: int, corpus: Path | None, work: Path, out: Path | None
+) -> None:
+    """Telemetry: its share of the training time, whether emotions differ, what predicts the loss beyond the loss."""
+    from constellation.experiments import bench_telemetry as bench
+
+    bench.run(make_preset(preset), cost_steps=cost_steps, steps=steps, seeds=seeds, corpus=corpus, work=work, out=out)
