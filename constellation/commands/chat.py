@@ -52,10 +52,10 @@ def command(
                 answer += piece.text
             click.echo()
             if telemetry and stream.answer is not None:
-                from constellation.pipeline.answered import line, telemetry_of_answer
+                from constellation.pipeline.answered import telemetry_of_answer, told_line
 
                 last = stream.answer
-                click.echo(line(telemetry_of_answer(run, said, last.token_ids, last.kernels[-1])), err=True)
+                click.echo(told_line(telemetry_of_answer(run, said, last.token_ids, last.kernels[-1])), err=True)
             said += answer + "\n"
             turn += 1
 

@@ -57,6 +57,6 @@ def command(
         route = " -> ".join(answer.kernels)
         click.echo(f"[{route}; {answer.completion_tokens} tokens, {answer.finish_reason}]", err=True)
         if measured:
-            from constellation.pipeline.answered import line
+            from constellation.pipeline.answered import told_line
 
-            click.echo(line(measured["telemetry"]), err=True)
+            click.echo(told_line(measured["telemetry"]), err=True)

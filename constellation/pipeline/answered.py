@@ -68,7 +68,7 @@ def telemetry_of_answer(run: Path, prompt: str, token_ids: Sequence[int], kernel
     return {"kernel": kernel, "tokens": len(tokens), **found, "missing": missing}
 
 
-def line(told: dict[str, Any]) -> str:
+def told_line(told: dict[str, Any]) -> str:
     """The same in one line, for a terminal."""
     names = ("phi", "kappa_eff", "regime", "basin_distance")
     shown = [f"{name} {v:.3f}" if isinstance(v := told[name], float) else f"{name} {v or '-'}" for name in names]
