@@ -344,3 +344,20 @@ def telemetry(
     from constellation.experiments import bench_telemetry as bench
 
     bench.run(make_preset(preset), cost_steps=cost_steps, steps=steps, seeds=seeds, corpus=corpus, work=work, out=out)
+
+
+@command.command()
+@click.option(
+    "--from", "source", type=click.Path(path_type=Path, exists=True), default=Path("results/optim.json"),
+    show_default=True, metavar="FILE", help="raw result of bench optim: the settings that it chose",
+)  # fmt: skip
+@click.option("--seeds", default=3, show_default=True, type=click.IntRange(2), help="paired")
+@click.option("--steps", default=None, type=click.IntRange(4), help="default: the task's")
+@options.corpus
+@click.option("--work", type=click.Path(path_type=Path), required=True, metavar="DIR", help="prepared data")
+@out
+def geometry(source: Path, seeds: int, steps: int | None, corpus: Path | None, work: Path, out: Path | None) -> None:
+    """Optimizers: basin distance and phi of what they trained, beside AdamW's and the original design's claims."""
+    from constellation.experiments import bench_geometry as bench
+
+    bench.run(source=source, seeds=seeds, steps=steps, corpus=corpus, work=work, out=out)
