@@ -1,7 +1,8 @@
 """What a kernel's process tells Prometheus through its Ray node, as gauges of `run` and `kernel`.
 
     ray_constellation_train_*    of the newest step: step, steps (planned), tokens, loss_nats (nats per token),
-                                 grad_norm, lr, wall_s (seconds of it), dev_bits_per_byte (of the newest evaluation)
+                                 grad_norm, lr, wall_s (seconds of it), dev_bits_per_byte (of the newest evaluation),
+                                 and what probes measured, such as phi, kappa_eff, basin_distance
     ray_constellation_engine_*   what its engine says while it serves (decoding/batch.py)
 
 Ray's agent collects them every few seconds. They are told when the supervisor asks for news, once a second.
@@ -28,6 +29,8 @@ class KernelGauges:
     def train(self, run: str, step: Step) -> None:
         for name in OF_STEP:
             self._set(f"train_{name}", getattr(step, name), run, step.role)
+        for name, value in (step.measured or {}).items():
+            self._set(f"train_{name}", value, run, step.role)
 
     def engine(self, run: str, kernel: str, says: Mapping[str, Any]) -> None:
         for name, value in says.items():

@@ -33,6 +33,8 @@ COMMANDS = {
     "keys": "make, list and remove API keys of the service",
     "runs": "list, filter, sort, compare and diff what was trained",
     "plot": "draw the signals of runs as PNG or SVG",
+    "signature": "write what tells a run's models apart, 2 to 4 KB each",
+    "report": "validation report of a run: results against targets, plots, cost",
     "export": "write a plain kernel as a folder for transformers, vLLM, CTranslate2",
     "measure": "studies of a trained run, with controls: beta",
     "bench": "compare: decode | dense | modes | optim | route | serve | train",

@@ -133,6 +133,9 @@ class Train:
     kernel_lr_scale: Annotated[Positive, says("kernels' peak lr / OCEAN's")] = 1.0
     inherit_optimizer: Annotated[int, Meta(ge=0, le=1), says("1: kernels start with OCEAN's state, 0: with none")] = 1
     clip: Annotated[Positive, says("largest gradient norm")] = 1.0
+    clip_kind: Annotated[
+        Literal["norm", "adagc", "zclip"], says("by train.clip alone, or by what norms were before too (clipping.py)")
+    ] = "norm"
     precision: Annotated[
         Literal["auto", "fp32", "bf16"], says("auto: asked of the processor, then written into the run")
     ] = "auto"
@@ -176,6 +179,41 @@ class Recording:
     ] = "gauss_newton"
     curvature_probes: Annotated[int, Meta(ge=2), says("random signs, or rows, of one diagonal")] = 4
     precond_every: Annotated[Whole, says("steps between the rates that precond.npz holds, the newest alone")] = 0
+
+
+@dataclass(frozen=True)
+class Measuring:
+    """What is measured of a run while it learns (telemetry/, train/measuring.py)."""
+
+    enabled: Annotated[bool, says("phi, kappa, curiosity and the rest are measured on held-out text")] = False
+    every: Annotated[Count, says("steps between two measurements")] = 50
+    windows: Annotated[Count, says("held-out windows of a measurement, kernel.context tokens each")] = 8
+    budget: Annotated[Part, says("share of the training time that measuring may take; 0: no limit, no clock")] = 0.0
+    emotions: Annotated[bool, says("the emotion monitor is among what is measured")] = True
+
+
+@dataclass(frozen=True)
+class Regimes:
+    """How a run is judged, and repaired (regime/, train/repair.py)."""
+
+    enabled: Annotated[bool, says("a run is judged after every step, and acted on")] = False
+    linear_below: Annotated[Part, says("phi below which it is linear")] = 0.30
+    breakdown_from: Annotated[Part, says("phi from which it is in breakdown; between them it is geometric")] = 0.80
+    hysteresis: Annotated[Part, says("by which phi must pass a bound to leave a regime")] = 0.02
+    linear_compute: Annotated[float, Meta(gt=0, le=1), says("share of a batch that is trained on while linear")] = 0.30
+    pause_steps: Annotated[Whole, says("steps without training after phi was seen in breakdown")] = 20
+    spike_sigma: Annotated[Positive, says("deviations of ln loss or ln gradient norm that make a spike")] = 5.0
+    debounce: Annotated[Count, says("spikes in a row that make a fault")] = 3
+    collapse_repeat: Annotated[Part, says("repeat rate beyond the text's that is a collapse")] = 0.9
+    recovery: Annotated[
+        Literal[
+            "off", "rollback", "cooldown", "light_sleep", "deep_sleep", "dream", "mushroom", "shrink_perturb", "ladder"
+        ],
+        says("what acts on a fault or breakdown; ladder: the protocols by severity"),
+    ] = "ladder"
+    tolerance: Annotated[NotNegative, says("bits per byte that an action may cost on held-out text and be kept")] = 0.02
+    actions: Annotated[Whole, says("most actions of a run")] = 8
+    recovery_steps: Annotated[Count, says("training steps of an action, and of a cooldown")] = 8
 
 
 @dataclass(frozen=True)
@@ -240,6 +278,8 @@ class Config:
     train: Train = field(default_factory=Train)
     pretrained: Pretrained = field(default_factory=Pretrained)
     record: Recording = field(default_factory=Recording)
+    telemetry: Measuring = field(default_factory=Measuring)
+    regime: Regimes = field(default_factory=Regimes)
     data: Data = field(default_factory=Data)
     router: Router = field(default_factory=Router)
     decode: Decode = field(default_factory=Decode)
@@ -260,6 +300,11 @@ class Config:
             raise ConfigError(
                 f"record.precond_every={self.record.precond_every}: {self.optim.name} keeps no rates of its own;"
                 " set optim.name=curvature_sgd too, or leave it out"
+            )
+        if self.regime.linear_below >= self.regime.breakdown_from:
+            raise ConfigError(
+                f"regime.linear_below={self.regime.linear_below}: must be below regime.breakdown_from="
+                f"{self.regime.breakdown_from}"
             )
         if self.kernel.basin_head != (t.lambda_basin > 0):
             raise ConfigError(

@@ -4,6 +4,7 @@
     trace.npz         T+1 states: step, tokens, loss_nats, grad_norm, lr (and theta when it is small)
     signals.npz, curvature.npz, precond.npz, grads.npz    where record.* asks for them (signal.py, train/recording.py)
     diag_steps.jsonl  one line per logged Step
+    training_telemetry.jsonl  of those steps at which telemetry.* measured: its numbers, regime and mood by name
     summary.json      status, failure reason, first / last / best loss, runtime, tokens, convergence
 
 Trace is what the optimizer produced; nothing derived is in it. loss_nats[t] is the loss of theta[t]
@@ -32,10 +33,12 @@ from constellation.artifacts.layout import layout_hash, layout_of
 from constellation.artifacts.signal import read_arrays
 from constellation.config import Config, difference, from_json
 from constellation.errors import ArtifactError
+from constellation.regime.words import words
 from constellation.storage.atomic import no_link, read_object, write_bytes, write_json
 from constellation.telemetry.step import Step
 
 CHANNELS = {"step": np.int64, "tokens": np.int64, "loss_nats": np.float64, "grad_norm": np.float64, "lr": np.float64}
+TELEMETRY = "training_telemetry.jsonl"
 THETA_UP_TO = 4096  # parameters; a larger theta is not traced
 
 
@@ -45,6 +48,10 @@ class Trace:
     def __init__(self, arrays: dict[str, np.ndarray] | None = None):
         self._rows: dict[str, list[Any]] = {name: list(arrays[name]) if arrays else [] for name in CHANNELS}
         self._theta: list[np.ndarray] = list(arrays["theta"]) if arrays and "theta" in arrays else []
+
+    def last(self) -> dict[str, float]:
+        """The newest state; {} before the first."""
+        return {name: rows[-1] for name, rows in self._rows.items() if rows}
 
     def append(self, theta: np.ndarray | None = None, **state: float) -> None:
         for name in CHANNELS:
@@ -65,6 +72,7 @@ class RunFolder:
     def __init__(self, path: Path):
         self.path = path
         self._steps = path / "diag_steps.jsonl"
+        self._telemetry = path / TELEMETRY
 
     def begin(self, config: Config, role: str, layout: list[dict[str, Any]], extra: dict[str, Any]) -> None:
         """meta.json, once: a resumed run keeps its identity. `layout` is name, shape and dtype of every block."""
@@ -87,15 +95,18 @@ class RunFolder:
 
     def truncate(self, step: int) -> None:
         """Forget the logged steps after `step`: a resumed run writes them again."""
-        if self._steps.exists():
-            kept = [line for line in self._steps.read_bytes().splitlines(keepends=True) if _step_of(line) <= step]
-            write_bytes(self._steps, b"".join(kept))
+        for log in (self._steps, self._telemetry):
+            if log.exists():
+                kept = [line for line in log.read_bytes().splitlines(keepends=True) if _step_of(line) <= step]
+                write_bytes(log, b"".join(kept))
 
     def log(self, steps: Iterable[Step]) -> None:
-        lines = "".join(json.dumps(step.to_json()) + "\n" for step in steps)
-        if lines:
-            with open(self._steps, "a", opener=no_link) as file:
-                file.write(lines)
+        steps = list(steps)
+        rows = [row for step in steps if (row := telemetry_row(step))]
+        for log, lines in ((self._steps, [step.to_json() for step in steps]), (self._telemetry, rows)):
+            if lines:
+                with open(log, "a", opener=no_link) as file:
+                    file.write("".join(json.dumps(line) + "\n" for line in lines))
 
     def write_trace(self, arrays: dict[str, np.ndarray]) -> None:
         buffer = io.BytesIO()
@@ -125,6 +136,25 @@ class RunFolder:
             if isinstance(found.get("runtime_s", 0.0), float | int):
                 return found
         return {}
+
+
+def telemetry_row(step: Step) -> dict[str, Any]:
+    """A line of training_telemetry.jsonl; {} for a step at which telemetry was not measured."""
+    measured = step.measured or {}
+    if not measured.keys() & {"phi", "telemetry_nan"}:
+        return {}
+    own = {"role": step.role, "step": step.step, "tokens": step.tokens, "loss_nats": step.loss_nats}
+    told = {"grad_norm": step.grad_norm, "lr": step.lr, **measured, **words(measured)}
+    return {**own, **told, **({"advice": step.advice} if step.advice else {})}
+
+
+def read_telemetry(path: Path) -> list[dict[str, Any]]:
+    """The whole lines of `path`/training_telemetry.jsonl, oldest first; [] for a run without telemetry."""
+    try:
+        lines = (path / TELEMETRY).read_bytes().splitlines()
+    except FileNotFoundError:
+        return []
+    return [json.loads(line) for line in lines if _step_of(line) < float("inf")]
 
 
 def read_trace(path: Path) -> dict[str, np.ndarray]:

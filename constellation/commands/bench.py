@@ -296,3 +296,68 @@ def tune(
     from constellation.experiments import bench_tune
 
     bench_tune.run(config, corpus=corpus, tokens=tokens, trials=trials, turns=turns, out=out)
+
+
+@command.command()
+@click.option("--steps", default=300, show_default=True, type=click.IntRange(60), help="of each run")
+@click.option("--seeds", default=5, show_default=True, type=click.IntRange(2), help="paired")
+@click.option("--faults", default=None, metavar="A,B", help="default: all of them")
+@click.option("--arms", default=None, metavar="A,B", help="default: all of them")
+@options.corpus
+@click.option("--work", type=click.Path(path_type=Path), required=True, metavar="DIR", help="prepared data")
+@click.option("--workers", type=click.IntRange(1), default=1, show_default=True, help="processes")
+@out
+def recovery(
+    steps: int, seeds: int, faults: str | None, arms: str | None, corpus: Path | None, work: Path, workers: int,
+    out: Path | None,
+) -> None:  # fmt: skip
+    """Recoveries against injected faults: steps to recover and final loss, beside doing nothing."""
+    from constellation.experiments import bench_recovery as bench
+
+    chosen = _some("--faults", faults, bench.FAULTS), _some("--arms", arms, bench.ARMS)
+    bench.run(
+        steps=steps, seeds=seeds, faults=chosen[0], arms=chosen[1], corpus=corpus, work=work, workers=workers, out=out
+    )
+
+
+def _some(option: str, words: str | None, known: tuple[str, ...]) -> tuple[str, ...]:
+    """What "a,b" names of `known`, None: all; ConfigError for another name."""
+    names = known if words is None else tuple(words.split(","))
+    for name in names:
+        if name not in known:
+            raise ConfigError(f"{option} {words}: {name!r} is none of {', '.join(known)}")
+    return names
+
+
+@command.command()
+@click.option("--preset", default="small", show_default=True, help="whose training the cost is a share of")
+@click.option("--cost-steps", default=160, show_default=True, type=click.IntRange(51), help="of the run that is timed")
+@click.option("--steps", default=300, show_default=True, type=click.IntRange(100), help="of each studied run")
+@click.option("--seeds", default=3, show_default=True, type=click.IntRange(2))
+@options.corpus
+@click.option("--work", type=click.Path(path_type=Path), required=True, metavar="DIR", help="prepared data")
+@out
+def telemetry(
+    preset: str, cost_steps: int, steps: int, seeds: int, corpus: Path | None, work: Path, out: Path | None
+) -> None:
+    """Telemetry: its share of the training time, whether emotions differ, what predicts the loss beyond the loss."""
+    from constellation.experiments import bench_telemetry as bench
+
+    bench.run(make_preset(preset), cost_steps=cost_steps, steps=steps, seeds=seeds, corpus=corpus, work=work, out=out)
+
+
+@command.command()
+@click.option(
+    "--from", "source", type=click.Path(path_type=Path, exists=True), default=Path("results/optim.json"),
+    show_default=True, metavar="FILE", help="raw result of bench optim: the settings that it chose",
+)  # fmt: skip
+@click.option("--seeds", default=3, show_default=True, type=click.IntRange(2), help="paired")
+@click.option("--steps", default=None, type=click.IntRange(4), help="default: the task's")
+@options.corpus
+@click.option("--work", type=click.Path(path_type=Path), required=True, metavar="DIR", help="prepared data")
+@out
+def geometry(source: Path, seeds: int, steps: int | None, corpus: Path | None, work: Path, out: Path | None) -> None:
+    """Optimizers: basin distance and phi of what they trained, beside AdamW's and the original design's claims."""
+    from constellation.experiments import bench_geometry as bench
+
+    bench.run(source=source, seeds=seeds, steps=steps, corpus=corpus, work=work, out=out)

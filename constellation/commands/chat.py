@@ -17,12 +17,14 @@ from constellation.commands import options
 @options.run
 @options.sampling
 @options.mode
+@options.telemetry
 @options.local
 @options.address
 def command(
     run: Path,
     seed: int,
     mode: str,
+    telemetry: bool,
     local: bool,
     address: str | None,
     **sampling: Any,
@@ -41,14 +43,20 @@ def command(
                 continue
             said += line + "\n"
             shown, answer = None, ""
-            for piece in asked.stream(said, mode=mode, seed=seed + turn, **sampling):
+            stream = asked.stream(said, mode=mode, seed=seed + turn, **sampling)
+            for piece in stream:
                 if terminal and piece.text and piece.kernel != shown:
                     click.secho(f"{piece.kernel}> ", nl=False, bold=True)
                     shown = piece.kernel
                 click.echo(piece.text, nl=False)
                 answer += piece.text
-            said += answer + "\n"
             click.echo()
+            if telemetry and stream.answer is not None:
+                from constellation.pipeline.answered import telemetry_of_answer, told_line
+
+                last = stream.answer
+                click.echo(told_line(telemetry_of_answer(run, said, last.token_ids, last.kernels[-1])), err=True)
+            said += answer + "\n"
             turn += 1
 
 

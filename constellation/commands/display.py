@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import time
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from rich.box import SIMPLE_HEAD
@@ -19,6 +20,7 @@ from constellation.telemetry.step import Step
 if TYPE_CHECKING:
     from constellation.pipeline.status import ClusterStatus
 
+MEASURED = ("phi", "kappa", "D to OCEAN", "regime", "mood")
 QUIET_S = 5.0  # seconds between two lines of one model in a log
 
 
@@ -91,15 +93,25 @@ def status_table(found: ClusterStatus) -> None:
 
 def _rows(found: ClusterStatus) -> Table:
     """A row per model."""
-    right = ("steps", "nats/token", "pid", "restarts")
-    names = ("model", "E8 root", "state", "steps", "nats/token", "node", "pid", "restarts", "health")
+    right: tuple[str, ...] = ("steps", "nats/token", "pid", "restarts")
+    names: tuple[str, ...] = ("model", "E8 root", "state", "steps", "nats/token", "node", "pid", "restarts", "health")
+    measured = any(k.telemetry for k in found.kernels)
+    if measured:
+        names, right = (*names, *MEASURED), (*right, *MEASURED)
     table = table_of(f"{found.name}: {found.state}; {found.detail}", names, right)
     for k in found.kernels:
         steps = f"{k.step}/{k.steps}" if k.steps else str(k.step)
         loss = "-" if k.loss_nats is None else f"{k.loss_nats:.3f}"
         pid = "-" if k.pid is None else str(k.pid)
-        table.add_row(k.role, k.root or "-", k.state, steps, loss, k.node or "-", pid, str(k.restarts), k.health)
+        row = [k.role, k.root or "-", k.state, steps, loss, k.node or "-", pid, str(k.restarts), k.health]
+        table.add_row(*row, *(measured_row(k.telemetry or {}) if measured else ()))
     return table
+
+
+def measured_row(telemetry: Mapping[str, Any]) -> list[str]:
+    """The values of MEASURED as they are shown, "-" for what was not measured."""
+    values = [telemetry.get(name) for name in ("phi", "kappa_eff", "basin_distance", "regime", "curiosity_regime")]
+    return ["-" if v is None else f"{v:.3g}" if isinstance(v, float) else str(v).lower() for v in values]
 
 
 class Page:
@@ -127,6 +139,9 @@ class Page:
         for k in found.kernels:
             loss = "" if k.loss_nats is None else f"  loss {k.loss_nats:.3f} nats/token"
             lines[k.role] = f"{k.role:<12} {k.state:<9} {k.step:>6}/{k.steps or '-'}{loss}  {k.health}"
+            if k.telemetry:
+                told = zip(MEASURED, measured_row(k.telemetry), strict=True)
+                lines[k.role] += "  " + ", ".join(f"{name} {value}" for name, value in told)
         for role, line in lines.items():
             if self._said.get(role) != line:
                 self.console.print(line, highlight=False, markup=False)

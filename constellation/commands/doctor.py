@@ -18,9 +18,19 @@ NEEDED_DISK = 2 * 2**30  # bytes; Ray spills and a run of the default preset fit
 
 
 @click.command()
+@click.option(
+    "--architecture", "run", type=options.RunPlace(), default=None, metavar="RUN", help="check a trained model instead"
+)
+@click.option("--role", default="ocean", show_default=True, help="which model of RUN")
 @options.as_json
-def command(as_json: bool) -> None:
-    """Check Python, torch, Ray, GPUs and disk, then run a self-test: train a few steps, save, load, call an actor."""
+def command(run: Path | None, role: str, as_json: bool) -> None:
+    """Check Python, torch, Ray, GPUs and disk, then run a self-test: train a few steps, save, load, call an actor.
+
+    With --architecture: parameters, causality, loops, geometry, gradients and round trips of a trained model.
+    """
+    if run is not None:
+        _architecture(run, role, as_json)
+        return
     checks = (
         ("python", _python), ("torch", _torch), ("ray", _ray), ("gpus", _gpus), ("disk", _disk),
         ("memory", _memory),
@@ -42,6 +52,22 @@ def command(as_json: bool) -> None:
         options.print_json({"ok": not failed, "checks": rows})
     if failed:
         raise RunError(f"doctor: {', '.join(failed)} failed")
+
+
+def _architecture(run: Path, role: str, as_json: bool) -> None:
+    from dataclasses import asdict
+
+    from constellation.pipeline.architecture import check_architecture
+
+    rows = check_architecture(run, role)
+    failed = [row.name for row in rows if row.ok is False]
+    if as_json:
+        options.print_json({"ok": not failed, "run": run, "role": role, "checks": [asdict(row) for row in rows]})
+    else:
+        for row in rows:
+            click.echo(f"{'-   ' if row.ok is None else 'ok  ' if row.ok else 'FAIL'} {row.name:<12} {row.found}")
+    if failed:
+        raise RunError(f"doctor: {', '.join(failed)} failed for {role} of {run}")
 
 
 def _python() -> str:

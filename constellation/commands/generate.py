@@ -17,6 +17,7 @@ from constellation.commands import options
 @options.sampling
 @options.mode
 @options.top_k_kernels
+@options.telemetry
 @options.local
 @options.address
 @options.as_json
@@ -25,6 +26,7 @@ def command(
     prompt: str,
     mode: str,
     top_k_kernels: int,
+    telemetry: bool,
     local: bool,
     address: str | None,
     as_json: bool,
@@ -43,9 +45,18 @@ def command(
                 click.echo(piece.text, nl=False)
     answer = stream.answer
     assert answer is not None
+    measured: dict[str, Any] = {}
+    if telemetry:
+        from constellation.pipeline.answered import telemetry_of_answer
+
+        measured = {"telemetry": telemetry_of_answer(run, prompt, answer.token_ids, answer.kernels[-1])}
     if as_json:
-        options.print_json({"prompt": prompt, **answer.to_json(), "unfinished": asked.unfinished})
+        options.print_json({"prompt": prompt, **answer.to_json(), **measured, "unfinished": asked.unfinished})
     else:
         click.echo()
         route = " -> ".join(answer.kernels)
         click.echo(f"[{route}; {answer.completion_tokens} tokens, {answer.finish_reason}]", err=True)
+        if measured:
+            from constellation.pipeline.answered import told_line
+
+            click.echo(told_line(measured["telemetry"]), err=True)

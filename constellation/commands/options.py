@@ -48,6 +48,9 @@ overrides = click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
 name = click.option(
     "--name", default=None, metavar="NAME", help="of the constellation on Ray; default: the run folder's"
 )
+telemetry = click.option(
+    "--telemetry", is_flag=True, help="phi, kappa, regime and basin distance of the answer, read again here"
+)
 local = click.option("--local", is_flag=True, help="in this process, whatever is up; the tokens are the same")
 
 

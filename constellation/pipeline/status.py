@@ -11,10 +11,11 @@ import json
 import re
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from constellation.artifacts.run import TELEMETRY
 from constellation.errors import ArtifactError, ConfigError
 from constellation.pipeline import cost
 from constellation.pipeline.request import Plan, open_plan, open_request
@@ -41,6 +42,7 @@ class KernelStatus:
     node: str | None = None  # IP address and Ray's id of the node
     pid: int | None = None
     restarts: int = 0
+    telemetry: dict[str, Any] | None = None  # newest line of training_telemetry.jsonl
 
 
 @dataclass(frozen=True)
@@ -123,7 +125,7 @@ def folder_status(run: Path) -> ClusterStatus:
         live = {}
         with contextlib.suppress(TypeError, KeyError):  # of another version
             live = {row["role"]: KernelStatus(**row) for row in view.get("kernels", ())}
-        kernels = [k if k.state == "done" else live.get(k.role, k) for k in kernels]
+        kernels = [k if k.state == "done" else replace(live.get(k.role, k), telemetry=k.telemetry) for k in kernels]
         state = "training"
         detail = "a driver is at work" + ("" if age < OLD_S else f", its last news is {age:.0f} s old")
     elif finished(run):
@@ -189,6 +191,7 @@ def _kernel(run: Path, role: str, root: str | None) -> KernelStatus:
         role=role, root=root, state=state,
         health=str(page.get("failure")) if state == "failed" else "ok", step=last.get("step", 0),
         steps=_planned(folder), loss_nats=last.get("loss_nats"),
+        telemetry=_last_step(folder / TELEMETRY) or None,
     )  # fmt: skip
 
 

@@ -63,6 +63,14 @@ class Recoverable(Training, Protocol):
         """The newest checkpoint on disk, None before the first."""
         ...
 
+    def keep(self) -> None:
+        """This moment, on disk beside the run's checkpoints (recovery/); RunError where that cannot be written."""
+        ...
+
+    def batch_at(self, step: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Inputs and targets of the step after `step` steps, which may be read again at any time."""
+        ...
+
     def roll_back(self, saved: Saved) -> None:
         """Weights, optimizer and random numbers as `saved`, the failure forgotten; steps and data go on."""
         ...

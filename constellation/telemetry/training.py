@@ -54,3 +54,11 @@ class Training(Protocol):
     def latest(self) -> Mapping[str, float]:
         """Of every name that a probe has measured the newest value."""
         ...
+
+
+class Language(Protocol):
+    """What telemetry asks of a language model: hidden states (B, T, D) of tokens (B, T), and their logits (..., V)."""
+
+    def hidden(self, tokens_BT: torch.Tensor) -> torch.Tensor: ...
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor: ...

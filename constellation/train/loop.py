@@ -15,10 +15,13 @@ from constellation.regime.protocol import Advice, Recovery, Regime
 from constellation.telemetry.probe import Probe, Probes
 from constellation.telemetry.step import Step
 from constellation.train import checkpoint
+from constellation.train.clipping import clipping_of
 from constellation.train.job import Job, Source
+from constellation.train.measuring import telemetry_of
 from constellation.train.objective import Objective
 from constellation.train.parts import Parts
 from constellation.train.recording import Records
+from constellation.train.repair import Repair
 from constellation.train.schedule import Governor
 from constellation.train.state import TrainState
 from constellation.train.terms import probes_of
@@ -45,17 +48,23 @@ def fit(
     recovery    acts on advice, also on a step that failed
     governor    corrects the learning rate (schedule.py)
 
+    The last three are the configuration's own where regime.enabled (repair.py), probes too where telemetry.enabled.
     What the parts remember is in the checkpoint, so a run that is resumed is to be given them again. RunError when
     loss or gradient are not finite and no recovery helps.
     """
     records = Records(job.config.record, job.folder)
-    measured = Probes([*records.probes, *probes, *probes_of(job)])
-    state = TrainState(job, source, say, Parts(objective, measured, regime, recovery, governor), records)
+    measured = Probes([*records.probes, *probes, *probes_of(job), *telemetry_of(job)])
+    repair = Repair.of(job, regime, recovery, governor)
+    parts = Parts(objective, measured, **vars(repair), clipping=clipping_of(job.config.train.clip_kind))
+    state = TrainState(job, source, say, parts, records)
     for step in state.remaining():
-        losses = state.losses(state.batch_at(step))
-        state.apply(losses)
+        batch = repair.share(state.batch_at(step))
+        if len(batch[0]):
+            state.apply(state.losses(batch))
+        else:
+            state.rest()
         seen = measured.after(state)
-        advice = regime.judge(seen) if regime else Advice.GO_ON
-        if advice and recovery:
-            recovery.act(state, advice)
+        advice = repair.regime.judge(seen) if repair.regime else Advice.GO_ON
+        if advice and repair.recovery:
+            repair.recovery.act(state, advice)
         yield state.record(seen, advice)

@@ -9,6 +9,7 @@ from typing import Any
 from constellation.errors import ConfigError
 from constellation.regime.protocol import Recovery, Regime
 from constellation.telemetry.probe import Probes
+from constellation.train.clipping import Clipping
 from constellation.train.objective import Objective
 from constellation.train.schedule import Governor
 
@@ -22,6 +23,7 @@ class Parts:
     regime: Regime | None = None
     recovery: Recovery | None = None
     governor: Governor | None = None
+    clipping: Clipping | None = None
 
     def state(self) -> dict[str, Any]:
         """What each part remembers, by its name; those that remember nothing are left out."""

@@ -32,8 +32,10 @@ from constellation.errors import ConfigError, RunError
 from constellation.kernel.model import KernelLM
 from constellation.optim.natural import wants
 from constellation.regime.protocol import Advice, Saved
+from constellation.regime.words import words
 from constellation.telemetry.step import NUMBERS, Step
 from constellation.train import checkpoint, score
+from constellation.train.clipping import clipped
 from constellation.train.job import Job, Source, device
 from constellation.train.objective import CROSS_ENTROPY
 from constellation.train.parts import Parts
@@ -53,13 +55,14 @@ class TrainState:
     batch: tuple[Tensor, Tensor]
     numbers: dict[str, float]
     failure: str | None = None
+    tokens = 0  # that were trained on
 
     def __init__(self, job: Job, source: Source | None, say: checkpoint.Say, parts: Parts, records: Records):
         t = job.config.train
         torch.set_num_threads(job.threads)
         processor.keep_memory()
         self.job, self.steps, self.device = job, job.steps, device()
-        self.source = _batches(job) if source is None else source
+        self.source = batches_of(job) if source is None else source
         self.dev = None if job.dev is None else open_cache(job.dev)
         self.objective, self.parts, self.records = objective_of(job, parts.objective), parts, records
         self.model = KernelLM(job.config.kernel, seed=t.seed).to(self.device)
@@ -73,6 +76,7 @@ class TrainState:
         )
         self._traced = list(self.model.parameters()) if self.model.num_parameters() <= THETA_UP_TO else None
         self._theta: np.ndarray | None = None  # before the last step
+        self._tokens = 0  # likewise
         self._best, self._paused = math.inf, False
         self._logged: list[Step] = []
         self.folder = RunFolder(job.folder)
@@ -96,6 +100,7 @@ class TrainState:
         last = checkpoint.use_newest(self.job.folder, restored, say)
         if last is not None:
             self.parts.load_state(last[0].parts)
+            self.tokens = int(last[0].state.get("tokens", last[0].step * self.tokens_per_step))
             return last[0].step, last[1]
         if self.job.branch is not None:
             keep = self.optimizer if self.job.config.train.inherit_optimizer else None
@@ -151,17 +156,27 @@ class TrainState:
                 raise ConfigError(f"governor: the rate of step {self.step} is {lr}; it must be finite and at least 0")
         for group, rate in zip(self.optimizer.param_groups, self._rates, strict=True):
             group["lr"] = lr * rate
-        self._theta = self._flat()
-        norm = float(torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.job.config.train.clip))
+        self._theta, self._tokens = self._flat(), self.tokens
+        norm = clipped(list(self.model.parameters()), self.job.config.train.clip, self.parts.clipping)
         loss = self.objective.total(losses)
         if math.isfinite(loss) and math.isfinite(norm):
             self.optimizer.step(**self._told(loss, norm))
         else:
             self.failure = f"{self.job.role}: loss {loss} and gradient norm {norm} at step {self.step}"
         self.step += 1
+        self.tokens += self.batch[0].numel()
         terms = {name: value for name, value in losses.items() if name != CROSS_ENTROPY}
         self.numbers = {
             "step": self.step, "loss_nats": losses[CROSS_ENTROPY], "grad_norm": norm, "lr": lr, **terms
+        }  # fmt: skip
+
+    def rest(self) -> None:
+        """A step without training: nothing is computed, its numbers are those of the step before."""
+        self._theta, self._tokens = self._flat(), self.tokens
+        last = self.trace.last()
+        self.step += 1
+        self.numbers = {
+            "step": self.step, "loss_nats": last["loss_nats"], "grad_norm": last["grad_norm"], "lr": 0.0
         }  # fmt: skip
 
     def record(self, seen: Mapping[str, float], advice: Advice = Advice.GO_ON) -> Step:
@@ -173,7 +188,7 @@ class TrainState:
             raise RunError(f"{self.failure}; train anew with optim.lr below {job.config.optim.lr}")
         if self.parts.governor is not None:
             self.parts.governor.observe(seen)
-        self._trace(self._theta, done - 1, now["loss_nats"], now["grad_norm"], now["lr"])
+        self._trace(self._theta, done - 1, self._tokens, now["loss_nats"], now["grad_norm"], now["lr"])
         final = done == job.steps
         due = final or (t.eval_every and done % t.eval_every == 0)
         bits = self.evaluate() if due else None
@@ -183,11 +198,11 @@ class TrainState:
             sample = sample_text(self.model, job, t.sample_bytes)
         if final:  # the state after the last step, on the batch that would have come next
             loss = self.losses(self.batch_at(done), gradient=False)[CROSS_ENTROPY]
-            self._trace(self._flat(), done, loss, math.nan, 0.0)
+            self._trace(self._flat(), done, self.tokens, loss, math.nan, 0.0)
         if final or self._paused or done % t.checkpoint_every == 0:
             name = self._save(bits)
         step = Step(
-            job.role, done, job.steps, done * self.tokens_per_step, now["loss_nats"], now["grad_norm"], now["lr"],
+            job.role, done, job.steps, self.tokens, now["loss_nats"], now["grad_norm"], now["lr"],
             time.perf_counter() - self._tick, bits, sample, name,
             {key: value for key, value in seen.items() if key not in NUMBERS} or None,
             advice.value if advice else None,
@@ -206,7 +221,7 @@ class TrainState:
         bits = self.evaluate()
         self._best = math.inf if bits is None else bits
         loss = self.losses(self.batch_at(0), gradient=False)[CROSS_ENTROPY]
-        self._trace(self._flat(), 0, loss, math.nan, 0.0)
+        self._trace(self._flat(), 0, 0, loss, math.nan, 0.0)
         self._save(bits)
 
     def _save(self, bits: float | None) -> str:
@@ -214,7 +229,7 @@ class TrainState:
         self.records.save()
         return checkpoint.save(
             self.job.folder, self.step, self.model, self.optimizer, self.trace.arrays(),
-            tokens=self.step * self.tokens_per_step, dev_bits_per_byte=bits, parts=self.parts.state(),
+            tokens=self.tokens, dev_bits_per_byte=bits, parts=self.parts.state(),
             keep_last=t.keep_last, keep_best=t.keep_best,
         ).name  # fmt: skip
 
@@ -225,6 +240,13 @@ class TrainState:
     def last_checkpoint(self) -> checkpoint.Checkpoint | None:
         """The newest whole checkpoint on disk, None before the first."""
         return checkpoint.newest(self.job.folder)
+
+    def keep(self) -> None:
+        """This moment, on disk under recovery/, the newest alone; RunError where that cannot be written."""
+        checkpoint.save(
+            self.job.folder / "recovery", self.step, self.model, self.optimizer, self.trace.arrays(),
+            tokens=self.tokens, dev_bits_per_byte=None, parts=None, keep_last=1, keep_best=0,
+        )  # fmt: skip
 
     def roll_back(self, saved: Saved) -> None:
         """Weights, optimizer and random numbers as `saved`, the failure forgotten; steps and data go on."""
@@ -249,7 +271,13 @@ class TrainState:
         told = {
             "logits": lambda: self.model(x[:part]).flatten(0, 1),
             "targets": y[:part].flatten(),
-            "telemetry": {**self.latest, "loss": loss, "grad_norm": norm, "progress": self.step / self.steps},
+            "telemetry": {
+                **self.latest,
+                **words(self.latest),
+                "loss": loss,
+                "grad_norm": norm,
+                "progress": self.step / self.steps,
+            },
         }
         return {name: told[name] for name in self._wants}
 
@@ -257,8 +285,7 @@ class TrainState:
         """All parameters of a model that is small enough to be traced."""
         return torch.cat([p.detach().flatten() for p in self._traced]).cpu().numpy() if self._traced else None
 
-    def _trace(self, theta: np.ndarray | None, step: int, loss: float, norm: float, lr: float) -> None:
-        tokens = step * self.tokens_per_step
+    def _trace(self, theta: np.ndarray | None, step: int, tokens: int, loss: float, norm: float, lr: float) -> None:
         self.trace.append(theta, step=step, tokens=tokens, loss_nats=loss, grad_norm=norm, lr=lr)
 
     def _write_trace(self) -> None:
@@ -270,14 +297,14 @@ class TrainState:
         losses = self.trace.arrays()["loss_nats"]
         self.folder.summarise(
             status=status, failure=reason, role=self.job.role, steps=len(losses) - (status == "done"),
-            planned=self.steps, tokens=min(len(losses), self.steps) * self.tokens_per_step, **describe(losses),
+            planned=self.steps, tokens=self.tokens, **describe(losses),
             best_dev_bits_per_byte=self._best if self._best < math.inf else None,
             runtime_s=time.perf_counter() - self._began, converged=converged(losses),
             **({"optimizer": optimizer_stats(self.optimizer)} if "telemetry" in self._wants else {}),
         )  # fmt: skip
 
 
-def _batches(job: Job) -> Source:
+def batches_of(job: Job) -> Source:
     """Windows of the job's own token ranges, in an order drawn by its seed."""
     ranges = None if job.segments is None else segments.read(job.segments)
     return Batches(open_cache(job.train), ranges, job.config.kernel.context, job.batch, job.config.train.seed)
