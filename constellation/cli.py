@@ -30,6 +30,7 @@ COMMANDS = {
     "down": "stop what `up` started",
     "targets": "what a Prometheus asks: Ray nodes and fronts",
     "keys": "make, list and remove API keys of the service",
+    "coordizer": "learn a tokenizer with coordinates, judge tokenizers",
     "runs": "list, filter, sort, compare and diff what was trained",
     "plot": "draw the signals of runs as PNG or SVG",
     "export": "write a plain kernel as a folder for transformers, vLLM, CTranslate2",

@@ -20,6 +20,10 @@ NAMES = "\n".join(f"  {name:<19}{row.words}" for name, row in OPTIMIZERS.items()
 @options.corpus
 @options.run
 @click.option("--preset", default=None, metavar="NAME", help="tiny | small (default) | 23m | 100m | FILE.toml")
+@click.option(
+    "--tokenizer", type=click.Path(path_type=Path), default=None, metavar="FOLDER",
+    help="of `coordizer train`; kernel.vocab_size becomes its own; default: learnt, settings coordizer.*",
+)  # fmt: skip
 @click.option("--resume", is_flag=True, help="go on with the run in DIR")
 @options.address
 @click.option(
@@ -38,6 +42,7 @@ def command(
     corpus: Path | None,
     run: Path,
     preset: str | None,
+    tokenizer: Path | None,
     resume: bool,
     address: str | None,
     ray_auth: str | None,
@@ -50,8 +55,11 @@ def command(
     KEY=VALUE changes one setting of the preset, such as optim.lr=2e-3; heart.optim.lr=2e-3 changes it
     for one kernel alone.
     """
-    own_settings = resume and not preset and not overrides
-    config = None if own_settings else override(make_preset(preset or "small"), parse_assignments(overrides))
+    changes = parse_assignments(overrides)
+    if tokenizer is not None:
+        changes = {**_settings_of(tokenizer), **changes}
+    own_settings = resume and not preset and not changes
+    config = None if own_settings else override(make_preset(preset or "small"), changes)
     trackers = named(log)
     options.check_writable(run)
     from constellation.pipeline.request import check_request, open_request
@@ -70,3 +78,11 @@ def command(
             track(step)
     summary: dict[str, Any] = launch.summary(run)
     options.print_json(summary) if as_json else result_table(summary)
+
+
+def _settings_of(tokenizer: Path) -> dict[str, str]:
+    """The settings that take the tokenizer of a folder."""
+    from constellation.coordizer.trainer import load
+
+    size = load(tokenizer).tokenizer.vocab_size
+    return {"coordizer.folder": str(tokenizer.resolve()), "kernel.vocab_size": str(size)}

@@ -33,7 +33,10 @@ FIRST_MERGE = FIRST_BYTE + 256
 
 # Merges never cross these: words with the sign or space before them, numbers in groups of three, punctuation
 # with the line ends after it, white space. Fewer tokens than GPT-2's pattern, the more so the larger the vocabulary.
-PATTERN = r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+_WORD, _OTHERS = r"[^\r\n\p{L}\p{N}]?\p{L}+", r"|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+PATTERN = _WORD + _OTHERS
+PHRASES = _WORD + r"(?: \p{L}+)*" + _OTHERS  # words that single spaces join are one piece: merges may cross the spaces
+PATTERNS = (PATTERN, PHRASES)
 _PARALLEL = "TOKENIZERS_PARALLELISM"
 _INVALID = re.compile("([\udc80-\udcff]+)")  # what "surrogateescape" makes of bytes that are not UTF-8
 
@@ -45,16 +48,16 @@ class Tokenizer:
     surrogate as the three bytes it would have).
     """
 
-    def __init__(self, merges: Sequence[tuple[str, str]]) -> None:
+    def __init__(self, merges: Sequence[tuple[str, str]], pattern: str = PATTERN) -> None:
         vocab, self.token_bytes = _vocabulary(merges)
-        engine = _engine(models.BPE(vocab=vocab, merges=list(merges)))
+        engine = _engine(models.BPE(vocab=vocab, merges=list(merges)), pattern)
         engine.add_special_tokens([AddedToken(s, special=True, normalized=False) for s in SPECIALS])
         engine.encode_special_tokens = True  # "<|eos|>" inside a text stays text
         self._engine = engine
-        self._merges = tuple(merges)
+        self._merges, self.pattern = tuple(merges), pattern
         self.vocab_size = len(self.token_bytes)
         self.eos = EOS
-        self.hash = hashlib.sha256(json.dumps([PATTERN, SPECIALS, merges]).encode()).hexdigest()[:16]
+        self.hash = hashlib.sha256(json.dumps([pattern, SPECIALS, merges]).encode()).hexdigest()[:16]
 
     @classmethod
     def train(cls, texts: Iterable[str], vocab_size: int) -> Tokenizer:
@@ -69,7 +72,7 @@ class Tokenizer:
             vocab_size=vocab_size,
             min_frequency=2,
             special_tokens=list(SPECIALS),
-            initial_alphabet=list(_alphabet()),
+            initial_alphabet=list(alphabet()),
             show_progress=False,
         )
         _quiet_forks()
@@ -96,6 +99,14 @@ class Tokenizer:
             raise ConfigError(f"token id {bad} is not in this tokenizer's vocabulary, 0..{self.vocab_size - 1}")
         return b"".join(map(self.token_bytes.__getitem__, ids))
 
+    def parts(self) -> dict[int, tuple[int, int]]:
+        """Of every merged token the two that it is made of, in the order of its id; of several merges the first."""
+        vocab = _vocabulary(self._merges)[0]
+        found: dict[int, tuple[int, int]] = {}
+        for a, b in self._merges:
+            found.setdefault(vocab[a + b], (vocab[a], vocab[b]))
+        return dict(sorted(found.items()))
+
     def save(self, path: Path) -> None:
         """Write `tokenizer.json` in the format of the `tokenizers` library, atomically."""
         path = Path(path)
@@ -117,7 +128,10 @@ class Tokenizer:
         """The tokenizer saved at `path`; a damaged or foreign file is refused."""
         try:
             found = json.loads(Path(path).read_text(encoding="utf-8"))
-            tokenizer = cls([(str(a), str(b)) for a, b in found["model"]["merges"]])
+            pattern = found["pre_tokenizer"]["pretokenizers"][0]["pattern"]["Regex"]
+            if pattern not in PATTERNS:
+                raise ValueError(f"it splits text by {pattern!r}")
+            tokenizer = cls([(str(a), str(b)) for a, b in found["model"]["merges"]], pattern)
             whole = _essence(found) == _essence(json.loads(tokenizer._engine.to_str()), tokenizer.hash)
         except OSError as error:
             raise ArtifactError(f"{path}: cannot be read: {error.strerror}") from None
@@ -128,7 +142,7 @@ class Tokenizer:
         return tokenizer
 
     def __reduce__(self) -> tuple[Callable[..., Tokenizer], tuple[Any, ...]]:
-        return Tokenizer, (self._merges,)
+        return Tokenizer, (self._merges, self.pattern)
 
     def __repr__(self) -> str:
         return f"Tokenizer(vocab_size={self.vocab_size}, hash={self.hash!r})"
@@ -143,10 +157,15 @@ def _encode(text: str | bytes, bpe: Callable[[str], list[int]]) -> list[int]:
     return ids
 
 
-def _engine(model: models.BPE) -> Engine:
+def splitter(pattern: str) -> pre_tokenizers.Split:
+    """What cuts a text into the pieces that merges never cross."""
+    return pre_tokenizers.Split(Regex(pattern), behavior="isolated")
+
+
+def _engine(model: models.BPE, pattern: str = PATTERN) -> Engine:
     engine = Engine(model)
     engine.pre_tokenizer = pre_tokenizers.Sequence([
-        pre_tokenizers.Split(Regex(PATTERN), behavior="isolated"),
+        splitter(pattern),
         pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
     ])  # fmt: skip
     engine.decoder = decoders.ByteLevel()
@@ -161,7 +180,7 @@ def _essence(content: dict[str, Any], own_hash: str | None = None) -> list[Any]:
 
 
 @functools.cache
-def _alphabet() -> str:
+def alphabet() -> str:
     """256 printable characters, the b-th standing for byte b (Radford et al. 2019)."""
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     others: Iterator[int] = iter(range(256, 512))
@@ -169,9 +188,9 @@ def _alphabet() -> str:
 
 
 def _vocabulary(merges: Sequence[tuple[str, str]]) -> tuple[dict[str, int], list[bytes]]:
-    alphabet = _alphabet()
-    byte = {c: bytes([b]) for b, c in enumerate(alphabet)}
-    names = list(dict.fromkeys([*SPECIALS, *alphabet, *(a + b for a, b in merges)]))  # two merges may make one token
+    letters = alphabet()
+    byte = {c: bytes([b]) for b, c in enumerate(letters)}
+    names = list(dict.fromkeys([*SPECIALS, *letters, *(a + b for a, b in merges)]))  # two merges may make one token
     token_bytes = [b""] * FIRST_BYTE + [b"".join(byte[c] for c in name) for name in names[FIRST_BYTE:]]
     return {name: i for i, name in enumerate(names)}, token_bytes
 

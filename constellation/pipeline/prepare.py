@@ -19,10 +19,12 @@ from typing import Any
 import numpy as np
 
 from constellation.artifacts import segments
+from constellation.config import Config
+from constellation.coordizer import trainer
 from constellation.coordizer.tokenizer import Tokenizer
 from constellation.data.cache import TokenCache, build_cache, open_cache
 from constellation.data.corpus import Document, read_corpus
-from constellation.errors import ConstellationError
+from constellation.errors import ConfigError, ConstellationError
 from constellation.pipeline.request import REQUEST, Plan, open_plan, open_request, request, write_request
 from constellation.roster import OCEAN
 from constellation.storage.atomic import write_json
@@ -49,13 +51,28 @@ def prepare(run: Path) -> Plan:
             run.rmdir()
         raise
     train, dev = documents.split(config.data.dev_fraction)
-    Tokenizer.train(_up_to(train, config.data.tokenizer_bytes), config.kernel.vocab_size).save(run / "tokenizer.json")
+    _tokenizer(train, config).save(run / "tokenizer.json")
     tokenizer = Tokenizer.load(run / "tokenizer.json")
     caches = {name: build_cache(part, tokenizer, run / "data") for name, part in (("train", train), ("dev", dev))}
     prepared = {name: cache.path.name for name, cache in caches.items()}
     write_json(run / "corpus.json", {"hash": documents.hash, "report": documents.report.lines()})
     write_request(run, {**manifest, "corpus_hash": documents.hash, "prepared": prepared})
     return open_plan(run)
+
+
+def _tokenizer(train: Sequence[Document], config: Config) -> Tokenizer:
+    """The tokenizer of a run: the named folder's, or one learnt from its training text."""
+    asked, size = config.coordizer, config.kernel.vocab_size
+    if asked.folder:
+        found = trainer.load(Path(asked.folder)).tokenizer
+        if found.vocab_size > size:
+            raise ConfigError(f"kernel.vocab_size={size}: {asked.folder} has {found.vocab_size} tokens; set it to that")
+        return found
+    texts = _up_to(train, config.data.tokenizer_bytes)
+    if asked.score == "frequency":  # the library's own trainer, whose merges are the same
+        return Tokenizer.train(texts, size)
+    used = list(texts)
+    return trainer.merged(train[: len(used)], size, asked)
 
 
 def ocean_job(plan: Plan) -> Job:
