@@ -212,7 +212,7 @@ _HELD: list[Tokenizer] = []
 
 def phrases() -> Tokenizer:
     if not _HELD:
-        _HELD.append(trainer.merged(DOCUMENTS, 400, Settings(score="superword", words=0.5)))
+        _HELD.append(trainer.learnt(DOCUMENTS, 400, Settings(score="superword", words=0.5)).tokenizer)
     return _HELD[0]
 
 
@@ -356,7 +356,7 @@ def test_kernel_scores_are_weights_of_pairs_that_stand_in_the_corpus(monkeypatch
 
 
 def test_no_text_gives_the_bytes_alone(tmp_path):
-    found = trainer.merged([Document("")], 300, Settings(score="pmi"))
+    found = trainer.learnt([Document("")], 300, Settings(score="pmi")).tokenizer
     assert found.vocab_size == 272 and found.decode(found.encode("any")) == b"any"
     assert Merger(Pieces([], np.zeros((0, 1), np.int64))).round(5, 2) == 0
 

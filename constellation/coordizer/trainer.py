@@ -98,14 +98,14 @@ def train(
     yield Progress(tokenizer.vocab_size, vocabulary, "saved")
 
 
-def merged(documents: Sequence[Document], vocabulary: int, settings: Settings) -> Tokenizer:
-    """The tokenizer alone, without a folder."""
+def learnt(documents: Sequence[Document], vocabulary: int, settings: Settings) -> Coordizer:
+    """The coordizer alone, without a folder."""
     import tempfile
 
     with tempfile.TemporaryDirectory() as folder:
         for _ in train(documents, "", Path(folder) / "coordizer", vocabulary, settings):
             pass
-        return load(Path(folder) / "coordizer").tokenizer
+        return load(Path(folder) / "coordizer")
 
 
 def save(out: Path, tokenizer: Tokenizer, z: NDArray[np.float32], manifest: dict[str, Any]) -> None:
@@ -207,4 +207,4 @@ def _pieces(out: Path, name: str, groups: Sequence[tuple[str, int]], count: int,
     return pieces
 
 
-__all__ = ["Coordizer", "Neighbours", "Progress", "check", "load", "merged", "save", "train"]
+__all__ = ["Coordizer", "Neighbours", "Progress", "check", "learnt", "load", "save", "train"]
