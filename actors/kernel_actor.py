@@ -171,6 +171,7 @@ class ActorEngine:
             import torch
 
             from constellation.coordizer.tokenizer import Tokenizer
+            from constellation.decoding.basins import read as read_basins
             from constellation.train import checkpoint
             from router.answer.turn import Answerer
 
@@ -179,7 +180,9 @@ class ActorEngine:
             device = "cuda" if torch.cuda.is_available() else "cpu"
             model = checkpoint.load_model(run / self.role, device, self._notes.append)
             tokenizer = Tokenizer.load(run / "tokenizer.json")
-            self._answerer = Answerer(model, tokenizer, slots=decode.slots, precision=decode.precision)
+            basins = read_basins(run, tokenizer.hash, model.config.context)
+            slots, precision = decode.slots, decode.precision
+            self._answerer = Answerer(model, tokenizer, slots=slots, precision=precision, basins=basins)
             self._step = checkpoint.steps_on_disk(run / self.role)[-1]
             self.checkpoint = checkpoint.folder_of(run / self.role, self._step).name
             self.state = "serving"

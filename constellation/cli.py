@@ -31,6 +31,7 @@ COMMANDS = {
     "down": "stop what `up` started",
     "targets": "what a Prometheus asks: Ray nodes and fronts",
     "keys": "make, list and remove API keys of the service",
+    "coordizer": "learn a tokenizer with coordinates, judge tokenizers",
     "runs": "list, filter, sort, compare and diff what was trained",
     "plot": "draw the signals of runs as PNG or SVG",
     "signature": "write what tells a run's models apart, 2 to 4 KB each",

@@ -227,6 +227,19 @@ class Data:
 
 
 @dataclass(frozen=True)
+class Coordizer:
+    """The run's tokenizer: one from a folder, or one that is learnt from its text (constellation/coordizer)."""
+
+    score: Annotated[
+        Literal["frequency", "pmi", "unigram_gain", "parity", "superword", "basin", "attention", "kernel"],
+        says("what the next merge is chosen by"),
+    ] = "frequency"
+    min_count: Annotated[int, Meta(ge=2), says("times a pair must stand in the corpus to be merged")] = 2
+    words: Annotated[Part, says("superword: part of the merges that is learnt inside words")] = 0.8
+    folder: Annotated[str, says("of `coordizer train`, whose tokenizer is taken as it is; empty: one is learnt")] = ""
+
+
+@dataclass(frozen=True)
 class Router:
     """Fit and decisions of the router (router/)."""
 
@@ -281,6 +294,7 @@ class Config:
     telemetry: Measuring = field(default_factory=Measuring)
     regime: Regimes = field(default_factory=Regimes)
     data: Data = field(default_factory=Data)
+    coordizer: Coordizer = field(default_factory=Coordizer)
     router: Router = field(default_factory=Router)
     decode: Decode = field(default_factory=Decode)
     cluster: Cluster = field(default_factory=Cluster)

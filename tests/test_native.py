@@ -14,7 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from constellation.config import Kernel
-from constellation.decoding.compiled import FLAGS, SOURCES, available
+from constellation.decoding.built import FLAGS, SOURCES, sources
+from constellation.decoding.compiled import available
 from constellation.decoding.native import NativeSlots, Panels, Panels8, suits
 from constellation.decoding.packed import Packed
 from constellation.kernel.model import KernelLM
@@ -193,8 +194,8 @@ def test_it_compiles_for_processors_that_are_not_here(name, tmp_path):
 
 
 def build(compiler, path):
-    sources = [Path(__file__).parent / "same_bits.c", *SOURCES.glob("*.c")]
+    inputs = [str(Path(__file__).parent / "same_bits.c"), *sources()]
     flags = [flag for flag in FLAGS if flag not in ("-shared", "-fPIC")]
-    words = [*compiler, *flags, "-Wall", "-Wextra", "-Werror", f"-I{SOURCES}", *map(str, sources), "-lm"]
+    words = [*compiler, *flags, "-Wall", "-Wextra", "-Werror", *(f"-I{folder}" for folder in SOURCES), *inputs, "-lm"]
     subprocess.run([*words, "-o", str(path)], check=True)
     return str(path)

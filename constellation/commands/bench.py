@@ -279,6 +279,42 @@ def modes(
 
 @command.command()
 @options.corpus
+@click.option(
+    "--work", type=click.Path(path_type=Path), required=True, metavar="DIR", help="models; reused when called again"
+)
+@click.option("--scores", default="frequency,pmi,unigram_gain,parity,superword,basin,attention,kernel", metavar="A,B")
+@click.option("--vocabs", default="512,1024,2048", show_default=True, metavar="N,N", help="each score chooses one")
+@click.option("--seeds", default=3, show_default=True, type=click.IntRange(1, 100))
+@click.option("--preset", default="small", show_default=True)
+@out
+@options.overrides
+def coordizer(
+    corpus: Path | None, work: Path, scores: str, vocabs: str, seeds: int, preset: str, out: Path | None,
+    overrides: tuple[str, ...],
+) -> None:  # fmt: skip
+    """What each merge is chosen by: bits per byte at equal FLOPs and at equal bytes, vocabulary re-optimised."""
+    if corpus is not None and not corpus.exists():
+        raise ConfigError(f"corpus {corpus} does not exist")
+    config = override(make_preset(preset), parse_assignments(overrides))
+    sizes = [int(word) for word in vocabs.split(",") if word.strip().isdecimal() and int(word) >= 272]
+    if len(sizes) != len(vocabs.split(",")):
+        raise ConfigError(
+            f"--vocabs {vocabs}: whole numbers of at least 272 with commas between them, such as 512,1024"
+        )
+    from constellation.coordizer.scores import score_of
+    from constellation.experiments import bench_coordizer
+    from constellation.experiments.harness import finish
+
+    names = [score_of(name).name for name in scores.split(",")]
+    work.mkdir(parents=True, exist_ok=True)
+    result = bench_coordizer.run(
+        corpus, work, config, scores=names, vocabularies=sizes, seeds=range(seeds), say=click.echo
+    )
+    finish(result, bench_coordizer.markdown(result).splitlines(), out)
+
+
+@command.command()
+@options.corpus
 @click.option("--preset", default="tiny", show_default=True)
 @click.option("--tokens", default=1e6, show_default=True, type=click.FloatRange(1), help="of an evaluation of OCEAN")
 @click.option("--trials", default=4, show_default=True, type=click.IntRange(1), help="evaluations of a turn")

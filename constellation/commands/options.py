@@ -91,6 +91,9 @@ def sampling(command: Callable[..., Any]) -> Callable[..., Any]:
         setting(Sampling, "top_p", default=0.95, show_default=True),
         setting(Sampling, "min_p"),
         setting(Sampling, "repetition_penalty"),
+        setting(Sampling, "basin_weight"),
+        setting(Sampling, "distance_weight"),
+        setting(Sampling, "transition_weight"),
         setting(Sampling, "seed", show_default=True, metavar="S"),
         click.option("--stop", multiple=True, metavar="TEXT", help="end before this text; may be given again"),
     )

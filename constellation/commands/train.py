@@ -34,6 +34,10 @@ NAMES = "\n".join(f"  {name:<19}{row.words}" for name, row in OPTIMIZERS.items()
     "--embeddings", type=click.Path(path_type=Path), default=None, metavar="DIR|FILE",
     help="the embeddings of such a folder, or a safetensors file in it, alone: frozen, projected to kernel.width",
 )  # fmt: skip
+@click.option(
+    "--tokenizer", type=click.Path(path_type=Path), default=None, metavar="FOLDER",
+    help="of `coordizer train`; kernel.vocab_size becomes its own; default: learnt, settings coordizer.*",
+)  # fmt: skip
 @click.option("--resume", is_flag=True, help="go on with the run in DIR")
 @options.address
 @click.option(
@@ -54,6 +58,7 @@ def command(
     preset: str | None,
     folder: Path | None,
     embeddings: Path | None,
+    tokenizer: Path | None,
     resume: bool,
     address: str | None,
     ray_auth: str | None,
@@ -66,11 +71,13 @@ def command(
     KEY=VALUE changes one setting of the preset, such as optim.lr=2e-3; heart.optim.lr=2e-3 changes it
     for one kernel alone.
     """
+    changes = parse_assignments(overrides)
+    if tokenizer is not None:
+        changes = {**_settings_of(tokenizer), **changes}
     config = None
-    if not resume or preset or overrides or folder or embeddings:
+    if not resume or preset or changes or folder or embeddings:
         own = resume and not preset and (run / REQUEST).exists()
         base = open_request(run)[1] if own else make_preset(preset or "small")
-        changes = parse_assignments(overrides)
         config = begun_with(base, changes, folder=folder, embeddings=embeddings)
     trackers = named(log)
     options.check_writable(run)
@@ -88,3 +95,11 @@ def command(
             track(step)
     summary: dict[str, Any] = launch.summary(run)
     options.print_json(summary) if as_json else result_table(summary)
+
+
+def _settings_of(tokenizer: Path) -> dict[str, str]:
+    """The settings that take the tokenizer of a folder."""
+    from constellation.coordizer.trainer import load
+
+    size = load(tokenizer).tokenizer.vocab_size
+    return {"coordizer.folder": str(tokenizer.resolve()), "kernel.vocab_size": str(size)}

@@ -36,7 +36,10 @@ FIRST_MERGE = FIRST_BYTE + 256
 
 # Merges never cross these: words with the sign or space before them, numbers in groups of three, punctuation
 # with the line ends after it, white space. Fewer tokens than GPT-2's pattern, the more so the larger the vocabulary.
-PATTERN = r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+_WORD, _OTHERS = r"[^\r\n\p{L}\p{N}]?\p{L}+", r"|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+PATTERN = _WORD + _OTHERS
+PHRASES = _WORD + r"(?: \p{L}+)*" + _OTHERS  # words that single spaces join are one piece: merges may cross the spaces
+PATTERNS = (PATTERN, PHRASES)
 _PARALLEL = "TOKENIZERS_PARALLELISM"
 _INVALID = "\udc80-\udcff"  # what "surrogateescape" makes of bytes that are not UTF-8
 
@@ -56,20 +59,21 @@ class Tokenizer:
     specials: dict[int, str]
     eos: int
     hash: str
+    pattern: str  # what merges do not cross; "" for a tokenizer of others
 
-    def __init__(self, merges: Sequence[tuple[str, str]]) -> None:
+    def __init__(self, merges: Sequence[tuple[str, str]], pattern: str = PATTERN) -> None:
         vocab, self.token_bytes = _vocabulary(merges)
-        engine = _engine(models.BPE(vocab=vocab, merges=list(merges)))
+        engine = _engine(models.BPE(vocab=vocab, merges=list(merges)), pattern)
         engine.add_special_tokens([AddedToken(s, special=True, normalized=False) for s in SPECIALS])
         engine.encode_special_tokens = True  # "<|eos|>" inside a text stays text
         self._engine, self._theirs = engine, ""
-        self._merges = tuple(merges)
+        self._merges, self.pattern = tuple(merges), pattern
         self._byte_ids: list[int | None] = list(range(FIRST_BYTE, FIRST_MERGE))
         self._apart = re.compile(f"([{_INVALID}]+)")
         self.vocab_size = len(self.token_bytes)
         self.eos = EOS
         self.specials = dict(enumerate(SPECIALS))
-        self.hash = hashlib.sha256(json.dumps([PATTERN, SPECIALS, merges]).encode()).hexdigest()[:16]
+        self.hash = hashlib.sha256(json.dumps([pattern, SPECIALS, merges]).encode()).hexdigest()[:16]
 
     @classmethod
     def pretrained(cls, text: str, eos: int) -> Tokenizer:
@@ -78,7 +82,7 @@ class Tokenizer:
         tokenizer = cls.__new__(cls)
         tokenizer._engine, tokenizer._theirs, tokenizer._merges = found.engine, text, ()
         tokenizer.token_bytes, tokenizer.specials, tokenizer.eos = found.token_bytes, found.specials, eos
-        tokenizer._byte_ids = found.byte_ids
+        tokenizer._byte_ids, tokenizer.pattern = found.byte_ids, ""
         tokenizer._apart = re.compile(f"([{_INVALID}{found.apart}]+)")
         tokenizer.vocab_size = len(found.token_bytes)
         tokenizer.hash = hashlib.sha256(json.dumps([json.loads(text), eos], sort_keys=True).encode()).hexdigest()[:16]
@@ -129,6 +133,14 @@ class Tokenizer:
             raise ConfigError(f"token id {bad} is not in this tokenizer's vocabulary, 0..{self.vocab_size - 1}")
         return b"".join(map(self.token_bytes.__getitem__, ids))
 
+    def parts(self) -> dict[int, tuple[int, int]]:
+        """Of every merged token the two that it is made of, in the order of its id; of several merges the first."""
+        vocab = _vocabulary(self._merges)[0]
+        found: dict[int, tuple[int, int]] = {}
+        for a, b in self._merges:
+            found.setdefault(vocab[a + b], (vocab[a], vocab[b]))
+        return dict(sorted(found.items()))
+
     def save(self, path: Path) -> None:
         """Write `tokenizer.json` in the format of the `tokenizers` library, atomically."""
         path = Path(path)
@@ -158,7 +170,10 @@ class Tokenizer:
                 if theirs.hash == said:
                     return theirs
                 raise ValueError("its checksum differs")
-            tokenizer = cls([(str(a), str(b)) for a, b in found["model"]["merges"]])
+            pattern = found["pre_tokenizer"]["pretokenizers"][0]["pattern"]["Regex"]
+            if pattern not in PATTERNS:
+                raise ValueError(f"it splits text by {pattern!r}")
+            tokenizer = cls([(str(a), str(b)) for a, b in found["model"]["merges"]], pattern)
             whole = _essence(found) == _essence(json.loads(tokenizer._engine.to_str()), tokenizer.hash)
         except OSError as error:
             raise ArtifactError(f"{path}: cannot be read: {error.strerror}") from None
@@ -169,7 +184,9 @@ class Tokenizer:
         return tokenizer
 
     def __reduce__(self) -> tuple[Callable[..., Tokenizer], tuple[Any, ...]]:
-        return (Tokenizer.pretrained, (self._theirs, self.eos)) if self._theirs else (Tokenizer, (self._merges,))
+        if self._theirs:
+            return Tokenizer.pretrained, (self._theirs, self.eos)
+        return Tokenizer, (self._merges, self.pattern)
 
     def __repr__(self) -> str:
         return f"Tokenizer(vocab_size={self.vocab_size}, hash={self.hash!r})"
@@ -197,10 +214,15 @@ class Tokenizer:
         return ids
 
 
-def _engine(model: models.BPE) -> Engine:
+def splitter(pattern: str) -> pre_tokenizers.Split:
+    """What cuts a text into the pieces that merges never cross."""
+    return pre_tokenizers.Split(Regex(pattern), behavior="isolated")
+
+
+def _engine(model: models.BPE, pattern: str = PATTERN) -> Engine:
     engine = Engine(model)
     engine.pre_tokenizer = pre_tokenizers.Sequence([
-        pre_tokenizers.Split(Regex(PATTERN), behavior="isolated"),
+        splitter(pattern),
         pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
     ])  # fmt: skip
     engine.decoder = decoders.ByteLevel()

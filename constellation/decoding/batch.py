@@ -27,6 +27,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from constellation.decoding.basins import Basins, check
 from constellation.decoding.compiled import available
 from constellation.decoding.graph import Graph, Wide
 from constellation.decoding.native import NativeSlots, Panels, Panels8, draw, suits
@@ -89,6 +90,7 @@ class Batch:
     def __init__(
         self, model: KernelLM, *, slots: int = 32, chunk: int | None = None, precision: str = "fp32",
         bias_V: Tensor | None = None, ends: Sequence[int] = (), wide: bool | None = None, native: bool | None = None,
+        basins: Basins | None = None,
     ):  # fmt: skip
         if chunk is None:
             chunk = min(max(PIECE_WORK // multiplications(model.config), 64), 512)
@@ -101,7 +103,7 @@ class Batch:
         product = {"fp32": Panels, "int8": Panels8}.get(precision) if native else None
         self.packed = Packed(model, precision, bias_V, product)
         self.slots = NativeSlots(self.packed, slots) if native else Slots(self.packed, slots, spare=wide)
-        self.chunk, self.ends = chunk, tuple(ends)
+        self.chunk, self.ends, self.basins = chunk, tuple(ends), basins
         with torch.inference_mode():
             self._wide = (Graph if on_gpu else Wide)(self.slots) if wide else None
         self.context = self.packed.context
@@ -144,6 +146,7 @@ class Batch:
             raise ConfigError("a window needs at least one token")
         outside = [t for t in work.tokens if not 0 <= t < self.packed.vocabulary]
         if isinstance(work, Writing):
+            check(work.sampling, self.basins)
             if not 1 <= work.room <= self.context:
                 raise ConfigError(f"room={work.room}: 1 to {self.context} tokens fit a context of {self.context}")
             chosen = [t for t, _ in work.sampling.logit_bias] + list(work.sampling.stop_token_ids)
@@ -421,12 +424,21 @@ class Batch:
         settings = self._settings[1]
         seen_NV = self._seen_SV[slots] if settings.penalised and self._seen_SV is not None else None
         counts_NV = self._counts_SV[slots] if settings.counted and self._counts_SV is not None else None
+        terms_NV = self._terms(writing, logits_NV)
         if native:
-            return draw(penalised(logits_NV, settings, np.array(taken), seen_NV, counts_NV), settings.records, taken)
+            told = penalised(logits_NV, settings, np.array(taken), seen_NV, counts_NV, terms_NV)
+            return draw(told, settings.records, taken)
         finite_N = logits_NV.amax(-1).isfinite()  # -inf must not come; the largest is no such
-        tokens_N = sample(logits_NV.where(finite_N[:, None], 0.0), settings, taken, seen_NV, counts_NV)
+        tokens_N = sample(logits_NV.where(finite_N[:, None], 0.0), settings, taken, seen_NV, counts_NV, terms_NV)
         chosen: list[int] = tokens_N.where(finite_N, -1).tolist()
         return chosen
+
+    def _terms(self, writing: list[Writing], logits_NV: Tensor) -> Tensor | None:
+        """What basins add to the logits of those who ask for it; None where nobody does."""
+        if self.basins is None or not any(w.sampling.geometric for w in writing):
+            return None
+        size = logits_NV.shape[1]
+        return torch.stack([self.basins.terms(w.tokens, w.sampling, size) for w in writing]).to(logits_NV)
 
     def _mark(self, work: Writing) -> None:
         """Which tokens the window holds, and how often each was generated, if the request has a penalty on them."""

@@ -1,4 +1,4 @@
-"""Libraries of csrc/ that were compiled before, for machines without a compiler: an image holds one for each level.
+"""Libraries of csrc/ folders that were compiled before, for machines without a compiler: an image has one a level.
 
     python -m constellation.decoding.built FOLDER     compiles them
     CONSTELLATION_NATIVE_BUILT=FOLDER                 takes them instead of a compiler
@@ -16,7 +16,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-SOURCES = Path(__file__).parent / "csrc"
+SOURCES = tuple(Path(__file__).parents[1] / part / "csrc" for part in ("decoding", "coordizer"))
 FLAGS = ("-O3", "-ffp-contract=off", "-fno-math-errno", "-shared", "-fPIC")
 FOLDER = "CONSTELLATION_NATIVE_BUILT"
 AVX2 = ("avx2", "fma", "bmi1", "bmi2", "f16c", "abm", "movbe")  # as Linux calls what is above every x86-64
@@ -52,11 +52,16 @@ def build(folder: Path, compiler: Sequence[str] = ("cc",), machine: str = platfo
 
 
 def sources() -> list[str]:
-    return sorted(map(str, SOURCES.glob("*.c")))
+    return [str(path) for path in files() if path.suffix == ".c"]
+
+
+def files() -> list[Path]:
+    """All that the library is made of, in a fixed order."""
+    return [path for folder in SOURCES for path in sorted(folder.iterdir())]
 
 
 def named(folder: Path, level: str) -> Path:
-    content = b"\0".join(path.read_bytes() for path in sorted(SOURCES.iterdir()))
+    content = b"\0".join(path.read_bytes() for path in files())
     return folder / f"{level}-{hashlib.sha256(content).hexdigest()[:16]}.so"
 
 

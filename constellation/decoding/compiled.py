@@ -1,4 +1,4 @@
-"""The library made of csrc/ for the processor that runs it.
+"""The library made of the C sources of decoding and coordizer for the processor that runs it.
 
 The C compiler of the machine (CC, or cc, gcc, clang) makes it once for these sources, compiler and processor, in a few
 seconds; it is kept in XDG_CACHE_HOME, ~/.cache without. A folder shared by several kinds of machine holds one library
@@ -27,7 +27,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from constellation.decoding import built
-from constellation.decoding.built import FLAGS, SOURCES
+from constellation.decoding.built import FLAGS
 from constellation.errors import ConfigError
 
 
@@ -50,7 +50,7 @@ def library() -> ctypes.CDLL:
     words = [*compiler, _architecture(), *FLAGS, *built.sources(), "-lm"]
     version = subprocess.run([*compiler, "--version"], capture_output=True, check=False).stdout
     parts = [version, _processor(), *map(str.encode, (*compiler, _architecture(), *FLAGS))]
-    parts += [path.read_bytes() for path in sorted(SOURCES.iterdir())]
+    parts += [path.read_bytes() for path in built.files()]
     name = "native-" + hashlib.sha256(b"\0".join(parts)).hexdigest()[:16]
     reasons = []
     for folder in _folders():
@@ -64,8 +64,10 @@ def library() -> ctypes.CDLL:
 
 
 def _typed(made: ctypes.CDLL) -> ctypes.CDLL:
-    for function in (made.forward_scratch, made.product_scratch, made.draw_scratch):
-        function.restype = ctypes.c_int64
+    lengths = ("forward_scratch", "product_scratch", "draw_scratch")
+    for name in (*lengths, "pieces_count", "pieces_letters", "count_pairs", "merge_round"):
+        getattr(made, name).restype = ctypes.c_int64
+    made.pieces_new.restype = ctypes.c_void_p
     return made
 
 
@@ -99,7 +101,7 @@ def _made(words: Sequence[str], folder: Path, name: str) -> Path:
             made = Path(scratch) / "native.so"
             done = subprocess.run([*words, "-o", str(made)], capture_output=True, text=True, check=False)
             if done.returncode:
-                raise Unavailable(f"{words[0]} cannot compile {SOURCES.name}: {done.stderr.strip()[-300:]}")
+                raise Unavailable(f"{words[0]} cannot compile csrc: {done.stderr.strip()[-300:]}")
             made.chmod(0o700)
             with made.open("rb+") as file:
                 path = _named(folder, name, file.read())

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from constellation.decoding.basins import Basins
 from constellation.decoding.batch import Batch, Writing
 from constellation.decoding.sample import RowSettings, Sampling, sample
 from constellation.kernel.model import KernelLM
@@ -43,7 +44,9 @@ def _writing(window: Sequence[int], sampling: Sampling, room: int) -> Writing:
 
 
 @torch.inference_mode()
-def decode_naive(model: KernelLM, window: Sequence[int], sampling: Sampling, taken: int = 0) -> list[int]:
+def decode_naive(
+    model: KernelLM, window: Sequence[int], sampling: Sampling, taken: int = 0, basins: Basins | None = None
+) -> list[int]:
     """`max_new_tokens` tokens after `window`, each from a whole forward pass over the last `context`: the oracle.
 
     The last `taken` tokens of `window` were generated before.
@@ -53,7 +56,9 @@ def decode_naive(model: KernelLM, window: Sequence[int], sampling: Sampling, tak
         read = tokens[-model.config.context :]
         logits = model(torch.tensor([read], device=model.embedding.weight.device))[:, -1]
         generated = tokens[len(tokens) - position :]
-        tokens.append(int(sample(logits, settings, [position], _counts(read, logits) > 0, _counts(generated, logits))))
+        terms = basins.terms(tokens, sampling, logits.shape[1])[None] if basins else None
+        seen, counts = _counts(read, logits) > 0, _counts(generated, logits)
+        tokens.append(int(sample(logits, settings, [position], seen, counts, terms)))
     return tokens[len(window) :]
 
 

@@ -9,6 +9,7 @@ The filters, in this order, B requests, V tokens, p_(1) >= p_(2) >= ... sorted:
     repetition penalty   x_i -> x_i / r if x_i > 0 else x_i r, for tokens i of the window
     presence, frequency  x_i -> x_i - a [n_i > 0] - b n_i, n_i times that i was generated (OpenAI's meaning)
     logit bias           x_i -> x_i + bias_i
+    basin terms          x_i -> x_i + what basins.py says of i behind the last tokens
     min tokens           x_i -> -inf for the ends of an answer, while position < min_tokens
     temperature          p = softmax(x / T); T = 0 takes argmax x, the first one of several, and ends here
     top-k                the k likeliest tokens, renormalised
@@ -124,13 +125,15 @@ def sample(
     positions: Sequence[int],
     seen_BV: Tensor | None = None,
     counts_BV: Tensor | None = None,
+    terms_BV: Tensor | None = None,
 ) -> Tensor:
     """The next token of every request, (B,) int64.
 
     `positions[b]` counts the tokens request b was given before. `seen_BV` (bool) marks the tokens of its
-    window, `counts_BV` says how often each was generated; they are needed only when a row has a penalty on them.
+    window, `counts_BV` says how often each was generated; they are needed only when a row has a penalty on them, as
+    `terms_BV` (basins.py) are when a row asks for some.
     """
-    logits_BV = penalised(logits_BV, settings, np.asarray(positions), seen_BV, counts_BV)
+    logits_BV = penalised(logits_BV, settings, np.asarray(positions), seen_BV, counts_BV, terms_BV)
     if settings.greedy:
         return logits_BV.argmax(-1)
     mixed = len(settings.plain) + len(settings.filtered) < len(logits_BV)
@@ -152,6 +155,7 @@ def penalised(
     positions: NDArray[np.int64],
     seen_BV: Tensor | None,
     counts_BV: Tensor | None,
+    terms_BV: Tensor | None = None,
 ) -> Tensor:
     """What each request's own history and wishes make of its logits; its own rows alone are changed."""
     if settings.penalised:
@@ -163,6 +167,8 @@ def penalised(
         x_BV = x_BV - settings.presence_B1 * (counts_BV > 0) - settings.frequency_B1 * counts_BV
     if len(settings.bias):
         x_BV = x_BV.index_put(settings.bias_at, settings.bias, accumulate=True)
+    if terms_BV is not None:
+        x_BV = x_BV + terms_BV
     if len(settings.early_until):
         rows, ids = settings.early_at
         early = torch.from_numpy(positions[rows.cpu().numpy()] < settings.early_until).to(x_BV.device)

@@ -26,6 +26,9 @@ RepetitionPenalty = Annotated[float, Meta(ge=0.01, le=100), says("divides the lo
 PresencePenalty = Annotated[float, Meta(ge=-2, le=2), says("nats off every token generated before")]
 FrequencyPenalty = Annotated[float, Meta(ge=-2, le=2), says("nats off a token for each time that it was generated")]
 Bias = Annotated[float, Meta(ge=-100, le=100), says("nats on a token's logit")]
+BasinWeight = Annotated[float, Meta(ge=0, le=10), says("of a token's affinity to the text's basin; 0: none")]
+DistanceWeight = Annotated[float, Meta(ge=0, le=10), says("nats off for a radian from the last token; 0: none")]
+TransitionWeight = Annotated[float, Meta(ge=0, le=10), says("of how often the token's basin follows; 0: none")]
 Token = Annotated[int, unsigned(32)]
 StopTokens = Annotated[tuple[Token, ...], Meta(max_length=MOST_STOP_TOKENS), says("at most 64 tokens")]
 Tops = Annotated[int, Meta(ge=0, le=MOST_LOGPROBS), says("likeliest tokens told beside each new one")]
@@ -55,6 +58,9 @@ class Sampling:
     ignore_eos: IgnoreEos = False
     stop_token_ids: StopTokens = ()  # they end the answer, and their text is not part of it
     logprobs: Tops | None = None  # None: no log-probability at all
+    basin_weight: BasinWeight = 0.0
+    distance_weight: DistanceWeight = 0.0
+    transition_weight: TransitionWeight = 0.0
     index: Annotated[int, unsigned(32), says("of the answers to one question, each with random numbers of its own")] = 0
 
     def __post_init__(self) -> None:
@@ -91,6 +97,11 @@ class Sampling:
         return bool(self.presence_penalty or self.frequency_penalty)
 
     @property
+    def geometric(self) -> bool:
+        """Whether terms of basins.py are added to the logits."""
+        return bool(self.basin_weight or self.distance_weight or self.transition_weight)
+
+    @property
     def filtered(self) -> bool:
         return self.top_k > 0 or self.top_p < 1 or self.min_p > 0
 
@@ -102,4 +113,6 @@ class Sampling:
     @property
     def penalised(self) -> bool:
         """Whether the logits are changed before the draw."""
-        return bool(self.repetition_penalty != 1 or self.counted or self.logit_bias or self.min_tokens)
+        return bool(
+            self.repetition_penalty != 1 or self.counted or self.logit_bias or self.min_tokens or self.geometric
+        )

@@ -17,12 +17,17 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from constellation.artifacts import segments
+from constellation.config import Config
+from constellation.coordizer import trainer
+from constellation.coordizer.coordinates import on_simplex
 from constellation.coordizer.tokenizer import Tokenizer
 from constellation.data.cache import TokenCache, build_cache, open_cache
 from constellation.data.corpus import Document, read_corpus
-from constellation.errors import ConstellationError
+from constellation.decoding import basins
+from constellation.errors import ConfigError, ConstellationError
 from constellation.pipeline import beginning
 from constellation.pipeline.request import REQUEST, Plan, open_plan, open_request, request, write_request
 from constellation.roster import OCEAN
@@ -60,17 +65,43 @@ def prepare(run: Path) -> Plan:
             run.rmdir()
         raise
     train, dev = documents.split(config.data.dev_fraction)
+    z = None
     if config.pretrained.given:
         beginning.write(run, config)
     else:
-        texts = _up_to(train, config.data.tokenizer_bytes)
-        Tokenizer.train(texts, config.kernel.vocab_size).save(run / "tokenizer.json")
+        made, z = _tokenizer(train, config)
+        made.save(run / "tokenizer.json")
     tokenizer = Tokenizer.load(run / "tokenizer.json")
     caches = {name: build_cache(part, tokenizer, run / "data") for name, part in (("train", train), ("dev", dev))}
+    if z is not None:
+        _write_basins(run, z, tokenizer, caches["train"])
     prepared = {name: cache.path.name for name, cache in caches.items()}
     write_json(run / "corpus.json", {"hash": documents.hash, "report": documents.report.lines()})
     write_request(run, {**manifest, "corpus_hash": documents.hash, "prepared": prepared})
     return open_plan(run)
+
+
+def _tokenizer(train: Sequence[Document], config: Config) -> tuple[Tokenizer, NDArray[np.float32] | None]:
+    """The tokenizer of a run, of the named folder or learnt from its training text, and coordinates if it has some."""
+    asked, size = config.coordizer, config.kernel.vocab_size
+    if asked.folder:
+        found = trainer.load(Path(asked.folder))
+        has = found.tokenizer.vocab_size
+        if has > size:
+            raise ConfigError(f"kernel.vocab_size={size}: {asked.folder} has {has} tokens; set it to that")
+        return found.tokenizer, found.coordinates_VN
+    texts = _up_to(train, config.data.tokenizer_bytes)
+    if asked.score == "frequency":  # the library's own trainer, whose merges are the same
+        return Tokenizer.train(texts, size), None
+    own = trainer.learnt(train[: len(list(texts))], size, asked)
+    return own.tokenizer, own.coordinates_VN
+
+
+def _write_basins(run: Path, z: NDArray[np.float32], tokenizer: Tokenizer, train: TokenCache) -> None:
+    """What the sampler's basin terms need, counted in the training text."""
+    p_VN = on_simplex(z)
+    table = basins.transitions(p_VN.argmax(-1), train.tokens, p_VN.shape[1])
+    basins.write(run, p_VN, table, tokenizer.hash)
 
 
 def ocean_job(plan: Plan) -> Job:

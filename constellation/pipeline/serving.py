@@ -34,12 +34,14 @@ def servable(run: Path, changes: Mapping[str, Any] | None = None) -> Config:
 def service_of(run: Path, kernels: Kernels) -> Service:
     """The service of a run whose kernels are `kernels`."""
     from constellation.coordizer.tokenizer import Tokenizer
+    from constellation.decoding.basins import read
     from router.answer.service import Service
     from router.decide.fisher_rao import FisherRaoRouter
 
     plan, created = open_plan(run), int((run / "constellation.json").stat().st_mtime)
     router, tokenizer = FisherRaoRouter.load(plan.router), Tokenizer.load(plan.tokenizer)
-    return Service(plan.config, router, tokenizer, kernels, name=NAME, created=created)
+    basins = read(run, tokenizer.hash, plan.config.kernel.context)
+    return Service(plan.config, router, tokenizer, kernels, name=NAME, created=created, basins=basins)
 
 
 def application(run: Path, kernels: Kernels, key_file: Path | None = None, front: Front | None = None) -> FastAPI:

@@ -14,6 +14,7 @@ import torch
 from numpy.typing import NDArray
 
 from constellation.coordizer.tokenizer import Tokenizer
+from constellation.decoding.basins import Basins
 from constellation.decoding.batch import slid
 from constellation.decoding.sample import RowSettings, TokenScore, sample, scored
 from router.answer.packet import Packet
@@ -24,9 +25,10 @@ class JointAnswer:
     """Writes on: `opening` is the window that the request came with, `written` all tokens of the answer so far."""
 
     def __init__(
-        self, packet: Packet, opening: Sequence[int], written: Sequence[int], tokenizer: Tokenizer, context: int
-    ):
-        self.packet, self.tokenizer, self.context = packet, tokenizer, context
+        self, packet: Packet, opening: Sequence[int], written: Sequence[int], tokenizer: Tokenizer, context: int,
+        basins: Basins | None = None,
+    ):  # fmt: skip
+        self.packet, self.tokenizer, self.context, self.basins = packet, tokenizer, context, basins
         self.tokens, self.answered = [*opening, *written], len(written)
         self.window = tuple(self.tokens[slid(len(self.tokens), context, step_of(context)) :])
         self.ending, self.finish = Ending(packet, tokenizer), packet.finish
@@ -53,7 +55,13 @@ class JointAnswer:
         seen_TV = _running(self.window, draft, logits_TV) > 0 if settings.penalised else None
         mine = self.tokens[len(self.tokens) - self.answered :]
         counts_TV = _running(mine, draft, logits_TV) if settings.counted else None
-        drawn = sample(logits_TV, settings, range(self.answered, self.answered + count), seen_TV, counts_TV).tolist()
+        terms_TV = None
+        if self.basins and sampling.geometric:
+            befores = [[*self.tokens, *draft[:t]] for t in range(count)]
+            size = logits_TV.shape[1]
+            terms_TV = torch.stack([self.basins.terms(before, sampling, size) for before in befores])
+        places = range(self.answered, self.answered + count)
+        drawn = sample(logits_TV, settings, places, seen_TV, counts_TV, terms_TV).tolist()
         if sampling.logprobs is not None:
             self.scored += scored(logits_TV, drawn, sampling.logprobs)
         return list(drawn)

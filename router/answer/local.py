@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from constellation import roster
 from constellation.config import Decode
 from constellation.coordizer.tokenizer import Tokenizer
+from constellation.decoding.basins import read
 from constellation.decoding.sample import TokenScore
 from constellation.errors import ConfigError
 from constellation.kernel.model import KernelLM
@@ -34,8 +35,10 @@ class LocalKernels:
         models: Mapping[str, KernelLM | Callable[[], KernelLM]],
         tokenizer: Tokenizer,
         decode: Decode | None = None,
+        basins: Path | None = None,
     ):
         self._models, self._tokenizer, self._decode = dict(models), tokenizer, decode or Decode()
+        self._basins = basins  # the run that has them, if one has
         self._answerers: dict[str, Answerer] = {}
         self._loading = threading.Lock()
         self._post: Post | None = None
@@ -48,7 +51,7 @@ class LocalKernels:
         def loader(name: str) -> Callable[[], KernelLM]:
             return lambda: load_model(run / name, device)
 
-        return cls({name: loader(name) for name in trained}, Tokenizer.load(run / "tokenizer.json"), decode)
+        return cls({name: loader(name) for name in trained}, Tokenizer.load(run / "tokenizer.json"), decode, run)
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -106,7 +109,9 @@ class LocalKernels:
                     raise ConfigError(f"no kernel {name!r}; there is {', '.join(self.names)}")
                 model, decode = self._models[name], self._decode
                 model = model if isinstance(model, KernelLM) else model()
-                made = Answerer(model, self._tokenizer, slots=decode.slots, precision=decode.precision)
+                words = self._tokenizer
+                basins = read(self._basins, words.hash, model.config.context) if self._basins else None
+                made = Answerer(model, words, slots=decode.slots, precision=decode.precision, basins=basins)
                 self._answerers[name] = made
             return self._answerers[name]
 

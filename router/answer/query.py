@@ -29,6 +29,8 @@ import numpy as np
 
 from constellation.config import Config
 from constellation.coordizer.tokenizer import Tokenizer
+from constellation.decoding.basins import Basins
+from constellation.decoding.basins import check as check_terms
 from constellation.decoding.sample import Sampling, TokenScore
 from constellation.errors import ConfigError, RunError
 from constellation.roster import OCEAN
@@ -148,7 +150,10 @@ def check(ask: Ask, policy: Policy | None, names: Sequence[str]) -> None:
 class QueryLife:
     """One request from its first look to its answer. `policy` may be None when one kernel is named."""
 
-    def __init__(self, number: int | str, ask: Ask, policy: Policy | None, tokenizer: Tokenizer, config: Config):
+    def __init__(self, number: int | str, ask: Ask, policy: Policy | None, tokenizer: Tokenizer, config: Config,
+                 basins: Basins | None = None):  # fmt: skip
+        check_terms(ask.sampling, basins)
+        self.basins = basins
         self.number, self.ask, self.tokenizer, self.config = number, ask, tokenizer, config
         prompt, tokens = read_prompt(ask.prompt, tokenizer)
         self.prompt_tokens = len(tokens)
@@ -201,7 +206,8 @@ class QueryLife:
 
     def _together(self) -> Generator[list[Call], Sequence[Any], Packet]:
         """The packet after a stretch that all of the panel wrote: draft, read, draw."""
-        joint = JointAnswer(self.packet, self.opening, self.token_ids, self.tokenizer, self.config.kernel.context)
+        joint = JointAnswer(self.packet, self.opening, self.token_ids, self.tokenizer, self.config.kernel.context,
+                            self.basins)  # fmt: skip
         window, draft, budget = joint.window, tuple[int, ...](), min(self._budget(), self.draft_bytes)
         if self.ask.draft and joint.room and budget:
             (drafted,) = yield [Turn(self.packet.kernel, joint.drafting(), budget, draft=True)]

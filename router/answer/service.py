@@ -21,6 +21,7 @@ import numpy as np
 
 from constellation.config import Config
 from constellation.coordizer.tokenizer import Tokenizer
+from constellation.decoding.basins import Basins
 from constellation.decoding.sample import TokenScore
 from constellation.errors import ConfigError
 from router.answer.certificate import CertificateWriter
@@ -70,8 +71,10 @@ class Service:
         *,
         name: str = "constellation",
         created: int = 0,
+        basins: Basins | None = None,
     ):
         self.config, self.policy, self.tokenizer, self.kernels = config, policy, tokenizer, kernels
+        self.basins = basins  # of the run's tokens, for requests that ask for their terms
         self.name, self.created = name, created  # created: seconds since 1970
         self._reader = Reader(kernels, config.kernel)
         self._under_way: set[str] = set()
@@ -83,7 +86,7 @@ class Service:
     def check(self, ask: Ask) -> None:
         """ConfigError if `ask` cannot be answered, before anything is decoded."""
         check(ask, self.policy, self.kernels.names)
-        QueryLife("", ask, self.policy, self.tokenizer, self.config)
+        QueryLife("", ask, self.policy, self.tokenizer, self.config, self.basins)
 
     async def stream(self, ask: Ask, early: bool = True) -> AsyncGenerator[Piece | Answer, None]:
         """The pieces of the answer as they come, then the `Answer`. Leaving early frees what it took.
@@ -92,7 +95,8 @@ class Service:
         """
         check(ask, self.policy, self.kernels.names)
         with self._working() as work:
-            life = QueryLife(ask.request or work, replace(ask, request=work), self.policy, self.tokenizer, self.config)
+            own = replace(ask, request=work)
+            life = QueryLife(ask.request or work, own, self.policy, self.tokenizer, self.config, self.basins)
             steps, came = life.live(), asyncio.Event()
             fetching: asyncio.Task[list[Any]] | None = None
 
@@ -166,7 +170,7 @@ class Service:
             raise ConfigError("answers: at least one is needed, none empty, no two the same")
         ask = Ask(prompt, mode=mode, top_k=top_k)
         check(ask, self.policy, self.kernels.names)
-        life = QueryLife("", ask, self.policy, self.tokenizer, self.config)
+        life = QueryLife("", ask, self.policy, self.tokenizer, self.config, self.basins)
         longest = max(map(len, asked))
         room = self.config.kernel.context - longest
         if room < 1:

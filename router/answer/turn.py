@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from constellation.coordizer.tokenizer import Tokenizer
+from constellation.decoding.basins import Basins
 from constellation.decoding.batch import Batch, Prefill, Writing
 from constellation.decoding.engine import Engine
 from constellation.decoding.sample import TokenScore, scored
@@ -43,7 +44,15 @@ Ear = Callable[
 class Answerer:
     """A kernel that takes turns, scores texts, and does all of it for many at once."""
 
-    def __init__(self, model: KernelLM, tokenizer: Tokenizer, *, slots: int = 32, precision: str = "fp32"):
+    def __init__(
+        self,
+        model: KernelLM,
+        tokenizer: Tokenizer,
+        *,
+        slots: int = 32,
+        precision: str = "fp32",
+        basins: Basins | None = None,
+    ):
         vocabulary = model.config.vocab_size
         if tokenizer.vocab_size > vocabulary:
             raise ArtifactError(
@@ -54,7 +63,7 @@ class Answerer:
         silent.remove(tokenizer.eos)
         bias_V = torch.zeros(vocabulary, device=model.embedding.weight.device)
         bias_V[silent] = float("-inf")  # reserved tokens and ids without a token: no text holds them
-        batch = Batch(model, slots=slots, precision=precision, bias_V=bias_V, ends=(tokenizer.eos,))
+        batch = Batch(model, slots=slots, precision=precision, bias_V=bias_V, ends=(tokenizer.eos,), basins=basins)
         self.engine = Engine(batch)
 
     def begin(self, packet: Packet, budget_bytes: int, ear: Ear | None = None) -> Future[Packet]:

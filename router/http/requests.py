@@ -27,7 +27,9 @@ from constellation.decoding.sampling import (
     MOST_BIASES,
     MOST_STOP_TOKENS,
     MOST_TOP_K,
+    BasinWeight,
     Bias,
+    DistanceWeight,
     FrequencyPenalty,
     IgnoreEos,
     MinP,
@@ -38,6 +40,7 @@ from constellation.decoding.sampling import (
     Token,
     TopP,
     Tops,
+    TransitionWeight,
 )
 from constellation.errors import ConfigError
 
@@ -137,6 +140,9 @@ class Generation(Addressed, kw_only=True):
     presence_penalty: PresencePenalty = 0.0
     frequency_penalty: FrequencyPenalty = 0.0
     repetition_penalty: RepetitionPenalty = 1.0
+    basin_weight: BasinWeight = 0.0  # log-linear terms of the tokens' coordinates (decoding/basins.py)
+    distance_weight: DistanceWeight = 0.0
+    transition_weight: TransitionWeight = 0.0
     logit_bias: Annotated[
         dict[Annotated[str, Meta(pattern="^[0-9]{1,10}$")], Bias],
         Meta(max_length=MOST_BIASES),
@@ -168,6 +174,9 @@ class Generation(Addressed, kw_only=True):
             logit_bias=tuple(sorted((int(token), bias) for token, bias in self.logit_bias.items())),
             min_tokens=self.min_tokens,
             ignore_eos=self.ignore_eos,
+            basin_weight=self.basin_weight,
+            distance_weight=self.distance_weight,
+            transition_weight=self.transition_weight,
             stop_token_ids=tuple(self.stop_token_ids),
             logprobs=self.tops,
         )
