@@ -23,6 +23,7 @@ COMMANDS = {
     "generate": "answer a prompt: route, decode, hand off",
     "chat": "prompt after prompt, on a terminal",
     "route": "explain who would answer each line of standard input",
+    "topo": "an atlas of charts over images: train, evaluate, report, measure",
     "eval": "causal bits per byte of every way to answer held-out text",
     "serve": "answer OpenAI clients over HTTP",
     "up": "keep a trained constellation alive on Ray",

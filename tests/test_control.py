@@ -183,7 +183,7 @@ def test_a_loss_of_zero_leaves_the_objective_and_the_weight_bounded() -> None:
     assert LearnedPrecisions(("a",), start=0.25).log_variance("a").exp().item() == pytest.approx(0.25, rel=1e-5)
 
 
-# -- gradient balance, update ratio --------------------------------------------------------------------------------------
+# -- gradient balance, update ratio ------------------------------------------------------------------------------------
 
 
 def test_balanced_gradients_have_the_wanted_share_whatever_their_scale() -> None:

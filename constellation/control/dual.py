@@ -1,6 +1,6 @@
 """PrimalDual: a multiplier for each constraint C_k <= eps_k, raised while it is violated.
 
-    minimise L(theta) + sum_k lambda_k (C_k(theta) - eps_k)        lambda_k <- clip(lambda_k + eta (C_k - eps_k), 0, max)
+    minimise L(theta) + sum_k lambda_k (C_k(theta) - eps_k)      lambda_k <- clip(lambda_k + eta (C_k - eps_k), 0, most)
 
 theta descends in anybody's loop, lambda ascends here (Arrow, Hurwicz & Uzawa 1958). At a solution the
 Karush-Kuhn-Tucker conditions hold: C_k <= eps_k, lambda_k >= 0, lambda_k (C_k - eps_k) = 0, and the gradient of the sum
@@ -65,7 +65,7 @@ class PrimalDual:
     """Constraints C_k <= limit_k by name."""
 
     def __init__(self, limits: Mapping[str, float], rate: float = 0.01, most: float = 1e4, proportional: float = 0.0):
-        if not 0 < rate < math.inf or not 0 < most:
+        if not 0 < rate < math.inf or not most > 0:
             raise ConfigError(f"PrimalDual: rate={rate} and most={most} must be above 0")
         self.limits = dict(limits)
         self._multipliers = {

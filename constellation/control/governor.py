@@ -52,7 +52,7 @@ class RateGovernor:
         if not sound or (self.window is not None and not self.window[1] <= self.window[2]):
             raise ConfigError(
                 f"RateGovernor: growth={self.growth} from 1 on, shrink={self.shrink} in (0, 1), 0 < least={self.least} "
-                f"<= start={self.start} <= most={self.most}, spike={self.spike} above 0, window={self.window} as low, high"
+                f"<= start={self.start} <= most={self.most}, spike={self.spike} above 0, window={self.window} in order"
             )
         first = self.start if self.grounding else min(1.0, self.most)
         fresh = {"factor": first, "seen": 0, "rest": 0, "mean": None, "spread": None, "last": None, "best": None,

@@ -1,4 +1,4 @@
-"""How far a step moved the parameters: |d theta| / |theta| of every tensor, whatever the optimizer did with the gradient.
+"""How far a step moved parameters: |d theta| / |theta| of every tensor, whatever the optimizer made of the gradient.
 
 lr |g| / |theta| is this ratio for plain gradient descent alone; under Adam it is off by |g| / sqrt(v), orders of
 magnitude, so that a cap on it never binds (You et al. 2017, arXiv:1708.03888, on the ratio; about 1e-3 is usual).
@@ -11,8 +11,6 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-SCALARS = 2  # tensors with fewer entries have no ratio worth a cap
-
 
 def copied(parameters: Sequence[Tensor]) -> list[Tensor]:
     """The parameters before a step."""
@@ -21,8 +19,11 @@ def copied(parameters: Sequence[Tensor]) -> list[Tensor]:
 
 @torch.no_grad()
 def update_ratio(before: Sequence[Tensor], after: Sequence[Tensor]) -> float:
-    """The largest |theta' - theta| / |theta| over tensors, at least 0; those that begin at 0 are left out. No unit."""
-    pairs = [(a, b) for a, b in zip(before, after, strict=True) if a.numel() >= SCALARS]
+    """The largest |theta' - theta| / |theta| over tensors, at least 0; those of one dimension, and zeros, are left out.
+
+    Biases and gains begin at 0 or near it, where any step is large; no unit.
+    """
+    pairs = [(a, b) for a, b in zip(before, after, strict=True) if a.dim() > 1]
     if not pairs:
         return 0.0
     old, new = [a for a, _ in pairs], [b.detach() for _, b in pairs]
