@@ -159,7 +159,7 @@ def bench(
     source: str | None, seeds: int, trials: int, epochs: int, arms: str | None, work: Path, speed: bool,
     out: Path | None, overrides: tuple[str, ...],
 ) -> None:  # fmt: skip
-    """Fixed against adaptive weights and rates, and every baseline, in one run with equal trials, codes and clusters."""
+    """Fixed against adaptive weights and rates, and every baseline, with equal trials, codes and clusters."""
     changes = named(parse_assignments(overrides))
     override(preset("digits"), changes)
     if speed:

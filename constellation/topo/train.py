@@ -240,7 +240,8 @@ class Training:
                 parts={"epoch": self.epoch, "adaptive": self.adaptive.state()},
             ).name  # fmt: skip
         done = Epoch(
-            ROLE, self.step, self.steps, self.epoch, t.epochs, self.step * self.batch, self.lr, wall_s, numbers, held, saved
+            ROLE, self.step, self.steps, self.epoch, t.epochs, self.step * self.batch, self.lr, wall_s, numbers, held,
+            saved,
         )  # fmt: skip
         self._logged.append(done)
         if saved:
