@@ -36,28 +36,31 @@ class PlainRouter(nn.Module):
 
 
 class CovariantRouter(PlainRouter):
-    """Keys transported to the point: score_n = q . U(v) k_n / t, U(v) = (1 - A)^-1 (1 + A), A = sum_d v_d S_d skew.
+    """Keys transported to the point: score_n = q . U(v) k_n / t.
 
-    The Cayley transform is orthogonal, so a key keeps its length; a rotation of all frames, q -> R q, k -> R k,
-    S -> R S R^T, changes no score.
+    U(v) turns the R / 2 planes of a key by the angles v S / sqrt(1 + |v|^2), a flat connection of the group U(1)^(R/2):
+    keys keep their lengths, U(v) is the inverse of U(-v), and a change of all frames, q -> G q, k -> G k with G of the
+    group, changes no score.
     """
 
     def __init__(self, features: int, latent: int, charts: int, channels: int):
         super().__init__(features, latent, charts, channels)
-        self.connection = nn.Parameter(0.01 * torch.randn(latent, channels, channels))
+        self.connection = nn.Parameter(torch.randn(latent, channels // 2) * latent**-0.5)
 
-    def transport(self, v_BD: Tensor) -> Tensor:
-        """U(v) (B, R, R), orthogonal; the point enters as v / sqrt(1 + |v|^2), within the unit ball."""
-        inside = v_BD / (1 + v_BD.square().sum(1, keepdim=True)).sqrt()
-        skew = self.connection - self.connection.transpose(1, 2)
-        a = torch.einsum("bd,dij->bij", inside, skew)
-        one = torch.eye(a.shape[-1], dtype=a.dtype, device=a.device)
-        u: Tensor = torch.linalg.solve(one - a, one + a)
-        return u
+    def angles(self, v_BD: Tensor) -> Tensor:
+        """(B, R / 2), radians."""
+        return (v_BD @ self.connection) * torch.rsqrt(1 + v_BD.square().sum(1, keepdim=True))
 
     def forward(self, f_BH: Tensor, v_BD: Tensor) -> Tensor:
-        there_BR = torch.einsum("br,brs->bs", self.query(f_BH), self.transport(v_BD))
-        return (there_BR @ self.keys.T) / self.temperature
+        back_BR = turned(self.query(f_BH), -self.angles(v_BD))
+        return (back_BR @ self.keys.T) / self.temperature
+
+
+def turned(q_BR: Tensor, angle_BP: Tensor) -> Tensor:
+    """q with plane p, its coordinates p and p + R / 2, turned by angle p."""
+    a, b = q_BR.chunk(2, 1)
+    cos, sin = angle_BP.cos(), angle_BP.sin()
+    return torch.cat((a * cos - b * sin, a * sin + b * cos), 1)
 
 
 ROUTERS = {"plain": PlainRouter, "covariant": CovariantRouter}
@@ -130,7 +133,24 @@ class Jumps(nn.Module):
         self.shift = nn.Parameter(0.1 * torch.randn(charts, rank))
         self.offset = nn.Parameter(0.1 * torch.randn(charts, latent))
 
+    def enter(self, u_BD: Tensor, from_B: Tensor) -> Tensor:
+        """B_i u + c_i, (B, r)."""
+        n, r, d = self.into.shape
+        all_BNr = (u_BD @ self.into.reshape(n * r, d).T).view(-1, n, r) + self.shift
+        return _picked(all_BNr, from_B)
+
+    def leave(self, h_Br: Tensor, to_B: Tensor) -> Tensor:
+        """A_j h + d_j, (B, D)."""
+        n, d, r = self.out.shape
+        all_BND = (h_Br @ self.out.reshape(n * d, r).T).view(-1, n, d) + self.offset
+        return _picked(all_BND, to_B)
+
     def forward(self, u_BD: Tensor, from_B: Tensor, to_B: Tensor) -> Tensor:
         """(B, D), coordinates in the chart `to`."""
-        there_Br = torch.einsum("brd,bd->br", self.into[from_B], u_BD) + self.shift[from_B]
-        return torch.einsum("bdr,br->bd", self.out[to_B], there_Br) + self.offset[to_B]
+        return self.leave(self.enter(u_BD, from_B), to_B)
+
+
+def _picked(all_BNd: Tensor, at_B: Tensor) -> Tensor:
+    """Row at_B of every image, (B, d): a product, whose derivative is cheaper than an index's."""
+    hard_BN = F.one_hot(at_B, all_BNd.shape[1]).to(all_BNd.dtype)
+    return (hard_BN[:, :, None] * all_BNd).sum(1)

@@ -54,7 +54,7 @@ class Seen:
     @cached_property
     def joint_NJ(self) -> Tensor:
         """p(chart, code), (N, J)."""
-        return torch.einsum("bn,bnj->nj", self.encoded.weight_BN, self.soft_codes_BNJ) / len(self.x)
+        return (self.encoded.weight_BN[:, :, None] * self.soft_codes_BNJ).mean(0)
 
     @cached_property
     def class_BY(self) -> Tensor:
@@ -192,10 +192,11 @@ def jump(seen: Seen) -> Tensor:
     top = seen.encoded.weight_BN.detach()[:JUMPING].topk(min(3, len(centres)), 1).indices
     i, j, k = top[:, 0], top[:, 1], top[:, -1]
     u = v - centres[i]
-    over = jumps(u, i, j)
+    between = jumps.enter(u, i)
+    over = jumps.leave(between, j)
     miss = F.mse_loss(over, v - centres[j])
-    same = F.mse_loss(jumps(u, i, i), u)
-    round_about = F.mse_loss(jumps(over, j, k), jumps(u, i, k))
+    same = F.mse_loss(jumps.leave(between, i), u)
+    round_about = F.mse_loss(jumps(over, j, k), jumps.leave(between, k))
     return miss + same + round_about
 
 

@@ -122,6 +122,8 @@ class Topo:
             raise ConfigError(
                 f"topo.model.latent={m.latent}, charts={m.charts}, codes={m.codes}: at least 2 of each are an atlas"
             )
+        if m.keys % 2:
+            raise ConfigError(f"topo.model.keys={m.keys}: an even number is wanted, keys are turned in planes")
         most, window = math.log(m.charts), self.loss.window_nats
         if self.loss.window and window >= most:
             raise ConfigError(
