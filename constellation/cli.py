@@ -24,6 +24,7 @@ COMMANDS = {
     "chat": "prompt after prompt, on a terminal",
     "route": "explain who would answer each line of standard input",
     "data": "make a corpus fit for training, or say what is wrong with it: prepare, validate",
+    "topo": "an atlas of charts over images: train, evaluate, report, measure",
     "eval": "causal bits per byte of every way to answer held-out text",
     "serve": "answer OpenAI clients over HTTP",
     "up": "keep a trained constellation alive on Ray",

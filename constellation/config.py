@@ -21,6 +21,7 @@ from constellation.errors import ConfigError
 from constellation.optim import registry
 from constellation.roster import OCEAN
 from constellation.settings import Count, NotNegative, Part, Positive, Whole, check, leaves, merged, says
+from constellation.topo.settings import Topo
 
 
 @dataclass(frozen=True)
@@ -281,6 +282,30 @@ class Cluster:
 
 
 @dataclass(frozen=True)
+class Control:
+    """Controllers of kernels and of the router's fit (constellation/control); off by default: none has won yet."""
+
+    rate: Annotated[
+        Literal["schedule", "governor"], says("learning rate: the schedule, or cut and recovered by the loss")
+    ] = "schedule"
+    growth: Annotated[float, Meta(ge=1), says("governor: growth of the rate in a calm step")] = 1.02
+    shrink: Annotated[float, Meta(gt=0, lt=1), says("governor: what a spike leaves of the rate")] = 0.5
+    spike: Annotated[Positive, says("governor: standard deviations of the loss that are a spike")] = 4.0
+    patience: Annotated[Whole, says("governor: steps of rest after a cut")] = 20
+    plateau: Annotated[Whole, says("governor: steps without progress that cut the rate; 0: none do")] = 0
+    cap: Annotated[NotNegative, says("governor: largest |d theta| / |theta| of a step; 0: none")] = 0.0
+    basin_limit: Annotated[
+        NotNegative, says("nats the basin term is held below by a dual that starts at lambda_basin; 0: fixed weight")
+    ] = 0.0
+    basin_rate: Annotated[Positive, says("step of that dual, per nat")] = 0.01
+    basin_most: Annotated[Positive, says("greatest weight of the basin term")] = 10.0
+    loads: Annotated[
+        Literal["resilient", "loss_free"],
+        says("how the router's fit evens kernels' loads: steps that grow and halve, or one that decays"),
+    ] = "resilient"
+
+
+@dataclass(frozen=True)
 class Config:
     """A whole run."""
 
@@ -298,6 +323,8 @@ class Config:
     router: Router = field(default_factory=Router)
     decode: Decode = field(default_factory=Decode)
     cluster: Cluster = field(default_factory=Cluster)
+    control: Control = field(default_factory=Control)
+    topo: Topo = field(default_factory=Topo)
     roles: Annotated[dict[str, dict[str, Any]], says("role -> dotted overrides of it alone")] = field(
         default_factory=dict
     )
@@ -306,6 +333,7 @@ class Config:
         """ConfigError, one line that names the setting, unless every value is in its range and they go together."""
         check(self)
         self.kernel.check()
+        self.topo.check()
         t = self.train
         for name, size in (("batch", t.batch), ("kernel_batch", t.kernel_batch)):
             if size % t.accumulation:
@@ -331,6 +359,11 @@ class Config:
             raise ConfigError(f"train.budget_usd={t.budget_usd}: say what an hour costs, cluster.usd_per_hour")
         if not t.ocean_share and not self.pretrained.folder:
             raise ConfigError("train.ocean_share=0: OCEAN has to be trained; only one taken by --from may go without")
+        if self.control.basin_limit and not t.lambda_basin:
+            raise ConfigError(
+                f"control.basin_limit={self.control.basin_limit}: there is no basin term to hold; set "
+                "train.lambda_basin and kernel.basin_head too"
+            )
         if self.router.min_prefix > self.router.max_prefix:
             raise ConfigError("router.min_prefix: must not exceed router.max_prefix")
 

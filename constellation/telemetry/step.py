@@ -30,5 +30,12 @@ class Step:
     measured: dict[str, float] | None = None  # further terms of the objective, and what probes measured after it
     advice: str | None = None  # of the regime, where it was not to go on
 
+    def numbers(self) -> dict[str, float]:
+        """What is told to trackers, by name: units are in the names."""
+        own = {"loss_nats": self.loss_nats, "grad_norm": self.grad_norm, "lr": self.lr, "tokens": float(self.tokens)}
+        if self.dev_bits_per_byte is not None:
+            own["dev_bits_per_byte"] = self.dev_bits_per_byte
+        return {**own, **(self.measured or {})}
+
     def to_json(self) -> dict[str, Any]:
         return {name: value for name, value in asdict(self).items() if value is not None}

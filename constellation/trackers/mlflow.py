@@ -14,8 +14,7 @@ from typing import Any
 
 from constellation.errors import ArtifactError
 from constellation.storage.atomic import read_object, write_json
-from constellation.telemetry.step import Step
-from constellation.trackers.tracker import numbers
+from constellation.trackers.tracker import Told, numbers
 
 EXPERIMENT = "constellation"
 FLUSH_S, LARGEST = 2.0, 1000  # MLflow takes so many metrics at once
@@ -30,7 +29,7 @@ class MLflow:
         self._waiting: list[Any] = []
         self._flushed = time.monotonic()
 
-    def tell(self, step: Step) -> None:
+    def tell(self, step: Told) -> None:
         from mlflow.entities import Metric
 
         now = int(time.time() * 1000)

@@ -12,8 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from constellation.telemetry.step import Step
-from constellation.trackers.tracker import numbers
+from constellation.trackers.tracker import Told, numbers
 
 FLUSH_S = 2.0
 
@@ -26,7 +25,7 @@ class TensorBoard:
         self._writers: dict[str, Any] = {}
         self._flushed = time.monotonic()
 
-    def tell(self, step: Step) -> None:
+    def tell(self, step: Told) -> None:
         from tensorboardX import summary
 
         if step.role not in self._writers:
@@ -44,7 +43,7 @@ class TensorBoard:
         for writer in self._writers.values():
             writer.close()
 
-    def _begin(self, step: Step) -> None:
+    def _begin(self, step: Told) -> None:
         from tensorboardX import summary
         from tensorboardX.event_file_writer import EventsWriter
         from tensorboardX.proto import event_pb2
@@ -58,7 +57,7 @@ class TensorBoard:
         page = "\n".join(f"    {name} = {json.dumps(value, default=str)}" for name, value in self._settings.items())
         self._write(step, summary.text("settings", page))
 
-    def _write(self, step: Step, what: Any) -> None:
+    def _write(self, step: Told, what: Any) -> None:
         from tensorboardX.proto import event_pb2
 
         event = event_pb2.Event(wall_time=time.time(), step=step.step, summary=what)

@@ -19,15 +19,29 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from constellation.errors import ConfigError
-from constellation.telemetry.step import Step
 
 FOLDER = "trackers"  # of what they write, in the run folder
+
+
+class Told(Protocol):
+    """What is told: a kernel's Step, or an epoch of another model."""
+
+    @property
+    def role(self) -> str: ...
+
+    @property
+    def step(self) -> int: ...
+
+    @property
+    def sample(self) -> str | None: ...
+
+    def numbers(self) -> dict[str, float]: ...
 
 
 class Tracker(Protocol):
     """One tracker, open for one run."""
 
-    def tell(self, step: Step) -> None:
+    def tell(self, step: Told) -> None:
         """Write the step's `numbers` down, as role/name against its step."""
         ...
 
@@ -71,12 +85,9 @@ def named(words: str | None) -> tuple[str, ...]:
     return names
 
 
-def numbers(step: Step) -> dict[str, float]:
+def numbers(step: Told) -> dict[str, float]:
     """What a tracker is told of a step, by name: units are in the names."""
-    own = {"loss_nats": step.loss_nats, "grad_norm": step.grad_norm, "lr": step.lr, "tokens": float(step.tokens)}
-    if step.dev_bits_per_byte is not None:
-        own["dev_bits_per_byte"] = step.dev_bits_per_byte
-    return {**own, **(step.measured or {})}
+    return step.numbers()
 
 
 @contextmanager
@@ -86,7 +97,7 @@ def tracking(
     settings: Mapping[str, Any],
     say: Callable[[str], None],
     title: str | None = None,
-) -> Iterator[Callable[[Step], None]]:
+) -> Iterator[Callable[[Told], None]]:
     """A function that tells each Step to the trackers `names`, which keep their files in `folder`/trackers/<name>.
 
     settings  of the run by dotted name, written down once
@@ -104,13 +115,13 @@ def tracking(
             what = " ".join(str(error).split())[:200] or type(error).__name__
             say(f"tracker {name} failed and is left out from here on: {what}")
 
-    def one(name: str, step: Step) -> None:
+    def one(name: str, step: Told) -> None:
         if name not in opened:
             module = importlib.import_module(f"constellation.trackers.{TRACKERS[name].module}")
             opened[name] = module.begin(folder / FOLDER / name, title or folder.resolve().name, settings)
         opened[name].tell(step)
 
-    def tell(step: Step) -> None:
+    def tell(step: Told) -> None:
         for name in names:
             if name not in failed:
                 guarded(name, lambda name=name: one(name, step))  # type: ignore[misc]

@@ -12,8 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from constellation.telemetry.step import Step
-from constellation.trackers.tracker import numbers
+from constellation.trackers.tracker import Told, numbers
 
 PROJECT = "constellation"  # unless WANDB_PROJECT names another
 
@@ -25,7 +24,7 @@ class WandB:
         self._run = run
         self._roles: set[str] = set()
 
-    def tell(self, step: Step) -> None:
+    def tell(self, step: Told) -> None:
         if step.role not in self._roles:
             self._roles.add(step.role)
             self._run.define_metric(f"{step.role}/step")

@@ -110,7 +110,7 @@ def folder_of(run: Path, step: int) -> Path:
 def save(
     run: Path,
     step: int,
-    model: KernelLM,
+    model: torch.nn.Module,
     optimizer: torch.optim.Optimizer,
     trace: dict[str, np.ndarray],
     *,
@@ -136,7 +136,7 @@ def save(
             "step": step,
             "tokens": tokens,
             "dev_bits_per_byte": dev_bits_per_byte,
-            "kernel": vars(model.config),
+            "kernel": vars(model.config),  # a plain record, whatever the model
             "optimizer": scalars,
             "rng": base64.b64encode(torch.get_rng_state().numpy().tobytes()).decode(),
             "sha256": {name: sha256(folder / name) for name in FILES},

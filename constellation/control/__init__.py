@@ -1,0 +1,1 @@
+"""Controllers for anybody's training loop: numbers in, one number out, state as JSON. No Ray here."""
