@@ -41,6 +41,7 @@ from constellation.telemetry.integration import integration
 from constellation.telemetry.monitor import Windows, basin_distance, read
 from constellation.train import checkpoint
 from constellation.train.measuring import windows_of
+from router.decide.fisher_rao import INTEGRATION
 
 TARGETS = {"basin_distance": "< 0.15", "phi": "> 0.7", "beta": "0.44 +- 0.1", "r_squared": "> 0.90"}
 WINDOWS, SHORTEST, DRAWS, RESAMPLES = 16, 16, 8, 1000
@@ -112,6 +113,9 @@ def report(run: Path) -> dict[str, Any]:
         "collective": together, "results": _against(rows, fits["trained"], fits["untrained"]),
         "runtime_s": sum(row["runtime_s"] or 0.0 for row in rows), "tokens": sum(row["tokens"] or 0 for row in rows),
     }  # fmt: skip
+    if len(kernels) == len(plan.config.kernels) and plan.router.is_dir():  # what mode=phi weighs by
+        phis = {row["role"]: row["phi"] for row in rows if row["role"] in kernels}
+        write_json(plan.router / INTEGRATION, {"phi": phis, "windows": WINDOWS})
     place = run / "report"
     result["plots"] = [file.name for file in _drawn(plan, roles, rows, fits, place)]
     write_json(place / "validation_report.json", result)

@@ -35,8 +35,8 @@ from router.answer import count_codec
 from router.answer.view import View
 from router.decide.counts import SPAN
 from router.decide.fisher_rao import FisherRaoRouter
-from router.decide.mixture import Weights, weights
-from router.decide.modes import MIXED
+from router.decide.mixture import Weights, judged, weights
+from router.decide.modes import MIXED, PHI
 from router.decide.policy import ABSTAINED, RouteChoice, decide, kernel_name
 from router.decide.stream import RouterStream
 
@@ -143,7 +143,10 @@ def replay(certificate: str, router: FisherRaoRouter) -> Replay:
         choice, name = stream.choice(), name_of(router, current)
         panel: Weights | None = ((name, 1.0),)
         if mode in MIXED and not choice.abstained:
-            panel = weights(router.names, choice.posterior, top_k) if top_k is not None else None
+            if top_k is not None and mode == PHI and router.integration is None:
+                raise ArtifactError("certificate: of mode phi, and this run has no router/integration.json any more")
+            own = judged(mode, choice.posterior, router.integration) if top_k is not None else choice.posterior
+            panel = weights(router.names, own, top_k) if top_k is not None else None
         decided.append(Decided(at, name, choice, new, panel))
     for which, claimed, computed in (("z", z, choice.z), ("posterior", posterior, choice.posterior)):
         if claimed.shape != computed.shape or not np.abs(claimed - computed).max(initial=0) <= DIGITS:

@@ -39,9 +39,9 @@ from router.answer.joint import JointAnswer
 from router.answer.packet import Packet
 from router.answer.text import ShownText
 from router.answer.turn import step_of
-from router.answer.view import Look, View
+from router.answer.view import Look, View, integration_of
 from router.decide.fisher_rao import FisherRaoRouter
-from router.decide.mixture import Weights, combine, weights
+from router.decide.mixture import Weights, combine, judged, weights
 from router.decide.modes import MIXED, MODES, ROUTE
 from router.decide.policy import FIRST, Policy
 
@@ -52,8 +52,8 @@ class Ask:
 
     prompt: str | tuple[int, ...]
     sampling: Sampling = field(default_factory=Sampling)
-    mode: str = ROUTE  # "route" | "mixture" | "barycenter", or the name of the one kernel that answers
-    top_k: int = 3  # kernels that answer together, in the two modes that mix
+    mode: str = ROUTE  # "route" | "mixture" | "barycenter" | "phi", or the name of the one kernel that answers
+    top_k: int = 3  # kernels that answer together, in the modes that mix
     request: str = ""  # id, unique among the requests that are under way
     draft: bool = True  # False: kernels that mix are asked for every token; the oracle of the drafts
     measure: bool = False  # complete HandOff.bits_lost: two more readings a hand-off
@@ -140,6 +140,8 @@ def check(ask: Ask, policy: Policy | None, names: Sequence[str]) -> None:
         raise ConfigError(f"mode={ask.mode!r}: choose one of {', '.join((*MODES, *names))}")
     if routed and policy is None:
         raise ConfigError(f"mode={ask.mode!r} needs a fitted router; name one of {', '.join(names)} instead")
+    if routed and policy is not None:
+        judged(ask.mode, np.ones(len(policy.names)), integration_of(policy))
     absent = [name for name in (*policy.names, OCEAN) if name not in names] if routed and policy else []
     if absent:
         raise ConfigError(f"the router may choose {absent[0]!r}, which is not there; there is {tuple(names)}")
@@ -248,8 +250,7 @@ class QueryLife:
         if self.certificate:
             self.certificate.add(self.view)
         if self.ask.mode in MIXED and not look.abstained:
-            assert self.view.choice is not None
-            self.panel = weights(self.view.names, self.view.choice.posterior, self.ask.top_k)
+            self.panel = weights(self.view.names, self.view.judged(self.ask.mode), self.ask.top_k)
             look = replace(look, kernel=max(self.panel, key=lambda one: one[1])[0])
         self.looks.append(replace(look, weights=self.panel))
         if self.kernels and look.kernel != before and self.ask.mode == ROUTE:

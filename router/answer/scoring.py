@@ -20,8 +20,9 @@ from constellation.decoding.sample import scored
 from constellation.roster import OCEAN
 from router.answer.concurrency import Room, together
 from router.answer.kernels import Kernels
+from router.answer.view import integration_of
 from router.decide.evaluate import look_in_force
-from router.decide.mixture import Weights, combine, weights
+from router.decide.mixture import Weights, combine, judged, weights
 from router.decide.modes import MIXED, ROUTE
 from router.decide.policy import Policy, decide, kernel_name
 
@@ -50,9 +51,9 @@ def panels(
     alone: list[Weights] = [((kernel_name(policy.names, int(k)), 1.0),) for k in decided]
     found = alone
     if mode in MIXED:
+        posterior_PK = judged(mode, trajectory.posterior, integration_of(policy))
         found = [
-            one if one[0][0] == OCEAN else weights(policy.names, trajectory.posterior[i], top_k)
-            for i, one in enumerate(alone)
+            one if one[0][0] == OCEAN else weights(policy.names, posterior_PK[i], top_k) for i, one in enumerate(alone)
         ]
     first: Weights = ((OCEAN, 1.0),)
     look_N = look_in_force(np.cumsum(sizes) - sizes, np.zeros(len(tokens), np.int64), [trajectory])

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from router.decide.fisher_rao import FisherRaoRouter
+from router.decide.mixture import judged
 from router.decide.policy import ABSTAINED, Policy, RouteChoice, Trajectory, decide, kernel_name
 from router.decide.stream import RouterStream
 
@@ -29,13 +32,18 @@ class View:
     """What a policy sees of one text that is being written."""
 
     def __init__(self, policy: Policy):
-        self.names = policy.names
+        self.names, self.integration = policy.names, integration_of(policy)
         self.stream = RouterStream(policy) if isinstance(policy, FisherRaoRouter) else WholeText(policy)
         self.current = ABSTAINED
         self.choice: RouteChoice | None = None
 
     def update(self, data: bytes) -> None:
         self.stream.update(data)
+
+    def judged(self, mode: str) -> NDArray[Any]:
+        """The posterior of the last look, as `mode` weighs it (mixture.py)."""
+        assert self.choice is not None
+        return judged(mode, self.choice.posterior, self.integration)
 
     def decide(self, at_bytes: int, hysteresis: float) -> Look:
         """Who is in force from here on, by the rule that also assigned the training text."""
@@ -57,6 +65,11 @@ class View:
             abstained=choice.abstained,
             reason=choice.reason,
         )
+
+
+def integration_of(policy: Policy) -> NDArray[np.float64] | None:
+    """phi of each kernel where a fitted router has it."""
+    return policy.integration if isinstance(policy, FisherRaoRouter) else None
 
 
 class WholeText:

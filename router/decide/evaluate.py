@@ -7,6 +7,7 @@ one made at or before s, and before the first one OCEAN answers.
     routed           the kernel in force, one active at a time
     mixture_K        sum over the K likeliest kernels of w_k p_k(token), w the posterior in force, renormalised: the
                      weights and the sum are those of the mode `mixture` (mixture.py)
+    phi_K            the same with w_k phi_k, where the kernels' phi was measured: the mode `phi`
     ocean            the generalist alone
     alone:<role>     one kernel on everything
     uniform          all kernels, equal weights
@@ -17,6 +18,7 @@ one made at or before s, and before the first one OCEAN answers.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -24,8 +26,9 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from router.decide.mixture import mean, weight_table
-from router.decide.modes import MIXTURE
+from router.decide.fisher_rao import FisherRaoRouter
+from router.decide.mixture import judged, mean, weight_table
+from router.decide.modes import MIXTURE, PHI
 from router.decide.policy import ABSTAINED, Policy, Trajectory, decide
 
 LN2 = math.log(2)
@@ -77,9 +80,13 @@ def mix(scores: Scores, log_weight_KN: NDArray[np.floating]) -> NDArray[np.float
 
 
 def answers(
-    scores: Scores, trajectories: Sequence[Trajectory], hysteresis: float, mixtures: Sequence[int] = (3,)
+    scores: Scores,
+    trajectories: Sequence[Trajectory],
+    hysteresis: float,
+    mixtures: Sequence[int] = (3,),
+    integration_K: NDArray[np.floating] | None = None,
 ) -> dict[str, NDArray[np.floating]]:
-    """Nats of every token for every way to answer, by the names above."""
+    """Nats of every token for every way to answer, by the names above; phi_k where the kernels' phi is known."""
     kernels = len(scores.names)
     look_N = look_in_force(scores.byte_N, scores.document_N, trajectories)
     early = look_N < 0
@@ -88,10 +95,11 @@ def answers(
     abstained = kernel_N == ABSTAINED
     out: dict[str, NDArray[np.floating]] = {"routed": choose(scores, kernel_N)}
     posterior = np.concatenate([t.posterior for t in trajectories])
-    for k in mixtures:
+    for mode, k in itertools.product((MIXTURE,) if integration_K is None else (MIXTURE, PHI), mixtures):
+        own = judged(mode, posterior, integration_K)
         with np.errstate(divide="ignore"):
-            log_weights = np.log(weight_table(scores.names, posterior, k))[np.maximum(look_N, 0)].T
-        out[f"mixture_{k}"] = np.where(abstained, scores.ocean_N, mix(scores, log_weights))
+            log_weights = np.log(weight_table(scores.names, own, k))[np.maximum(look_N, 0)].T
+        out[f"{mode}_{k}"] = np.where(abstained, scores.ocean_N, mix(scores, log_weights))
     out["ocean"] = scores.ocean_N
     for k, name in enumerate(scores.names):
         out[f"alone:{name}"] = scores.kernels_KN[k]
@@ -138,4 +146,5 @@ def evaluate(
     mixtures: Sequence[int] = (3,),
 ) -> dict[str, dict[str, object]]:
     """`report` of every way to answer `texts` (the documents of `scores`, in order) by `policy`."""
-    return report(scores, answers(scores, policy.trajectories(texts, every), hysteresis, mixtures))
+    phi_K = policy.integration if isinstance(policy, FisherRaoRouter) else None
+    return report(scores, answers(scores, policy.trajectories(texts, every), hysteresis, mixtures, phi_K))

@@ -35,10 +35,12 @@ from numpy.typing import ArrayLike, NDArray
 from constellation import config
 from constellation.errors import ArtifactError
 from constellation.storage import array_file
+from constellation.storage.atomic import read_object
 from router.decide import counts
 from router.decide.policy import ABSTAINED, RouteChoice, Trajectory, even, kernel_name, look_often_at_first
 
 KIND = "router"
+INTEGRATION = "integration.json"  # beside the router: {"phi": {kernel: phi}}
 CHART = 8  # coordinates of u: E8 lives in R^8
 NEIGHBOURS = 8  # kernels a RouteChoice names at most
 SHORT_BYTES = 128  # the blend has one weight below, one from here on
@@ -103,6 +105,7 @@ class FisherRaoRouter:
     log_prior: NDArray[np.float64]  # (K,) log pi_k, the balance of loads
     limit_bytes: NDArray[np.float64]  # (G,) rising: lengths at which the abstention distance is known
     limit_rad: NDArray[np.float64]  # (G,) and that distance
+    integration: NDArray[np.float64] | None = None  # (K,) phi of the kernels, measured after they were trained
 
     # -- Policy ------------------------------------------------------------------------------------------------------
 
@@ -264,6 +267,7 @@ class FisherRaoRouter:
                 config=config.Router(**header["config"]),
                 calibration=Calibration(**header["calibration"]),
                 **arrays,
+                integration=_integration(Path(folder), header["names"]),
             )
             k, b, n = len(found.names), found.config.bins, found.config.dims
             wanted = [(k, b), (b,), (n, b), (n,), (k, n), (k, CHART), (k, CHART), (k,)]
@@ -286,8 +290,19 @@ class FisherRaoRouter:
         }
 
     def _arrays(self) -> dict[str, NDArray]:
-        skip = ("names", "config", "calibration")
+        skip = ("names", "config", "calibration", "integration")
         return {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name not in skip}
+
+
+def _integration(folder: Path, names: Sequence[str]) -> NDArray[np.float64] | None:
+    """The kernels' phi from integration.json, which whoever measured them wrote; None without it."""
+    file = folder / INTEGRATION
+    if not file.exists():
+        return None
+    found = read_object(file).get("phi", {})
+    if set(found) != set(names):
+        raise ArtifactError(f"{file} is of other kernels; measure them again: constellation report RUN")
+    return np.array([found[name] for name in names], np.float64)
 
 
 def corpus_mean(total_B: NDArray[Any]) -> NDArray[np.float64]:

@@ -8,7 +8,7 @@ Every parameter that OpenAI or vLLM define is one of three things:
 
 A field that is none of them is ignored; it and the labels are named in the header `X-Constellation-Ignored`.
 An explicit null is a parameter that was not sent. Where we differ from both: `mode` says who answers (route, ocean,
-a kernel, mixture, barycenter; the model name "constellation/heart" does the same) and `top_kernels` how many mix;
+a kernel, mixture, barycenter, phi; the model name "constellation/heart" does the same) and `top_kernels` how many mix;
 `top_k` is vLLM's, of tokens. A prompt longer than the context is refused unless `truncate_prompt_tokens` allows to
 cut its beginning; an answer may be longer, for windows slide.
 """
@@ -115,7 +115,7 @@ class Addressed(Struct, kw_only=True):
     """Who is asked, in every request."""
 
     model: str = ""  # "constellation", or a kernel's: "constellation/heart"
-    mode: str = ""  # "route" | "mixture" | "barycenter" | a kernel; empty: what the model's name or the service says
+    mode: str = ""  # a way to answer (decide/modes.py) or a kernel; empty: what the model's name or the service says
     top_kernels: Annotated[int, Meta(ge=1, le=64)] = 3  # that answer together, in the modes that mix
     request_id: Annotated[str, Meta(max_length=128)] = ""  # instead of the header X-Request-Id
     truncate_prompt_tokens: Annotated[int, Meta(ge=-1, le=2**31)] = 0  # last tokens kept; -1: a context, 0: not cut
