@@ -4,7 +4,7 @@ metric       fidelity, geodesic, dot
 recursion    plain (3 blocks), tied (prelude, one block three times, coda), untied (5 blocks)
 temperature  off, fixed (beta .44), learned, scalable (s ln n)
 
-Every arm is trained for as many multiplications as the first one, so a deeper one sees fewer tokens; bits per byte of all
+Every arm is trained for as many multiplications as the peer, so a deeper one sees fewer tokens; bits per byte of all
 held-out documents, over paired seeds, at the trained context and at four times of it (the same weights with longer
 tables). Differences are against `PEER`: hierarchical bootstrap over seeds and documents, one-sided paired t over seeds,
 Holm over the arms. Beside it: what each loop of the tied arms does (recursion_loops.py), and how a kernel branches from
