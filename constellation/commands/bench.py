@@ -86,6 +86,29 @@ def kernels(turns: int, preset: str, out: Path | None) -> None:
 
 
 @command.command()
+@options.corpus
+@click.option("--work", type=click.Path(path_type=Path), required=True, metavar="DIR", help="models; reused")
+@click.option("--seeds", default=3, show_default=True, type=click.IntRange(1, 100), help="paired")
+@click.option("--arms", default=None, metavar="A,B", help="metric/recursion/temperature; default: one of them changed")
+@click.option("--full", is_flag=True, help="all 36 arms")
+@click.option("--preset", default="small", show_default=True)
+@out
+@options.overrides
+def recursion(
+    corpus: Path | None, work: Path, seeds: int, arms: str | None, full: bool, preset: str, out: Path | None,
+    overrides: tuple[str, ...],
+) -> None:  # fmt: skip
+    """Metric, recursion and temperature at equal FLOPs: bits per byte, also at 4 x the context; loops; an adapter."""
+    if corpus is not None and not corpus.exists():
+        raise ConfigError(f"corpus {corpus} does not exist")
+    config = override(make_preset(preset), parse_assignments(overrides))
+    from constellation.experiments import bench_recursion as bench
+
+    chosen = bench.ALL if full else tuple(arms.split(",")) if arms else bench.ONE_CHANGED
+    bench.run(corpus, work, config, seeds=range(seeds), arms=chosen, out=out, say=click.echo)
+
+
+@command.command()
 @click.option("--corpus", type=click.Path(path_type=Path, exists=True), required=True, metavar="DIR")
 @click.option(
     "--work", type=click.Path(path_type=Path), required=True, metavar="DIR", help="models; reused when called again"

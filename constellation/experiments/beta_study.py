@@ -72,7 +72,7 @@ def run(
     counts = np.bincount(cache.tokens, minlength=plan.config.kernel.vocab_size).astype(np.float64)
     model = load_model(plan.folder(role))
     result: dict[str, Any] = {
-        **described(__doc__), "run": str(run), "role": role, "trained_context": model.config.context,
+        **described(__doc__), "run": run.name, "role": role, "trained_context": model.config.context,
         "registered": {
             "lengths": list(lengths), "L_ref": L_REF, "law": "running", "quantity": "coupling J", "target": TARGET,
             "interval_within": [LOW, HIGH], "documents": len(windows_DL), "interventions": draws, "seed": seed,
