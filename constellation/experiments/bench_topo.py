@@ -202,7 +202,9 @@ def verdicts(result: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
     """Every bar that both sides were measured for."""
     for arm, other, name, more in BARS:
         if found := gap(result, arm, other, name):
-            if "low" not in found:
+            if max(column(result, other, "codes_used"), default=2) < 2:
+                word = "no comparison: it collapsed to one code"
+            elif "low" not in found:
                 word = "one value: no interval"
             elif found["low"] <= 0 <= found["high"]:
                 word = "no difference shown"
