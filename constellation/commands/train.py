@@ -9,6 +9,7 @@ import click
 
 from constellation.commands import options
 from constellation.config import override, parse_assignments, values
+from constellation.errors import ConfigError
 from constellation.optim.registry import OPTIMIZERS
 from constellation.presets import preset as make_preset
 from constellation.trackers.tracker import named, tracking
@@ -52,6 +53,8 @@ def command(
     """
     own_settings = resume and not preset and not overrides
     config = None if own_settings else override(make_preset(preset or "small"), parse_assignments(overrides))
+    if topo := next((word for word in overrides if word.startswith("topo.")), None):
+        raise ConfigError(f"{topo}: topo.* are settings of constellation topo train; a constellation has none of them")
     trackers = named(log)
     options.check_writable(run)
     from constellation.pipeline.request import check_request, open_request

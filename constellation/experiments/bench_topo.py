@@ -138,7 +138,7 @@ def baseline(arm: str, config: Config, images: Images) -> dict[str, Any]:
     """One of BASELINES on the same images, with as many clusters as charts and codes as the atlas has."""
     m, t = config.topo.model, config.topo.train
     count, codes = m.charts, m.charts * m.codes
-    pixels = [part.x.reshape(len(part), -1) for part in (images.train, images.test)]
+    pixels: Any = [part.x.reshape(len(part), -1) for part in (images.train, images.test)]
     named: dict[str, Callable[..., Any]] = {"kmeans": clusters.kmeans, "gmm": clusters.mixture}
     if arm.endswith("_pixels"):
         return _scored(named[arm.removesuffix("_pixels")](*pixels, count, t.seed), images)
@@ -152,7 +152,7 @@ def baseline(arm: str, config: Config, images: Images) -> dict[str, Any]:
     found: dict[str, Any] = {"hidden": hidden, **autoencoders.numbers(model, images.test.x)}
     if arm == "plain":
         return found
-    points = [autoencoders.read(model, part.x)[1] for part in (images.train, images.test)]
+    points: Any = [autoencoders.read(model, part.x)[1] for part in (images.train, images.test)]
     if arm == "vade":
         test = torch.from_numpy(images.test.x)
         named_M, mse = clusters.vade(

@@ -173,9 +173,9 @@ def samples(figure: Any, model: TopoEncoder, seen: Read) -> None:
     m = model.config
     counts = np.bincount(seen.chart_M * m.codes + seen.code_M, minlength=m.charts * m.codes).reshape(m.charts, m.codes)
     wide = min(ROWS, m.codes)
-    places = figure.subplots(m.charts, wide, squeeze=False)
+    places: Any = figure.subplots(m.charts, wide, squeeze=False)
     for n in range(m.charts):
-        order = np.argsort(-counts[n], kind="stable")[:wide].tolist()
+        order: Any = np.argsort(-counts[n], kind="stable")[:wide].tolist()
         drawn, _ = model.decode(model.atlas.centres[n] + model.atlas.codes[n, order])
         for place, picture, j in zip(places[n], drawn.numpy(), order):
             _image(place, picture)
