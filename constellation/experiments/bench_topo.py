@@ -160,8 +160,8 @@ def baseline(arm: str, config: Config, images: Images) -> dict[str, Any]:
         )  # fmt: skip
         return {"mse": mse, **_scored(named_M, images)}
     if arm in QUANTISED:
-        return {**found, **_scored(clusters.kmeans(*points, count, t.seed), images)}
-    how = clusters.n2d if arm == "n2d" else named[arm.removesuffix("_codes")]
+        return {**found, **_scored(named["kmeans"](*points, count, t.seed), images)}
+    how: Callable[..., Any] = clusters.n2d if arm == "n2d" else named[arm.removesuffix("_codes")]
     return _scored(how(*points, count, t.seed), images)
 
 

@@ -188,7 +188,7 @@ def traces(figure: Any, signals: dict[str, Signal]) -> None:
     """Losses, entropies with their setpoints, weights, rate, held-out numbers, against steps."""
     entropies = ("routing_entropy", "diversity", "chart_code_entropy", "held_route_entropy", "held_usage_entropy",
                  "held_information")  # fmt: skip
-    groups = {
+    groups: dict[str, list[str]] = {
         "losses": [n for n in ("reconstruction", "vq", "consistency", "orbit", "jump", "probe") if n in signals],
         "entropies, nats; dashed: setpoint": [n for n in entropies if n in signals],
         "weights that are controlled": [n for n in signals if n.startswith("weight_") or n == "commitment"],
