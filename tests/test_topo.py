@@ -456,7 +456,7 @@ def test_a_run_is_not_begun_twice_nor_with_other_images(trained: Path, tmp_path:
 def test_supervision_without_labels_and_a_loss_that_is_no_number_are_told(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="needs labels and there are none"):
         list(fit(config(**{"topo.loss.supervised": 1.0}), noise(labels=False), tmp_path / "a"))
-    with pytest.raises(RunError, match=r"topo: loss .* at step \d+; train with topo\.train\.lr below 1e\+30"):
+    with pytest.raises(RunError, match=r"topo: loss .* at step \d+; train anew with topo\.train\.lr below 1e\+30"):
         list(fit(config(**{"topo.train.lr": 1e30, "topo.train.warmup": 0.0}), noise(), tmp_path / "b"))
     assert json.loads((tmp_path / "b" / "summary.json").read_text())["status"] == "failed"
 
