@@ -283,7 +283,7 @@ class Cluster:
 
 @dataclass(frozen=True)
 class Control:
-    """Controllers of kernels and of the router's fit (constellation/control); off by default: none has won yet."""
+    """The governor of kernels' learning rate (control/governor.py); off by default: it has not won yet."""
 
     rate: Annotated[
         Literal["schedule", "governor"], says("learning rate: the schedule, or cut and recovered by the loss")
@@ -293,16 +293,6 @@ class Control:
     spike: Annotated[Positive, says("governor: standard deviations of the loss that are a spike")] = 4.0
     patience: Annotated[Whole, says("governor: steps of rest after a cut")] = 20
     plateau: Annotated[Whole, says("governor: steps without progress that cut the rate; 0: none do")] = 0
-    cap: Annotated[NotNegative, says("governor: largest |d theta| / |theta| of a step; 0: none")] = 0.0
-    basin_limit: Annotated[
-        NotNegative, says("nats the basin term is held below by a dual that starts at lambda_basin; 0: fixed weight")
-    ] = 0.0
-    basin_rate: Annotated[Positive, says("step of that dual, per nat")] = 0.01
-    basin_most: Annotated[Positive, says("greatest weight of the basin term")] = 10.0
-    loads: Annotated[
-        Literal["resilient", "loss_free"],
-        says("how the router's fit evens kernels' loads: steps that grow and halve, or one that decays"),
-    ] = "resilient"
 
 
 @dataclass(frozen=True)
@@ -359,11 +349,6 @@ class Config:
             raise ConfigError(f"train.budget_usd={t.budget_usd}: say what an hour costs, cluster.usd_per_hour")
         if not t.ocean_share and not self.pretrained.folder:
             raise ConfigError("train.ocean_share=0: OCEAN has to be trained; only one taken by --from may go without")
-        if self.control.basin_limit and not t.lambda_basin:
-            raise ConfigError(
-                f"control.basin_limit={self.control.basin_limit}: there is no basin term to hold; set "
-                "train.lambda_basin and kernel.basin_head too"
-            )
         if self.router.min_prefix > self.router.max_prefix:
             raise ConfigError("router.min_prefix: must not exceed router.max_prefix")
 

@@ -337,3 +337,12 @@ def test_a_target_and_a_state_are_kept() -> None:
     assert LossFreeBalance(2).update([0, 0]).tolist() == [0, 0]
     with pytest.raises(ConfigError, match="LossFreeBalance"):
         LossFreeBalance(0)
+
+
+def test_the_configuration_s_governor_is_the_one_that_would_be_given(tmp_path) -> None:
+    from constellation.config import Config, override
+
+    settings = override(Config(), {"control.rate": "governor", "control.spike": 3.0})
+    assert settings.control.spike == 3.0 and Config().control.rate == "schedule"
+    with pytest.raises(ConfigError, match="shrink"):
+        override(Config(), {"control.shrink": 1.0})

@@ -152,21 +152,15 @@ def report(run: Path, out: Path | None) -> None:
 @click.option("--epochs", default=40, show_default=True, type=click.IntRange(1), help="of every training")
 @click.option("--arms", default=None, metavar="A,B", help="default: all of them")
 @click.option("--work", type=click.Path(path_type=Path), required=True, metavar="DIR", help="finished trainings")
-@click.option("--speed", is_flag=True, help="instead: CPU-seconds of a step against vector-quantize-pytorch's")
 @click.option("--out", type=click.Path(path_type=Path), default=None, metavar="FILE", help="write the raw result")
 @options.overrides
 def bench(
-    source: str | None, seeds: int, trials: int, epochs: int, arms: str | None, work: Path, speed: bool,
+    source: str | None, seeds: int, trials: int, epochs: int, arms: str | None, work: Path,
     out: Path | None, overrides: tuple[str, ...],
 ) -> None:  # fmt: skip
     """Fixed against adaptive weights and rates, and every baseline, with equal trials, codes and clusters."""
     changes = named(parse_assignments(overrides))
     override(preset("digits"), changes)
-    if speed:
-        from constellation.experiments import bench_topo_speed
-
-        bench_topo_speed.run(source or "digits", changes, out=out)
-        return
     from constellation.experiments import bench_topo
 
     chosen = tuple(arms.split(",")) if arms else bench_topo.ARMS

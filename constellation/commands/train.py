@@ -9,6 +9,7 @@ import click
 
 from constellation.commands import options
 from constellation.config import parse_assignments, values
+from constellation.errors import ConfigError
 from constellation.optim.registry import OPTIMIZERS
 from constellation.pipeline.beginning import begun_with
 from constellation.pipeline.request import REQUEST, check_request, open_request
@@ -71,6 +72,8 @@ def command(
     KEY=VALUE changes one setting of the preset, such as optim.lr=2e-3; heart.optim.lr=2e-3 changes it
     for one kernel alone.
     """
+    if topo := next((word for word in overrides if word.startswith("topo.")), None):
+        raise ConfigError(f"{topo}: topo.* are settings of constellation topo train; a constellation has none of them")
     changes = parse_assignments(overrides)
     if tokenizer is not None:
         changes = {**_settings_of(tokenizer), **changes}

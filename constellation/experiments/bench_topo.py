@@ -138,7 +138,7 @@ def baseline(arm: str, config: Config, images: Images) -> dict[str, Any]:
     """One of BASELINES on the same images, with as many clusters as charts and codes as the atlas has."""
     m, t = config.topo.model, config.topo.train
     count, codes = m.charts, m.charts * m.codes
-    pixels = [part.x.reshape(len(part), -1) for part in (images.train, images.test)]
+    pixels: Any = [part.x.reshape(len(part), -1) for part in (images.train, images.test)]
     named: dict[str, Callable[..., Any]] = {"kmeans": clusters.kmeans, "gmm": clusters.mixture}
     if arm.endswith("_pixels"):
         return _scored(named[arm.removesuffix("_pixels")](*pixels, count, t.seed), images)
@@ -152,7 +152,7 @@ def baseline(arm: str, config: Config, images: Images) -> dict[str, Any]:
     found: dict[str, Any] = {"hidden": hidden, **autoencoders.numbers(model, images.test.x)}
     if arm == "plain":
         return found
-    points = [autoencoders.read(model, part.x)[1] for part in (images.train, images.test)]
+    points: Any = [autoencoders.read(model, part.x)[1] for part in (images.train, images.test)]
     if arm == "vade":
         test = torch.from_numpy(images.test.x)
         named_M, mse = clusters.vade(
@@ -160,8 +160,8 @@ def baseline(arm: str, config: Config, images: Images) -> dict[str, Any]:
         )  # fmt: skip
         return {"mse": mse, **_scored(named_M, images)}
     if arm in QUANTISED:
-        return {**found, **_scored(clusters.kmeans(*points, count, t.seed), images)}
-    how = clusters.n2d if arm == "n2d" else named[arm.removesuffix("_codes")]
+        return {**found, **_scored(named["kmeans"](*points, count, t.seed), images)}
+    how: Callable[..., Any] = clusters.n2d if arm == "n2d" else named[arm.removesuffix("_codes")]
     return _scored(how(*points, count, t.seed), images)
 
 
@@ -202,7 +202,9 @@ def verdicts(result: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
     """Every bar that both sides were measured for."""
     for arm, other, name, more in BARS:
         if found := gap(result, arm, other, name):
-            if "low" not in found:
+            if max(column(result, other, "codes_used"), default=2) < 2:
+                word = "no comparison: it collapsed to one code"
+            elif "low" not in found:
                 word = "one value: no interval"
             elif found["low"] <= 0 <= found["high"]:
                 word = "no difference shown"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -43,8 +44,9 @@ def read(model: TopoEncoder, x: NDArray[np.float32], bias: Tensor | None = None,
         parts.append(
             (placed.chart_B, placed.code_B, seen.weight_BN, seen.v_BD, placed.nearest_BD, drawn, seen.rate_bits_B)
         )
-    whole = [torch.cat(column).numpy() for column in zip(*parts)]
-    return Read(*whole[:6], float(whole[6].mean()))
+    whole: list[Any] = [torch.cat(column).numpy() for column in zip(*parts)]
+    chart, code, weight, point, code_point, drawn, bits = whole
+    return Read(chart, code, weight, point, code_point, drawn, float(bits.mean()))
 
 
 def evaluate(model: TopoEncoder, part: Split, bias: Tensor | None = None) -> dict[str, float]:

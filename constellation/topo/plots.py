@@ -68,7 +68,7 @@ def plane(points_MD: NDArray[np.float32]) -> tuple[NDArray[np.float64], NDArray[
 def atlas(figure: Any, model: TopoEncoder, images: Images, seen: Read) -> None:
     """Held-out points in the plane of their two principal directions, by chart and by class.
 
-    The background is the chart of the nearest centre for a point of that plane; D = 2 shows it whole.
+    The background is the chart that the router gave to the image nearest in that plane: where its decisions change.
     """
     mean, directions = plane(seen.point_MD)
     at = (seen.point_MD - mean) @ directions.T
@@ -76,17 +76,24 @@ def atlas(figure: Any, model: TopoEncoder, images: Images, seen: Read) -> None:
     centres = (centres_ND - mean) @ directions.T
     low, high = np.minimum(at.min(0), centres.min(0)) - 0.5, np.maximum(at.max(0), centres.max(0)) + 0.5
     x, y = (np.linspace(low[i], high[i], GRID) for i in range(2))
-    grid = np.stack(np.meshgrid(x, y), -1).reshape(-1, 2) @ directions + mean
-    near = ((grid[:, None] - centres_ND[None]) ** 2).sum(2).argmin(1).reshape(GRID, GRID)
+    from scipy.spatial import cKDTree
+
+    grid = np.stack(np.meshgrid(x, y), -1).reshape(-1, 2)
+    near = seen.chart_M[cKDTree(at).query(grid)[1]].reshape(GRID, GRID)
+    edge = np.zeros(near.shape, bool)
+    edge[1:] |= near[1:] != near[:-1]
+    edge[:, 1:] |= near[:, 1:] != near[:, :-1]
     some = np.random.default_rng(0).permutation(len(at))[:SHOWN]
     labels = images.test.y
     for place, colour, title in zip(
         figure.subplots(1, 1 if labels is None else 2, squeeze=False).flat,
         (seen.chart_M, labels),
-        ("chart of each held-out image; regions: nearest centre", "class of each"),
+        ("chart of each held-out image, and of the nearest one", "class of each"),
     ):
-        place.pcolormesh(x, y, near, cmap="tab20", alpha=0.18, shading="nearest", vmin=0, vmax=19)
-        place.contour(x, y, near, levels=np.arange(model.config.charts) + 0.5, colors="grey", linewidths=0.4)
+        place.pcolormesh(
+            x, y, near, cmap="tab10" if model.config.charts <= 10 else "tab20", alpha=0.15, shading="nearest"
+        )
+        place.pcolormesh(x, y, np.where(edge, 1.0, np.nan), cmap="gray", shading="nearest", vmin=0, vmax=2)
         shade = np.asarray(colour)[some]
         place.scatter(*at[some].T, c=shade, cmap="tab10" if shade.max() < 10 else "tab20", s=7, lw=0)
         place.scatter(*centres.T, marker="x", c="black", s=40)
@@ -166,9 +173,9 @@ def samples(figure: Any, model: TopoEncoder, seen: Read) -> None:
     m = model.config
     counts = np.bincount(seen.chart_M * m.codes + seen.code_M, minlength=m.charts * m.codes).reshape(m.charts, m.codes)
     wide = min(ROWS, m.codes)
-    places = figure.subplots(m.charts, wide, squeeze=False)
+    places: Any = figure.subplots(m.charts, wide, squeeze=False)
     for n in range(m.charts):
-        order = np.argsort(-counts[n], kind="stable")[:wide].tolist()
+        order: Any = np.argsort(-counts[n], kind="stable")[:wide].tolist()
         drawn, _ = model.decode(model.atlas.centres[n] + model.atlas.codes[n, order])
         for place, picture, j in zip(places[n], drawn.numpy(), order):
             _image(place, picture)
@@ -181,7 +188,7 @@ def traces(figure: Any, signals: dict[str, Signal]) -> None:
     """Losses, entropies with their setpoints, weights, rate, held-out numbers, against steps."""
     entropies = ("routing_entropy", "diversity", "chart_code_entropy", "held_route_entropy", "held_usage_entropy",
                  "held_information")  # fmt: skip
-    groups = {
+    groups: dict[str, list[str]] = {
         "losses": [n for n in ("reconstruction", "vq", "consistency", "orbit", "jump", "probe") if n in signals],
         "entropies, nats; dashed: setpoint": [n for n in entropies if n in signals],
         "weights that are controlled": [n for n in signals if n.startswith("weight_") or n == "commitment"],
@@ -191,6 +198,8 @@ def traces(figure: Any, signals: dict[str, Signal]) -> None:
             n for n in ("held_accuracy", "held_nmi", "held_ari", "held_probe_accuracy") if n in signals
         ],
     }
+    changing = [n for n in groups["weights that are controlled"] if np.ptp(signals[n].values) > 0]
+    groups["weights that are controlled"] = changing
     groups = {title: names for title, names in groups.items() if names}
     places = figure.subplots(2, -(-len(groups) // 2), squeeze=False)
     for place in list(places.flat)[len(groups) :]:

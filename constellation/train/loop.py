@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
+from constellation.control.governor import RateGovernor
 from constellation.regime.protocol import Advice, Recovery, Regime
 from constellation.telemetry.probe import Probe, Probes
 from constellation.telemetry.step import Step
@@ -46,12 +47,17 @@ def fit(
     probes      what is measured on the way (telemetry/probe.py)
     regime      judges every step (regime/protocol.py); its advice is in the Step
     recovery    acts on advice, also on a step that failed
-    governor    corrects the learning rate (schedule.py)
+    governor    corrects the learning rate (schedule.py); None: what control.rate says, by default nobody
 
     The last three are the configuration's own where regime.enabled (repair.py), probes too where telemetry.enabled.
     What the parts remember is in the checkpoint, so a run that is resumed is to be given them again. RunError when
     loss or gradient are not finite and no recovery helps.
     """
+    c = job.config.control
+    if governor is None and c.rate == "governor":
+        governor = RateGovernor(
+            growth=c.growth, shrink=c.shrink, spike=c.spike, patience=c.patience, plateau=c.plateau
+        )  # fmt: skip
     records = Records(job.config.record, job.folder)
     measured = Probes([*records.probes, *probes, *probes_of(job), *telemetry_of(job)])
     repair = Repair.of(job, regime, recovery, governor)
