@@ -5,7 +5,7 @@
                          else       breakdown  0: a pause
 
 with a hysteresis around both bounds. The bounds are the original design's; that phi says which compute is worth its
-price is a claim, which `constellation bench regimes` measures.
+price is a claim that nothing here has measured yet.
 
     nonfinite       loss or gradient norm is none, or the model's predictions on held-out text are none
     loss spike      ln loss more than k deviations above its trailing mean, n steps in a row

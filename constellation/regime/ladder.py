@@ -9,7 +9,7 @@
 
 Where the weights are damaged, so that "before" is no number, whatever gives one is kept. A gradient that was not finite
 beside sound weights costs its batch, nothing else. After `actions` tries the ladder does nothing any more. The order
-for faults is what `constellation bench recovery` found (results/recovery.json).
+for faults is a choice that `constellation bench recovery` puts to the test; no result is in yet.
 """
 
 from __future__ import annotations
