@@ -34,7 +34,7 @@ COMMANDS = {
     "runs": "list, filter, sort, compare and diff what was trained",
     "plot": "draw the signals of runs as PNG or SVG",
     "export": "write a plain kernel as a folder for transformers, vLLM, CTranslate2",
-    "bench": "measure: decode | dense | modes | optim | route | serve | train",
+    "bench": "measure: coherence | coordizer | decode | dense | merging | modes | optim | route | ...",
     "doctor": "check Python, torch, Ray, GPUs, disk, and run a self-test",
 }
 
