@@ -383,15 +383,16 @@ class Stream(Iterator["Piece"]):
 
 
 def _ask(
-    prompt: str, max_new_tokens: int, temperature: float, seed: int, mode: str, top_k_kernels: int = 3, **sampling: Any
-) -> Ask:
+    prompt: str, max_new_tokens: int, temperature: float, seed: int, mode: str, top_k_kernels: int = 3,
+    telemetry: bool = False, **sampling: Any,
+) -> Ask:  # fmt: skip
     from constellation.decoding.sample import Sampling
     from router.answer.query import Ask
 
     if not isinstance(prompt, str):
         raise ConfigError(f"prompt={prompt!r}: must be a text, or a list of texts")
     settings = {"max_new_tokens": max_new_tokens, "temperature": temperature, "seed": seed, "top_p": 0.95, **sampling}
-    return Ask(prompt, Sampling.from_json(settings), mode, top_k_kernels)
+    return Ask(prompt, Sampling.from_json(settings), mode, top_k_kernels, telemetry=telemetry)
 
 
 async def _next(steps: Any) -> Any:

@@ -39,7 +39,7 @@ COMMANDS = {
     "report": "validation report of a run: results against targets, plots, cost",
     "export": "write a plain kernel as a folder for transformers, vLLM, CTranslate2",
     "measure": "studies of a trained run, with controls: beta",
-    "bench": "compare: decode | dense | modes | optim | recursion | route | serve | train",
+    "bench": "compare: decode | dense | modes | optim | recursion | route | serve | train | ...",
     "doctor": "check Python, torch, Ray, GPUs, disk, and run a self-test",
 }
 

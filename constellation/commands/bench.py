@@ -301,6 +301,49 @@ def modes(
 
 
 @command.command()
+@click.option("--model", type=click.Path(path_type=Path, exists=True), required=True, metavar="DIR",
+              help="a run's model that judges, such as RUN/ocean; not trained on the text")  # fmt: skip
+@options.corpus
+@click.option("--documents", default=0, show_default=True, type=click.IntRange(0), help="at most; 0: all held-out ones")
+@click.option("--orders", default=8, show_default=True, type=click.IntRange(1), help="shuffles that a text is held to")
+@out
+@options.overrides
+def coherence(
+    model: Path, corpus: Path | None, documents: int, orders: int, out: Path | None, overrides: tuple[str, ...]
+) -> None:
+    """The coherence score: does it rank real text above shuffled sentences and above repetition? AUROCs."""
+    config = override(make_preset("small"), parse_assignments(overrides))
+    from constellation.experiments import bench_coherence
+    from constellation.experiments.harness import finish
+
+    result = bench_coherence.run(model, corpus, config.data, most=documents, orders=orders, say=click.echo)
+    finish(result, bench_coherence.lines(result), out)
+
+
+@command.command()
+@options.corpus
+@click.option("--vocab", default=32_000, show_default=True, type=click.IntRange(272), metavar="N")
+@click.option(
+    "--bytes", "most_bytes", default=1e8, show_default=True, type=click.FloatRange(1), help="of text, at most"
+)
+@click.option("--encode-bytes", default=2e6, show_default=True, type=click.FloatRange(1), help="of it, encoded")
+@out
+def merging(corpus: Path | None, vocab: int, most_bytes: float, encode_bytes: float, out: Path | None) -> None:
+    """Learning merges by frequency and encoding, beside the library `tokenizers`: CPU-seconds and ratios."""
+    from constellation.data.corpus import read_corpus
+    from constellation.experiments import bench_merging
+    from constellation.experiments.harness import finish
+
+    texts, size = [], 0
+    for document in read_corpus(corpus, make_preset("small").data).documents:
+        if size < most_bytes:
+            texts.append(document.text)
+            size += document.num_bytes
+    result = bench_merging.run(texts, vocab, int(encode_bytes))
+    finish(result, bench_merging.lines(result), out)
+
+
+@command.command()
 @options.corpus
 @click.option(
     "--work", type=click.Path(path_type=Path), required=True, metavar="DIR", help="models; reused when called again"

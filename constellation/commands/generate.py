@@ -39,7 +39,7 @@ def command(
     answer: `constellation route --verify`.
     """
     with constellation.open(run, local=local, address=address) as asked:
-        stream = asked.stream(prompt, mode=mode, top_k_kernels=top_k_kernels, **sampling)
+        stream = asked.stream(prompt, mode=mode, top_k_kernels=top_k_kernels, telemetry=as_json, **sampling)
         for piece in stream:
             if not as_json:
                 click.echo(piece.text, nl=False)

@@ -35,6 +35,7 @@ from constellation.decoding.sample import Sampling, TokenScore
 from constellation.errors import ConfigError, RunError
 from constellation.roster import OCEAN
 from router.answer.certificate import CertificateWriter
+from router.answer.generation import GenerationTelemetry, generation_telemetry
 from router.answer.joint import JointAnswer
 from router.answer.packet import Packet
 from router.answer.text import ShownText
@@ -57,6 +58,7 @@ class Ask:
     request: str = ""  # id, unique among the requests that are under way
     draft: bool = True  # False: kernels that mix are asked for every token; the oracle of the drafts
     measure: bool = False  # complete HandOff.bits_lost: two more readings a hand-off
+    telemetry: bool = False  # tell Answer.generation
 
 
 @dataclass(frozen=True)
@@ -96,9 +98,13 @@ class Answer:
     seconds: float  # of the turns this request took part in
     seconds_per_token: float
     certificate: str = ""  # of the looks, for certificate.replay; "" without looks by a fitted router
+    generation: GenerationTelemetry | None = None  # where it was asked for
 
     def to_json(self) -> dict[str, Any]:
-        return asdict(self)
+        told = asdict(self)
+        if self.generation is None:
+            del told["generation"]
+        return told
 
 
 @dataclass(frozen=True)
@@ -165,6 +171,7 @@ class QueryLife:
         self.num_bytes = 0  # of prompt and answer
         self.fresh_bytes = 0  # since the last look
         self.token_ids: list[int] = []
+        self.log_probs: list[float] = []
         self.heard: list[int] = []  # tokens of the turn under way
         self.heard_scores: list[TokenScore] = []
         self.told = 0  # how many of them pieces hold already
@@ -284,6 +291,7 @@ class QueryLife:
         self.packet, self.heard, self.heard_scores, self.told = packet, [], [], 0
         self.token_ids += new
         self._read(self.tokenizer.decode(new[:-1] if packet.ended_by_token else new))
+        self.log_probs += [log_p for log_p, _ in packet.logprobs or ()]
         rest, scores = new[told:], packet.logprobs and packet.logprobs[told:]
         text = self._show(rest[:-1]) + self._show(rest[-1:], packet) if packet.finish else self._show(rest)
         return Piece(text, rest, packet.kernel, scores)
@@ -328,6 +336,9 @@ class QueryLife:
             seconds=self.seconds,
             seconds_per_token=self.seconds / max(1, len(self.token_ids)),
             certificate=self.certificate.certificate(self.written, self.token_ids) if self.certificate else "",
+            generation=generation_telemetry(self.opening, self.token_ids, self.basins, self.log_probs)
+            if self.ask.telemetry
+            else None,
         )
 
 

@@ -128,6 +128,8 @@ class Generation(Addressed, kw_only=True):
 
     measure_hand_offs: bool = False  # tell the bits lost per hand-off: two more readings each
 
+    generation_telemetry: bool = False  # tell repetition, distinct tokens, flow through basins
+
     n: Annotated[int, Meta(ge=1, le=MOST_CHOICES)] = 1
     stream: bool = False
     stream_options: StreamOptions | None = None

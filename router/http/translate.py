@@ -147,7 +147,15 @@ async def asked(wanted: Wanted, request: Generation, service: Service, request_i
         sampling = dataclasses.replace(sampling, logprobs=sampling.logprobs or 0)
     prompts = await tokens(wanted.prompts, request, service)
     asks = [
-        Ask(prompt, sampling, wanted.mode, request.top_kernels, f"{request_id}-{i}", measure=request.measure_hand_offs)
+        Ask(
+            prompt,
+            sampling,
+            wanted.mode,
+            request.top_kernels,
+            f"{request_id}-{i}",
+            measure=request.measure_hand_offs,
+            telemetry=request.generation_telemetry,
+        )
         for i, prompt in enumerate(prompts)
     ]
     return Translated(wanted.mode, prompts, tuple(numbered(ask, i) for ask in asks for i in range(made)), made)
