@@ -1,11 +1,16 @@
-"""The constellation of three that tests answer with: a tokenizer, a kernel's shape, texts of three kinds, models."""
+"""What tests answer with, a tokenizer, a kernel's shape, texts of three kinds, three models; and what they learn."""
 
 from __future__ import annotations
+
+import random
+from pathlib import Path
 
 import torch
 
 from constellation.config import Kernel
 from constellation.coordizer.tokenizer import Tokenizer
+from constellation.data.cache import build_cache
+from constellation.data.corpus import Document
 from constellation.kernel.model import KernelLM
 from constellation.roster import OCEAN
 
@@ -41,3 +46,13 @@ def lively_kernel(config: Kernel, gain: float = 2.0) -> KernelLM:
 def models() -> dict[str, KernelLM]:
     """OCEAN and the three."""
     return {name: random_kernel(seed=i) for i, name in enumerate((OCEAN, *NAMES), 1)}
+
+
+def four_words(root: Path) -> tuple[Path, Path]:
+    """(train cache, dev cache) below `root` of a text of four words, which is something to learn."""
+    generator = random.Random(0)
+    texts = [" ".join(generator.choices(["basin", "kernel", "sphere", "root"], k=200)) for _ in range(6)]
+    tokenizer = Tokenizer.train(texts, 272)
+    documents = [Document(text, None, str(i), None, {}) for i, text in enumerate(texts)]
+    train, dev = (build_cache(part, tokenizer, root).path for part in (documents[:4], documents[4:]))
+    return train, dev

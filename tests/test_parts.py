@@ -4,7 +4,6 @@ import dataclasses
 import json
 import os
 import pickle
-import random
 import signal
 import subprocess
 import sys
@@ -18,9 +17,6 @@ import torch
 
 from constellation.artifacts.run import read_trace
 from constellation.config import Config, override
-from constellation.coordizer.tokenizer import Tokenizer
-from constellation.data.cache import build_cache
-from constellation.data.corpus import Document
 from constellation.errors import ConfigError, RunError
 from constellation.presets import tiny
 from constellation.regime.protocol import Advice, Recoverable
@@ -28,6 +24,7 @@ from constellation.train import checkpoint
 from constellation.train.job import Job
 from constellation.train.loop import fit
 from constellation.train.objective import Objective
+from tests.cases import four_words
 from tests.parts import Brake, EveryFifth, Ladder, Norm, every_part
 
 STEPS = 24
@@ -45,12 +42,7 @@ def config(**changes: object) -> Config:
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """(train cache, dev cache) of a text with something to learn."""
-    root, generator = tmp_path_factory.mktemp("corpus"), random.Random(0)
-    texts = [" ".join(generator.choices(["basin", "kernel", "sphere", "root"], k=200)) for _ in range(6)]
-    tokenizer = Tokenizer.train(texts, 272)
-    documents = [Document(text, None, str(i), None, {}) for i, text in enumerate(texts)]
-    train, dev = (build_cache(part, tokenizer, root).path for part in (documents[:4], documents[4:]))
-    return train, dev
+    return four_words(tmp_path_factory.mktemp("corpus"))
 
 
 def job(corpus: tuple[Path, Path], folder: Path, **changes: object) -> Job:

@@ -1,7 +1,6 @@
 """Regimes change what is computed, faults are seen, recoveries are kept or undone, and all of it is resumed."""
 
 import math
-import random
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +12,6 @@ from hypothesis import strategies as st
 
 from constellation.artifacts.run import read_trace
 from constellation.config import Regimes, override
-from constellation.coordizer.tokenizer import Tokenizer
-from constellation.data.cache import build_cache
-from constellation.data.corpus import Document
 from constellation.errors import ConfigError, RunError
 from constellation.experiments.bench_recovery import Injector, back_after
 from constellation.presets import tiny
@@ -26,6 +22,7 @@ from constellation.train import checkpoint
 from constellation.train.clipping import ADAGC_LAMBDA, AdaGC, ZClip
 from constellation.train.job import Job
 from constellation.train.loop import fit
+from tests.cases import four_words
 
 STEPS = 60
 
@@ -74,12 +71,7 @@ def test_breakdown_pauses_and_linear_takes_less() -> None:
 
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    root, generator = tmp_path_factory.mktemp("corpus"), random.Random(0)
-    texts = [" ".join(generator.choices(["basin", "kernel", "sphere", "root"], k=200)) for _ in range(6)]
-    tokenizer = Tokenizer.train(texts, 272)
-    documents = [Document(text, None, str(i), None, {}) for i, text in enumerate(texts)]
-    train, dev = (build_cache(part, tokenizer, root).path for part in (documents[:4], documents[4:]))
-    return train, dev
+    return four_words(tmp_path_factory.mktemp("corpus"))
 
 
 def job(corpus: tuple[Path, Path], folder: Path, **changes: object) -> Job:

@@ -3,7 +3,6 @@
 import itertools
 import json
 import math
-import random
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +15,6 @@ from scipy.optimize import linear_sum_assignment
 
 from constellation.artifacts.run import read_telemetry
 from constellation.config import override
-from constellation.coordizer.tokenizer import Tokenizer
-from constellation.data.cache import build_cache
-from constellation.data.corpus import Document
 from constellation.errors import ConfigError
 from constellation.geometry.fisher import FisherBlock, flatten
 from constellation.kernel.model import KernelLM
@@ -37,6 +33,7 @@ from constellation.telemetry.ricci import ollivier_ricci
 from constellation.train import checkpoint
 from constellation.train.job import Job
 from constellation.train.loop import fit
+from tests.cases import four_words
 
 N, D = 4096, 64
 STEPS = 24
@@ -186,12 +183,7 @@ def test_an_emotion_is_a_z_score_of_its_trailing_window() -> None:
 
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    root, generator = tmp_path_factory.mktemp("corpus"), random.Random(0)
-    texts = [" ".join(generator.choices(["basin", "kernel", "sphere", "root"], k=200)) for _ in range(6)]
-    tokenizer = Tokenizer.train(texts, 272)
-    documents = [Document(text, None, str(i), None, {}) for i, text in enumerate(texts)]
-    train, dev = (build_cache(part, tokenizer, root).path for part in (documents[:4], documents[4:]))
-    return train, dev
+    return four_words(tmp_path_factory.mktemp("corpus"))
 
 
 def job(corpus: tuple[Path, Path], folder: Path, branch: Path | None = None, **changes: object) -> Job:
