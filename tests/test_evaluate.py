@@ -8,7 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from router.decide.evaluate import Scores, answers, look_in_force, mix, report
-from router.decide.mixture import MIXTURE, combine, weight_table, weights
+from router.decide.mixture import combine, weight_table, weights
+from router.decide.modes import MIXTURE
 from router.decide.partition import assign, segments
 from router.decide.policy import ABSTAINED, Trajectory
 

@@ -41,10 +41,10 @@ def test_probabilities_sum_to_one_and_follow_their_formula(seed: int, kernels: i
     log_p = distributions(seed, kernels)
     w = np.random.default_rng(seed + 1).dirichlet(np.ones(kernels))
     p = np.exp(combine(mode, log_p, w))
-    if mode == MIXTURE:
-        expected = np.einsum("k,ktv->tv", w, np.exp(log_p))
-    else:
+    if mode == BARYCENTER:
         expected = np.einsum("k,ktv->tv", w, np.exp(log_p / 2)) ** 2
+    else:
+        expected = np.einsum("k,ktv->tv", w, np.exp(log_p))
     np.testing.assert_allclose(p, expected / expected.sum(1, keepdims=True), rtol=1e-9, atol=1e-15)
     np.testing.assert_allclose(p.sum(1), 1, rtol=1e-12)
 
@@ -166,7 +166,7 @@ HOW = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("mode", MIXED)
+@pytest.mark.parametrize("mode", [MIXTURE, BARYCENTER])  # phi needs a fitted router: test_phi_mode
 def test_what_is_drafted_and_read_at_once_is_what_is_drawn_token_by_token(mode: str) -> None:
     fast, slow = Counted(), Counted()
     for how in HOW:
@@ -211,7 +211,7 @@ def test_a_mixture_of_all_is_the_dense_mixture_drawn_by_hand() -> None:
     assert all(len(look.weights) == 3 for look in answer.looks)
 
 
-@pytest.mark.parametrize("mode", MIXED)
+@pytest.mark.parametrize("mode", [MIXTURE, BARYCENTER])  # phi needs a fitted router: test_phi_mode
 def test_one_kernel_alone_is_that_kernel_bit_for_bit(mode: str) -> None:
     for how in HOW:
         (mixed,) = answers([ask(mode=mode, top_k=3, **how)], ByteSums(["heart"], 0))
@@ -219,7 +219,7 @@ def test_one_kernel_alone_is_that_kernel_bit_for_bit(mode: str) -> None:
         assert (mixed.text, mixed.token_ids, mixed.kernels) == (alone.text, alone.token_ids, ("heart",))
 
 
-@pytest.mark.parametrize("mode", MIXED)
+@pytest.mark.parametrize("mode", [MIXTURE, BARYCENTER])  # phi needs a fitted router: test_phi_mode
 def test_permuting_the_kernels_changes_nothing(mode: str) -> None:
     asks = [ask(mode=mode, **how) for how in HOW[:3]]
     expected = answers(asks)

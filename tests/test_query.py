@@ -428,7 +428,7 @@ def test_a_text_read_anew_is_what_the_policy_says_of_all_of_it():
 @pytest.mark.parametrize(
     ("policy", "request_", "wanted"),
     [
-        (POLICY, ask("x", mode="hart"), "'hart'.*route, mixture, barycenter, ocean, heart"),
+        (POLICY, ask("x", mode="hart"), "'hart'.*route, mixture, barycenter, phi, ocean, heart"),
         (None, ask("x"), "needs a fitted router"),
         (POLICY, ask("x"), "may choose 'action'"),
     ],
