@@ -222,19 +222,19 @@ def test_a_slow_reader_gets_the_same_text(running):
 
 def test_a_server_that_is_closed_answers_those_inside_and_ends(micro_run):
     made = Running(micro_run)
-    body = {"prompt": PROMPT, "max_tokens": 400, "seed": 1, "ignore_eos": True}
+    body = {"prompt": PROMPT, "max_tokens": 4000, "seed": 1, "ignore_eos": True}
     replies = []
     asking = threading.Thread(
         target=lambda: replies.append(httpx.post(f"{made.url}/v1/completions", json=body, timeout=None))
     )
     asking.start()
-    wait_for(lambda: not made.idle)
+    wait_for(lambda: not made.idle)  # seconds of work, looked at many times
     made.server.close()
     late = httpx.post(f"{made.url}/v1/completions", json=body, timeout=None)
     assert (late.status_code, late.headers["retry-after"], late.headers["connection"]) == (503, "5", "close")
     assert httpx.get(f"{made.url}/ready", timeout=None).status_code == 503
     asking.join()
-    assert replies[0].json()["usage"]["completion_tokens"] == 400
+    assert replies[0].json()["usage"]["completion_tokens"] == 4000
     made.thread.join()
 
 
