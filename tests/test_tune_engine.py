@@ -222,11 +222,11 @@ def _length(out: Path) -> int:
         return 0
 
 
-def command_of(out: Path, corpus: Path, trials: int, base: dict[str, object]) -> list[str]:
+def command_of(out: Path, corpus: Path, trials: int, base: dict[str, object], tokens: float = TOKENS) -> list[str]:
     return [
         sys.executable, "-m", "constellation", "tune", "--space", "optim", "--corpus", str(corpus), "--out", str(out),
         "--preset", "tiny", "--trials", str(trials), "--scheduler", "asha", "--search", "tpe", "--budget",
-        str(TOKENS), "--jobs", "2", *(f"{name}={value}" for name, value in base.items()),
+        str(tokens), "--jobs", "2", *(f"{name}={value}" for name, value in base.items()),
     ]  # fmt: skip
 
 
@@ -256,6 +256,43 @@ def test_a_driver_that_is_killed_goes_on_as_if_it_had_not_been(micro_corpus: Pat
 
 @pytest.mark.ray
 @pytest.mark.slow
+def test_a_node_that_is_lost_costs_no_trial(micro_corpus: Path, tmp_path: Path) -> None:
+    """One of two nodes, each with room for one evaluation: what ran there is begun again on the other."""
+    import psutil
+    from ray.cluster_utils import Cluster
+
+    fast = {
+        "health_check_initial_delay_ms": 0, "health_check_period_ms": 500, "health_check_timeout_ms": 500,
+        "health_check_failure_threshold": 3,
+    }  # fmt: skip
+    out, small = tmp_path / "out", {"num_cpus": 1, "object_store_memory": 80 * 2**20}
+    cluster = Cluster(initialize_head=True, head_node_args={**small, "num_cpus": 0, "_system_config": fast})
+    try:
+        lost, _ = cluster.add_node(**small), cluster.add_node(**small)
+        whole = {**MICRO, "cluster.cpus_per_kernel": 1.0}
+        command = [*command_of(out, micro_corpus, 9, whole, 20 * TOKENS), "--address", cluster.address]
+        driver = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+        def both_at_work() -> bool:
+            begun = {path.parents[2].name for path in out.glob("trials/*/ocean/checkpoints/step-*")}
+            return len(begun - set(results(out))) == 2
+
+        wait_for(lambda: driver.poll() is not None or both_at_work())
+        raylet = psutil.Process(lost.all_processes["raylet"][0].process.pid)
+        for process in [*raylet.children(recursive=True), raylet]:  # as a machine that is switched off
+            process.kill()
+        cluster.remove_node(lost, allow_graceful=False)
+        told, _ = driver.communicate()
+        assert driver.returncode == 0 and "Traceback" not in told, told
+    finally:
+        cluster.shutdown()
+    assert any(event["event"] == "lost" for event in read_events(out))
+    assert lines(out) == expected(tmp_path / "alone", out)
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
 def test_a_driver_that_is_killed_twenty_times_goes_on(micro_corpus: Path, tmp_path: Path) -> None:
     import random
 

@@ -8,6 +8,7 @@ Tune trial is one evaluation, of the same name; a process that is free takes the
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import signal
 import tempfile
@@ -62,6 +63,7 @@ def compute(run: SweepRun, jobs: int) -> None:
         RAY_AIR_NEW_OUTPUT="0",  # prints on standard output, whatever the verbosity
         TUNE_MAX_PENDING_TRIALS_PG=str(jobs), TUNE_WARN_INSUFFICENT_RESOURCE_THRESHOLD_S="86400",
     )  # fmt: skip
+    logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # what is lost is told by the sweep, in a line
     with tempfile.TemporaryDirectory(prefix="constellation-tune-") as scratch, _ctrl_c(run.out / STOP) as pressed:
         hand_over = HandOver(run, pressed)
         tuner = ray_tune.Tuner(
