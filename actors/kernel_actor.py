@@ -175,7 +175,7 @@ class ActorEngine:
             from constellation.train import checkpoint
             from router.answer.turn import Answerer
 
-            run = mirror.resolve(run, self._notes.append)
+            run = mirror.resolve(run, self._notes.append, (self.role,))
             torch.set_num_threads(threads)
             device = "cuda" if torch.cuda.is_available() else "cpu"
             model = checkpoint.load_model(run / self.role, device, self._notes.append)

@@ -22,7 +22,7 @@ class RouterMailbox:
         from constellation.storage.mirror import resolve
         from router.decide.fisher_rao import FisherRaoRouter
 
-        self._router = FisherRaoRouter.load(resolve(run) / "router")
+        self._router = FisherRaoRouter.load(resolve(run, parts=("router",)) / "router")
 
     def __repr__(self) -> str:
         return "router"

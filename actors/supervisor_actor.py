@@ -71,7 +71,9 @@ class SupervisorMailbox:
                 timeout_s = self._config.cluster.placement_timeout_s
                 placement = reserve(bundles, timeout_s, self._say, namespace_of(self._name))
                 stack.callback(placement.release)
-                supervisor = Supervisor(self._config, placement, self._say, roots(resolve(self._run)))
+                supervisor = Supervisor(
+                    self._config, placement, self._say, roots(resolve(self._run, parts=("router",)))
+                )
                 stack.callback(supervisor.dismiss)
                 supervisor.start(servers(placement, self._run, self._config, namespace_of(self._name)))
                 self._supervisor = supervisor

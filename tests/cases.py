@@ -13,6 +13,7 @@ from constellation.data.cache import build_cache
 from constellation.data.corpus import Document
 from constellation.kernel.model import KernelLM
 from constellation.roster import OCEAN
+from constellation.train import checkpoint
 
 NAMES = ("heart", "memory", "action")
 TEXTS = [f"the quick brown fox {i} jumps over the lazy dog, naïve café {i}: x = {i} + 1\n" for i in range(40)]
@@ -56,3 +57,15 @@ def four_words(root: Path) -> tuple[Path, Path]:
     documents = [Document(text, None, str(i), None, {}) for i, text in enumerate(texts)]
     train, dev = (build_cache(part, tokenizer, root).path for part in (documents[:4], documents[4:]))
     return train, dev
+
+
+def newest(folder: Path) -> checkpoint.Checkpoint:
+    """Of a model that was trained in `folder`."""
+    found = checkpoint.newest(folder)
+    assert found is not None
+    return found
+
+
+def weights(folder: Path) -> bytes:
+    """The bits of the newest checkpoint."""
+    return b"".join((newest(folder).path / name).read_bytes() for name in checkpoint.FILES)

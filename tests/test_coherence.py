@@ -12,9 +12,10 @@ from constellation.config import Kernel
 from constellation.coordizer.tokenizer import Tokenizer
 from constellation.decoding.basins import Basins
 from constellation.errors import ConfigError
+from constellation.experiments.statistics import auroc
 from constellation.geometry.semantic import SemanticFisherMetric, worst_triangle
 from constellation.kernel.model import KernelLM
-from constellation.train.coherence import CoherenceTracker, auroc, units
+from constellation.train.coherence import CoherenceTracker, units
 from router.answer.generation import generation_telemetry
 
 CHAPTER = "one comes first. two follows it. three is third. four ends it. "

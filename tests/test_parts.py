@@ -24,7 +24,7 @@ from constellation.train import checkpoint
 from constellation.train.job import Job
 from constellation.train.loop import fit
 from constellation.train.objective import Objective
-from tests.cases import four_words
+from tests.cases import four_words, newest, weights
 from tests.parts import Brake, EveryFifth, Ladder, Norm, every_part
 
 STEPS = 24
@@ -47,16 +47,6 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 
 def job(corpus: tuple[Path, Path], folder: Path, **changes: object) -> Job:
     return Job("ocean", folder, config(**changes), STEPS, corpus[0], corpus[1])
-
-
-def newest(folder: Path) -> checkpoint.Checkpoint:
-    found = checkpoint.newest(folder)
-    assert found is not None
-    return found
-
-
-def weights(folder: Path) -> bytes:
-    return b"".join((newest(folder).path / name).read_bytes() for name in checkpoint.FILES)
 
 
 def remembered(folder: Path) -> dict[str, Any]:

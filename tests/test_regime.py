@@ -22,7 +22,7 @@ from constellation.train import checkpoint
 from constellation.train.clipping import ADAGC_LAMBDA, AdaGC, ZClip
 from constellation.train.job import Job
 from constellation.train.loop import fit
-from tests.cases import four_words
+from tests.cases import four_words, newest, weights
 
 STEPS = 60
 
@@ -83,16 +83,6 @@ def job(corpus: tuple[Path, Path], folder: Path, **changes: object) -> Job:
     }  # fmt: skip
     config = override(tiny(), {**settings, **{k.replace("__", "."): v for k, v in changes.items()}})
     return Job("ocean", folder, config, STEPS, *corpus)
-
-
-def newest(folder: Path) -> checkpoint.Checkpoint:
-    found = checkpoint.newest(folder)
-    assert found is not None
-    return found
-
-
-def weights(folder: Path) -> bytes:
-    return b"".join((newest(folder).path / name).read_bytes() for name in checkpoint.FILES)
 
 
 def outcomes(folder: Path) -> list[dict[str, Any]]:

@@ -33,7 +33,7 @@ from constellation.telemetry.ricci import ollivier_ricci
 from constellation.train import checkpoint
 from constellation.train.job import Job
 from constellation.train.loop import fit
-from tests.cases import four_words
+from tests.cases import four_words, weights
 
 N, D = 4096, 64
 STEPS = 24
@@ -194,12 +194,6 @@ def job(corpus: tuple[Path, Path], folder: Path, branch: Path | None = None, **c
     }  # fmt: skip
     config = override(tiny(), {**settings, **{k.replace("__", "."): v for k, v in changes.items()}})
     return Job("ocean" if branch is None else "heart", folder, config, STEPS, *corpus, branch=branch)
-
-
-def weights(folder: Path) -> bytes:
-    found = checkpoint.newest(folder)
-    assert found is not None
-    return b"".join((found.path / name).read_bytes() for name in checkpoint.FILES)
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,7 @@ from constellation.config import override, values
 from constellation.errors import ConfigError
 from constellation.presets import tiny
 from constellation.telemetry.step import Step
-from constellation.trackers.tracker import FOLDER, TRACKERS, named, numbers, tracking
+from constellation.trackers.tracker import FOLDER, TRACKERS, named, tracking
 
 SETTINGS = {"optim.lr": 1e-3, "preset": "tiny"}
 
@@ -40,7 +40,7 @@ def test_tensorboard_reads_every_number_once_also_of_a_run_that_was_resumed(tmp_
     for role in ("ocean", "heart"):
         found = accumulator.EventAccumulator(str(tmp_path / FOLDER / "tensorboard" / role), {"scalars": 0})
         found.Reload()
-        assert set(found.Tags()["scalars"]) == {*numbers(next(steps(role, 5, 5)))}
+        assert set(found.Tags()["scalars"]) == {*next(steps(role, 5, 5)).numbers()}
         events = found.Scalars("loss_nats")
         assert [e.step for e in events] == list(range(1, 21))
         np.testing.assert_allclose([e.value for e in events], [3.0 / i for i in range(1, 21)], rtol=1e-6)

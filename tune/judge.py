@@ -14,10 +14,10 @@ from __future__ import annotations
 import json
 import math
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from constellation.errors import ConfigError
 from constellation.storage.atomic import write_json
@@ -28,6 +28,9 @@ from tune.race import paired_interval
 from tune.request import SweepRequest
 from tune.sharing import prepared
 from tune.work import Work
+
+if TYPE_CHECKING:
+    from constellation.data.document import Document
 
 JUDGED = "judged"
 WAY = {"routed_bits_per_byte": "routed", "ocean_bits_per_byte": "ocean"}  # the others answer by mixture
@@ -85,18 +88,23 @@ def judge(out: Path, corpus: Path, seeds: int = 3, say: Callable[[str], None] = 
         raise ConfigError(f"{out}: the preset itself won; there is nothing to judge")
     preset, new = Trial(0, request.space.default, "default"), range(request.seeds, request.seeds + seeds)
     found: dict[str, list[float]] = {"preset": [], "best": []}
-    documents = 0
-    for seed in new:
-        for name, trial in (("preset", preset), ("best", best)):
-            work = _work(out, request, name, trial, Evaluation(trial.number, standings.rung, seed))
-            say(f"{name}, seed {seed}")
-            outcome = evaluate(work)
-            if outcome.metric is None:
-                raise ConfigError(f"{name}, seed {seed}: {outcome.reason}")
-            bits, documents = _read(work, corpus)
-            found[name].append(bits)
+    works = [(name, seed, _work(out, request, name, trial, Evaluation(trial.number, standings.rung, seed)))
+             for seed in new for name, trial in (("preset", preset), ("best", best))]  # fmt: skip
+    documents = _unseen([work for _, _, work in works[:2]], corpus)
+    for name, seed, work in works:
+        say(f"{name}, seed {seed}")
+        outcome = evaluate(work)
+        if outcome.metric is None:
+            raise ConfigError(f"{name}, seed {seed}: {outcome.reason}")
+        found[name].append(_read(work, corpus, documents))
     result = Judgement(
-        best.number, best.settings, str(corpus), documents, tuple(new), tuple(found["preset"]), tuple(found["best"])
+        best.number,
+        best.settings,
+        str(corpus),
+        len(documents),
+        tuple(new),
+        tuple(found["preset"]),
+        tuple(found["best"]),
     )
     write_json(out / f"{JUDGED}.json", result.to_json())
     return result
@@ -117,27 +125,37 @@ def _work(out: Path, request: SweepRequest, name: str, trial: Trial, evaluation:
     )  # fmt: skip
 
 
-def _read(work: Work, corpus: Path) -> tuple[float, int]:
-    """Bits per byte of `corpus`, and how many documents it has."""
-    from constellation.coordizer.tokenizer import Tokenizer
-    from constellation.data.cache import build_cache, open_cache
+def _unseen(works: Sequence[Work], corpus: Path) -> list[Document]:
+    """The documents of `corpus`; ConfigError where any of `works` trains on, or is compared on, one of them."""
+    from constellation.data.cache import open_cache
     from constellation.data.corpus import read_corpus
+
+    documents = read_corpus(corpus, works[0].config.data).documents
+    for work in works:
+        plan = prepared(work.corpus, work.config, work.shared)
+        seen = {*open_cache(plan.train).ids, *open_cache(plan.dev).ids}
+        if known := sum(d.id in seen for d in documents):
+            raise ConfigError(
+                f"{corpus}: the sweep has seen {known} of {len(documents)} documents; name text it has not"
+            )
+    return documents
+
+
+def _read(work: Work, corpus: Path, documents: Sequence[Document]) -> float:
+    """Bits per byte of `documents`, which are those of `corpus`."""
+    from constellation.coordizer.tokenizer import Tokenizer
+    from constellation.data.cache import build_cache
     from constellation.pipeline.evaluation import evaluate_run
     from constellation.train.checkpoint import load_model
     from constellation.train.score import bits_per_byte, score
 
-    plan = prepared(work.corpus, work.config, work.shared)
-    documents = read_corpus(corpus, work.config.data).documents
-    seen = {*open_cache(plan.train).ids, *open_cache(plan.dev).ids}
-    known = sum(d.id in seen for d in documents)
-    if known:
-        raise ConfigError(f"{corpus}: the sweep has seen {known} of {len(documents)} documents; name text it has not")
     if work.kind != "model":
         answers = evaluate_run(work.folder / "run", corpus, top_k=work.config.router.top_k)["answers"]
         way = WAY.get(work.metric) or next(name for name in answers if name.startswith("mixture_"))
-        return float(answers[way]["bits_per_byte"]), len(documents)
+        return float(answers[way]["bits_per_byte"])
+    plan = prepared(work.corpus, work.config, work.shared)
     with tempfile.TemporaryDirectory() as scratch:
         cache = build_cache(documents, Tokenizer.load(plan.tokenizer), Path(scratch))
         model = load_model(work.folder / "ocean")
         nats = score(model, cache, precision=work.config.train.precision)
-        return bits_per_byte(nats, cache.byte_length), len(documents)
+        return bits_per_byte(nats, cache.byte_length)

@@ -8,25 +8,18 @@ with its whole 95 % interval (t distribution over seeds) is beaten and gets no f
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 
+from constellation.experiments.statistics import paired
 from tune.history import Evaluation
 
 FINALISTS = 4
-CONFIDENCE = 0.95
 
 
-def paired_interval(differences: list[float]) -> tuple[float, float, float]:
-    """(mean, low, high) of paired differences at CONFIDENCE; of fewer than two the interval is infinite."""
-    mean = math.fsum(differences) / len(differences)
-    if len(differences) < 2:
-        return mean, -math.inf, math.inf
-    import scipy.special
-
-    variance = math.fsum((d - mean) ** 2 for d in differences) / (len(differences) - 1)
-    quantile = float(scipy.special.stdtrit(len(differences) - 1, (1 + CONFIDENCE) / 2))
-    half = quantile * math.sqrt(variance / len(differences))
-    return mean, mean - half, mean + half
+def paired_interval(differences: Sequence[float]) -> tuple[float, float, float]:
+    """(mean, low, high) of paired differences; of fewer than two the interval is infinite."""
+    found = paired(differences)
+    return found.mean, found.low, found.high
 
 
 class Race:

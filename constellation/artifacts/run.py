@@ -22,7 +22,7 @@ import json
 import platform
 import subprocess
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -35,10 +35,9 @@ from constellation.config import Config, difference, from_json
 from constellation.errors import ArtifactError
 from constellation.regime.words import words
 from constellation.storage.atomic import no_link, read_object, write_bytes, write_json
-from constellation.telemetry.step import Step
+from constellation.telemetry.step import STEPS, TELEMETRY, Step
 
 CHANNELS = {"step": np.int64, "tokens": np.int64, "loss_nats": np.float64, "grad_norm": np.float64, "lr": np.float64}
-TELEMETRY = "training_telemetry.jsonl"
 THETA_UP_TO = 4096  # parameters; a larger theta is not traced
 
 
@@ -71,7 +70,7 @@ class RunFolder:
 
     def __init__(self, path: Path):
         self.path = path
-        self._steps = path / "diag_steps.jsonl"
+        self._steps = path / STEPS
         self._telemetry = path / TELEMETRY
 
     def begin(self, config: Config, role: str, layout: list[dict[str, Any]], extra: dict[str, Any]) -> None:
@@ -101,9 +100,9 @@ class RunFolder:
                 write_bytes(log, b"".join(kept))
 
     def log(self, steps: Iterable[Step]) -> None:
-        steps = list(steps)
-        rows = [row for step in steps if (row := telemetry_row(step))]
-        for log, lines in ((self._steps, [step.to_json() for step in steps]), (self._telemetry, rows)):
+        pages = [step.to_json() for step in steps]
+        rows = [row for page in pages if (row := telemetry_row(page))]
+        for log, lines in ((self._steps, pages), (self._telemetry, rows)):
             if lines:
                 with open(log, "a", opener=no_link) as file:
                     file.write("".join(json.dumps(line) + "\n" for line in lines))
@@ -138,14 +137,13 @@ class RunFolder:
         return {}
 
 
-def telemetry_row(step: Step) -> dict[str, Any]:
-    """A line of training_telemetry.jsonl; {} for a step at which telemetry was not measured."""
-    measured = step.measured or {}
+def telemetry_row(page: Mapping[str, Any]) -> dict[str, Any]:
+    """A line of training_telemetry.jsonl, of a step's `to_json`; {} where telemetry was not measured."""
+    measured = page.get("measured") or {}
     if not measured.keys() & {"phi", "telemetry_nan"}:
         return {}
-    own = {"role": step.role, "step": step.step, "tokens": step.tokens, "loss_nats": step.loss_nats}
-    told = {"grad_norm": step.grad_norm, "lr": step.lr, **measured, **words(measured)}
-    return {**own, **told, **({"advice": step.advice} if step.advice else {})}
+    own = {name: page[name] for name in ("role", "step", "tokens", "loss_nats", "grad_norm", "lr")}
+    return {**own, **measured, **words(measured), **({"advice": page["advice"]} if page.get("advice") else {})}
 
 
 def read_telemetry(path: Path) -> list[dict[str, Any]]:

@@ -16,6 +16,7 @@ from constellation.artifacts.derive import derive
 from constellation.artifacts.run import CHANNELS
 from constellation.artifacts.signal import Signal, read_arrays, read_signals
 from constellation.errors import ArtifactError
+from constellation.telemetry.step import STEPS
 
 
 @dataclass(frozen=True)
@@ -49,7 +50,7 @@ class SavedRun:
     @cached_property
     def steps(self) -> list[dict[str, Any]]:
         """The logged steps, without a torn last line."""
-        file = self.path / "diag_steps.jsonl"
+        file = self.path / STEPS
         found = []
         for line in file.read_bytes().splitlines() if file.exists() else ():
             try:

@@ -30,7 +30,7 @@ class RunPlace(click.Path):
             return super().convert(value, parameter, context)
         from constellation.storage.mirror import resolve
 
-        return resolve(value, lambda text: click.echo(text, err=True))
+        return resolve(value, say(True))
 
 
 run = click.option(

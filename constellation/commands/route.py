@@ -73,7 +73,7 @@ def _decider(
         return
     from actors.remote import open_kernels
 
-    with open_kernels(run, address=address, say=lambda text: click.echo(text, err=True)) as kernels:
+    with open_kernels(run, address=address, say=options.say(True)) as kernels:
         yield lambda texts: asyncio.run(kernels.route(texts))
 
 

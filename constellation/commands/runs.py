@@ -39,7 +39,7 @@ def command(
 
     if write and is_url(place):
         raise ConfigError("--write: a table is written into a folder; take --json, or a folder's runs")
-    with excerpt(place, {table.SUMMARY, META}, lambda text: click.echo(text, err=True)) as folder:
+    with excerpt(place, {table.SUMMARY, META}, options.say(True)) as folder:
         rows = table.rows_of(folder)
         if diff is not None:
             _differ(diff.split(","), _pick(rows, diff, 2, 2, folder), folder, as_json)

@@ -138,7 +138,7 @@ def _on_ray(place: Place, fronts: int, address: str | None, ends: Ends, changes:
 
     return serve_on_ray(
         place, fronts=fronts, address=address, changes=changes, ready=ends.say_ready, ended=ends.event.wait,
-        say=lambda text: click.echo(text, err=True),
+        say=options.say(True),
     )  # fmt: skip
 
 

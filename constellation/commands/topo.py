@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -168,5 +167,5 @@ def bench(
         raise ConfigError(f"--arms {unknown[0]}: choose from {', '.join(bench_topo.ARMS)}")
     bench_topo.run(
         source or "digits", changes, seeds=seeds, trials=trials, epochs=epochs, arms=chosen, work=work, out=out,
-        say=lambda text: print(text, file=sys.stderr, flush=True),
+        say=options.say(True),
     )  # fmt: skip

@@ -96,10 +96,9 @@ def run(
     KEY=VALUE changes the preset that all trials share. Everything that is decided lies in DIR/events.jsonl; the winner
     in DIR/best.toml, which `constellation train --preset` takes.
     """
-    from constellation.storage.objects import is_url
     from tune.events import LOG
 
-    if is_url(str(out)) or ":/" in str(out):
+    if ":/" in str(out):  # a path has one slash of a URL's two
         raise ConfigError(f"--out {out}: a sweep works in a folder that all its nodes see, not at a URL")
     there = (out / LOG).exists()
     if there and not resume:
@@ -207,10 +206,7 @@ def judge(out: Path, corpus: Path, seeds: int, as_json: bool) -> None:
         raise ConfigError(f"corpus {corpus} does not exist")
     from constellation.storage.exclusive import exclusive
 
-    def say(text: str) -> None:
-        click.echo(text, err=True)
-
     if not out.is_dir():
         raise ConfigError(f"{out} does not exist")
     with exclusive(out):
-        click.echo(importlib.import_module("tune.judge").main_text(out, corpus, seeds, as_json, say))
+        click.echo(importlib.import_module("tune.judge").main_text(out, corpus, seeds, as_json, options.say(True)))

@@ -9,6 +9,7 @@ A name says of which sources a library is made, so that one of another version i
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import platform
 import subprocess
@@ -61,8 +62,13 @@ def files() -> list[Path]:
 
 
 def named(folder: Path, level: str) -> Path:
-    content = b"\0".join(path.read_bytes() for path in files())
-    return folder / f"{level}-{hashlib.sha256(content).hexdigest()[:16]}.so"
+    return folder / f"{level}-{_version()}.so"
+
+
+@functools.cache
+def _version() -> str:
+    """Of the sources."""
+    return hashlib.sha256(b"\0".join(path.read_bytes() for path in files())).hexdigest()[:16]
 
 
 if __name__ == "__main__":

@@ -22,8 +22,9 @@ from constellation.coordizer.tokenizer import Tokenizer
 from constellation.data.corpus import read_corpus
 from constellation.errors import DataError
 from constellation.experiments.harness import described
+from constellation.experiments.statistics import auroc
 from constellation.train.checkpoint import load_model
-from constellation.train.coherence import CoherenceTracker, auroc, units
+from constellation.train.coherence import CoherenceTracker, units
 
 EXCERPT, UNITS, BAR, RESAMPLES = 700, 4, 0.9, 2000
 KINDS = ("real", "shuffled", "repetition")
@@ -57,14 +58,12 @@ def run(
     for kind in KINDS[1:]:
         generator = np.random.default_rng(0)
         draws = [generator.integers(len(rows), size=len(rows)) for _ in range(RESAMPLES)]
-        low, high = np.quantile(
-            [auroc(gains["real"][at].tolist(), gains[kind][at].tolist()) for at in draws], [0.025, 0.975]
-        )
-        mean = auroc(gains["real"].tolist(), gains[kind].tolist())
+        low, high = np.quantile([auroc(gains["real"][at], gains[kind][at]) for at in draws], [0.025, 0.975])
+        mean = auroc(gains["real"], gains[kind])
         result["auroc"][kind] = {
             "all": mean, "low": float(low), "high": float(high), "verdict": "passed" if mean >= BAR else "missed",
             "domains": {
-                d: auroc(*(gains[k][domains == d].tolist() for k in ("real", kind))) for d in sorted(set(domains))
+                d: auroc(*(gains[k][domains == d] for k in ("real", kind))) for d in sorted(set(domains))
             },
             "surprisal_alone": auroc(*(
                 [-row[k]["surprisal"] for row in rows] for k in ("real", kind)

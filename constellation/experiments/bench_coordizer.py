@@ -15,7 +15,6 @@ with intervals (statistics.py). All that a task did lies in the work folder, so 
 from __future__ import annotations
 
 import json
-import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -40,6 +39,7 @@ from constellation.roster import OCEAN
 from constellation.train.checkpoint import load_model
 from constellation.train.job import Job, resolve_precision
 from constellation.train.loop import fit
+from constellation.train.score import document_bits
 from constellation.train.score import score as nats_of
 
 BUDGETS = ("flops", "bytes")
@@ -156,9 +156,9 @@ def _bits(
     for _ in fit(job):
         pass
     nats = nats_of(load_model(folder), caches[1], precision=own.train.precision)
-    bits = [float(n.sum(dtype=np.float64)) / math.log(2) for n in nats]
-    done.write_text(json.dumps({"asked": asked, "bits": bits}))
-    return np.array(bits)
+    bits_D = document_bits(nats)
+    done.write_text(json.dumps({"asked": asked, "bits": bits_D.tolist()}))
+    return bits_D
 
 
 def _compared(

@@ -35,14 +35,12 @@ from constellation.data.batches import Batches
 from constellation.data.cache import TokenCache, open_cache
 from constellation.errors import ConfigError
 from constellation.experiments.dense_report import analyse
-from constellation.experiments.harness import described
+from constellation.experiments.harness import described, prepared
 from constellation.pipeline.prepare import (
     Plan,
     document_bytes,
     fit_policy,
     ocean_job,
-    prepare,
-    request,
     write_assignment,
 )
 from constellation.roster import OCEAN, ROLES
@@ -161,8 +159,7 @@ def run(
 
 
 def _prepare(folder: Path, corpus: Path, config: Config, dense: Mapping[str, Any]) -> Seed:
-    request(folder, corpus, config, resume=folder.exists())
-    plan = prepare(folder)
+    plan = prepared(folder, corpus, config)
     return Seed(plan, override(plan.config, {"train.ocean_share": 0.999999, "train.ocean_decay": 0.5, **dense}))
 
 

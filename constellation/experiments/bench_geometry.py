@@ -26,7 +26,7 @@ from constellation.errors import ConfigError
 from constellation.experiments.harness import described, finish, machine_line
 from constellation.experiments.optim_peers import BASELINE, ROWS
 from constellation.experiments.optim_tasks import TASKS, prepare
-from constellation.experiments.optim_trial import Trial, _loop
+from constellation.experiments.optim_trial import Trial, trained
 from constellation.experiments.statistics import paired
 from constellation.storage.atomic import read_object
 from constellation.telemetry.integration import integration
@@ -72,7 +72,7 @@ def measured(trial: Trial, data: Path) -> dict[str, Any]:
     before = copy.deepcopy(model)
     optimizer = ROWS[trial.row].build(problem, trial.lr, trial.knob)
     found: dict[str, Any] = {"metric": None, "cpu_s": 0.0, "done": 0, "curve": [], "train": []}
-    outcome = _loop(trial, task, problem, optimizer, found)
+    outcome = trained(trial, task, problem, optimizer, found)
     if switch := getattr(optimizer, "eval", None):
         switch()
     with torch.no_grad():

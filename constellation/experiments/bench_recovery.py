@@ -40,9 +40,9 @@ import torch
 
 from constellation.config import Config, override
 from constellation.errors import RunError
-from constellation.experiments.harness import described, finish, machine_line, save
+from constellation.experiments.harness import described, finish, machine_line, prepared, save
 from constellation.experiments.statistics import paired
-from constellation.pipeline.prepare import Plan, open_plan, prepare, request
+from constellation.pipeline.prepare import Plan, open_plan
 from constellation.presets import tiny
 from constellation.telemetry.training import Training
 from constellation.train.job import Job, Source, resolve_precision
@@ -217,8 +217,7 @@ def run(
 ) -> dict[str, Any]:  # fmt: skip
     """Every fault, arm and seed; prints the table."""
     place = work / "recovery"
-    request(place, corpus, base(), resume=(place / "constellation.json").exists())
-    prepare(place)
+    prepared(place, corpus, base())
     runs: list[dict[str, Any]] = []
     result: dict[str, Any] = {}
     for seed in range(seeds):  # a killed bench leaves the result of the seeds that are whole

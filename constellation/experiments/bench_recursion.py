@@ -21,7 +21,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from constellation.config import Config, override
 from constellation.data.batches import Batches
@@ -29,17 +28,16 @@ from constellation.data.cache import TokenCache, open_cache
 from constellation.errors import ConfigError
 from constellation.experiments import branching
 from constellation.experiments.beta_observables import stretched
-from constellation.experiments.harness import described, finish
+from constellation.experiments.harness import described, finish, prepared
 from constellation.experiments.recursion_loops import loops
 from constellation.experiments.statistics import difference, holm
 from constellation.kernel.model import KernelLM, multiplications
-from constellation.pipeline.prepare import Plan, prepare
-from constellation.pipeline.request import request
+from constellation.pipeline.request import Plan
 from constellation.roster import OCEAN
 from constellation.train.checkpoint import load_model
 from constellation.train.job import Job
 from constellation.train.loop import fit
-from constellation.train.score import score
+from constellation.train.score import document_bits, score
 
 METRICS = ("fidelity", "geodesic", "dot")
 RECURSIONS: dict[str, dict[str, int]] = {
@@ -66,14 +64,14 @@ def run(
     bits: dict[str, dict[str, list[Any]]] = {arm: {"trained": [], "longer": []} for arm in arms}
     steps, branches, by_loop, dev = dict[str, int](), list[dict[str, Any]](), list[dict[str, Any]](), None
     for seed in seeds:
-        plan = _prepared(work / f"seed{seed}", corpus, override(config, {"train.seed": seed}))
+        plan = prepared(work / f"seed{seed}", corpus, override(config, {"train.seed": seed}))
         dev = open_cache(plan.dev)
         for arm in arms:
             model, steps[arm] = trained(plan, arm)
             say(f"seed {seed} {arm}: {steps[arm]} steps")
             context = model.config.context
-            bits[arm]["trained"].append(document_bits(model, dev))
-            bits[arm]["longer"].append(document_bits(stretched(model, LONGER * context), dev))
+            bits[arm]["trained"].append(document_bits(score(model, dev)))
+            bits[arm]["longer"].append(document_bits(score(stretched(model, LONGER * context), dev)))
             if "/tied/" in arm:
                 x, y = (torch.from_numpy(a) for a in Batches(dev, None, context, 16, 0).at(0))
                 by_loop.append({"arm": arm, "seed": seed, **loops(model, x, y)})
@@ -108,11 +106,6 @@ def trained(plan: Plan, arm: str) -> tuple[KernelLM, int]:
     return load_model(folder), steps
 
 
-def document_bits(model: KernelLM, cache: TokenCache) -> NDArray[np.float64]:
-    """Bits of each document, (D,)."""
-    return np.array([float(n.sum(dtype=np.float64)) / math.log(2) for n in score(model, cache)])
-
-
 def branched(model: KernelLM, plan: Plan, seed: int) -> list[dict[str, Any]]:
     """Bits per byte of one domain, the seed's, before and after a kernel learned it in each way."""
     train, dev = open_cache(plan.train), open_cache(plan.dev)
@@ -125,7 +118,7 @@ def branched(model: KernelLM, plan: Plan, seed: int) -> list[dict[str, Any]]:
     batches = Batches(train, segments, c.kernel.context, c.train.kernel_batch, seed)
 
     def measured(kernel: KernelLM) -> float:
-        return float(document_bits(kernel, dev)[held].sum() / dev.byte_length[held].sum())
+        return float(document_bits(score(kernel, dev))[held].sum() / dev.byte_length[held].sum())
 
     rows = [{"seed": seed, "domain": domain, "way": "before", "weights": 0, "bits_per_byte": measured(model)}]
     for way in branching.WAYS:
@@ -173,11 +166,6 @@ def report(result: dict[str, Any]) -> list[str]:
         told = ", ".join(f"{row['bits_per_byte']:.4f} ({row['domain']})" for row in rows)
         lines.append(f"branch, {way} ({rows[0]['weights']:,} weights): {told}")
     return lines
-
-
-def _prepared(folder: Path, corpus: Path | None, config: Config) -> Plan:
-    request(folder, corpus, config, resume=folder.exists())
-    return prepare(folder)
 
 
 def _none(value: Any) -> Any:

@@ -32,7 +32,7 @@ from constellation.presets import tiny
 from constellation.regime.detector import ORDER
 from constellation.telemetry.emotion import EXTENDED, PRIMITIVES
 from constellation.train import checkpoint
-from constellation.train.job import Job
+from constellation.train.job import Job, resolve_precision
 from constellation.train.loop import fit
 
 SIGNALS = ("phi", "differentiation", "regime", "coupling", "kappa_eff", "unigram_kl", "curiosity_16")
@@ -77,19 +77,13 @@ def _trained(
     plan = open_plan(place)
     own = override(config, {"telemetry.enabled": True, "train.precision": plan.config.train.precision})
     with tempfile.TemporaryDirectory() as scratch:
-        job = Job("ocean", Path(scratch) / "ocean", _resolved(own), steps, plan.train, plan.dev, plan.tokenizer)
+        job = Job("ocean", Path(scratch) / "ocean", resolve_precision(own), steps, plan.train, plan.dev, plan.tokenizer)
         for _ in fit(job):
             pass
         found = checkpoint.newest(job.folder)
         assert found is not None
         probes = found.parts["probes"]
         return read_telemetry(job.folder), probes["probes"]["telemetry"]["cost"], float(probes["elapsed_s"])
-
-
-def _resolved(config: Config) -> Config:
-    from constellation.train.job import resolve_precision
-
-    return resolve_precision(config)
 
 
 def emotions(runs: Sequence[Sequence[Mapping[str, float]]]) -> dict[str, Any]:

@@ -18,8 +18,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from constellation.geometry import simplex
-from constellation.geometry.fisher import FisherBlock, flatten, twice_differentiable
+from constellation.geometry.fisher import flatten, twice_differentiable
 from constellation.kernel.model import KernelLM
+from constellation.telemetry.kappa import curvature_along
 
 ROWS = 512  # distributions held at once
 
@@ -59,10 +60,8 @@ def curvature(model: KernelLM, window_L: NDArray[np.int64]) -> float:
         loss = F.cross_entropy(logits, tokens[0, 1:])
         found = torch.autograd.grad(loss, params, retain_graph=True, allow_unused=True)
         gradient = flatten([torch.zeros_like(p) if g is None else g for g, p in zip(found, params, strict=True)])
-        squared = float(gradient @ gradient)
-        if squared == 0:
-            return 0.0
-        return float(gradient @ FisherBlock(logits, params).matvec(gradient)) / squared
+        size = torch.linalg.vector_norm(gradient)
+        return curvature_along(gradient / size, logits, params) if float(size) else 0.0
 
 
 def _hidden(model: KernelLM, window_L: NDArray[np.int64]) -> Tensor:

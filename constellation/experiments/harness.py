@@ -6,10 +6,14 @@ import json
 import platform
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from constellation import processor
 from constellation.storage.atomic import write_bytes, write_json
+
+if TYPE_CHECKING:
+    from constellation.config import Config
+    from constellation.pipeline.request import Plan
 
 HEAVY = "raw"  # of a result: written as one long line
 
@@ -26,6 +30,14 @@ def described(doc: str | None) -> dict[str, Any]:
         "python": platform.python_version(),
         "torch": torch.__version__,
     }
+
+
+def prepared(folder: Path, corpus: Path | None, config: Config) -> Plan:
+    """The run in `folder` with its tokenizer and caches, made once and found again; nothing is trained."""
+    from constellation.pipeline.prepare import prepare, request
+
+    request(folder, corpus, config, resume=folder.exists())
+    return prepare(folder)
 
 
 def machine_line(result: Mapping[str, Any]) -> str:

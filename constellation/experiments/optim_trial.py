@@ -80,7 +80,7 @@ def train(trial: Trial, task: Task, data: Path) -> dict[str, Any]:
     try:
         problem = task.build(data, trial.seed)
         optimizer = row.build(problem, trial.lr, trial.knob)
-        outcome = _loop(trial, task, problem, optimizer, result)
+        outcome = trained(trial, task, problem, optimizer, result)
         if outcome == "done" and not math.isfinite(result["metric"]):
             outcome, result["metric"] = "diverged", None
     except ConstellationError as error:
@@ -94,7 +94,7 @@ def train(trial: Trial, task: Task, data: Path) -> dict[str, Any]:
     return {**result, "outcome": outcome, "stats": plain}
 
 
-def _loop(trial: Trial, task: Task, problem: TaskProblem, optimizer: Optimizer, result: dict[str, Any]) -> str:
+def trained(trial: Trial, task: Task, problem: TaskProblem, optimizer: Optimizer, result: dict[str, Any]) -> str:
     row = ROWS[trial.row]
     rates = [group["lr"] for group in optimizer.param_groups]
     switch = getattr(optimizer, "train", None), getattr(optimizer, "eval", None)  # schedule-free's two sets of weights

@@ -11,14 +11,15 @@ in bits per byte, a - b, negative when a is better, with
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
 import numpy as np
-import scipy.stats
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
 RESAMPLES = 10_000
+CONFIDENCE = 0.95  # of intervals
 MARGIN = -0.01  # bits per byte; a win is declared when the interval's upper end lies below it
 
 
@@ -64,6 +65,8 @@ def difference(
     low, high = np.quantile(sums / sizes, [0.025, 0.975])
     p = float("nan")
     if seeds > 1 and np.ptp(per_seed) > 0:
+        import scipy.stats
+
         p = float(scipy.stats.ttest_1samp(per_seed, 0.0, alternative="less").pvalue)
     return Difference(float(per_seed.mean()), float(low), float(high), p, tuple(map(float, per_seed)))
 
@@ -94,9 +97,21 @@ def paired(gaps: Sequence[float]) -> Paired:
     >>> paired([1.0, 1.0, 1.0])
     Paired(mean=1.0, low=1.0, high=1.0)
     """
-    g = np.asarray(gaps, np.float64)
-    mean = float(g.mean())
-    if len(g) < 2:
-        return Paired(mean, float("-inf"), float("inf"))
-    half = float(scipy.stats.t.ppf(0.975, len(g) - 1) * g.std(ddof=1) / len(g) ** 0.5)
+    mean = math.fsum(gaps) / len(gaps)
+    if len(gaps) < 2:
+        return Paired(mean, -math.inf, math.inf)
+    import scipy.special
+
+    variance = math.fsum((gap - mean) ** 2 for gap in gaps) / (len(gaps) - 1)
+    half = float(scipy.special.stdtrit(len(gaps) - 1, (1 + CONFIDENCE) / 2)) * math.sqrt(variance / len(gaps))
     return Paired(mean, mean - half, mean + half)
+
+
+def auroc(positive: ArrayLike, negative: ArrayLike) -> float:
+    """Probability that one of `positive` is larger than one of `negative`, ties count half: [0, 1], .5 for chance.
+
+    >>> auroc([3, 2], [1, 0]), auroc([1, 2], [1, 2])
+    (1.0, 0.5)
+    """
+    a, b = np.asarray(positive)[:, None], np.asarray(negative)[None]
+    return float((a > b).mean() + (a == b).mean() / 2)

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from constellation.config import Config, difference, from_json, override, values
+from constellation.config import Config, difference, from_json, override
 from constellation.errors import ArtifactError, ConfigError, DataError, PlacementError
 from constellation.pipeline import beginning
 from constellation.presets import small
@@ -79,7 +79,7 @@ def request(run: Path, corpus: Path | None, config: Config | None, resume: bool)
         write_request(run, {"schema": SCHEMA, "corpus": where, "config": settings})
     elif config is not None:
         _, old, manifest = open_request(run)
-        changes = {name: values(config)[name] for name in MAY_CHANGE if values(config)[name] != values(old)[name]}
+        changes = {name: now for name, (_, now) in difference(old, config).items() if name in MAY_CHANGE}
         if changes:
             write_request(run, {**manifest, "config": override(old, changes).to_json()})
     return said

@@ -21,12 +21,13 @@ from numpy.typing import NDArray
 from constellation.coordizer.tokenizer import Tokenizer
 from constellation.data.cache import open_cache
 from constellation.errors import ConfigError
+from constellation.experiments.statistics import auroc
 from constellation.kernel.model import KernelLM
 from constellation.pipeline.prepare import Plan, open_plan
 from constellation.regime.detector import detect_regime
 from constellation.storage.atomic import write_bytes
 from constellation.telemetry.integration import integration
-from constellation.telemetry.signature import BINS, MOST_CLASSES, Signature, auroc, separation, signature
+from constellation.telemetry.signature import BINS, MOST_CLASSES, Signature, separation, signature
 from constellation.train.checkpoint import load_model
 
 WINDOWS = 8  # of a class
@@ -129,7 +130,7 @@ def _identified(models: Sequence[Any], probes: ProbeSet, bin_V: torch.Tensor, sp
     def found(chosen: NDArray[np.int64]) -> float:
         d = distances[:, chosen][:, :, chosen]
         different = chosen[:, None] != chosen[None]
-        return auroc(d[:, ~different & np.eye(len(chosen), dtype=bool)].ravel(), d[:, different].ravel())
+        return auroc(d[:, different].ravel(), d[:, ~different & np.eye(len(chosen), dtype=bool)].ravel())
 
     drawn = [generator.integers(len(models), size=len(models)) for _ in range(RESAMPLES)]
     values = [found(chosen) for chosen in drawn if len(set(chosen.tolist())) > 1]

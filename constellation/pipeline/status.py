@@ -15,7 +15,6 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from constellation.artifacts.run import TELEMETRY
 from constellation.errors import ArtifactError, ConfigError
 from constellation.pipeline import cost
 from constellation.pipeline.request import Plan, open_plan, open_request
@@ -23,6 +22,7 @@ from constellation.roster import root_name
 from constellation.storage import mirror
 from constellation.storage.atomic import read_object, write_json
 from constellation.storage.exclusive import is_held
+from constellation.telemetry.step import STEPS, TELEMETRY
 
 VIEW = "status.json"
 OLD_S = 30.0  # a driver writes no view while it reads the corpus or fits the router; older news is told with its age
@@ -182,7 +182,7 @@ def roots(run: Path) -> dict[str, str]:
 
 def _kernel(run: Path, role: str, root: str | None) -> KernelStatus:
     folder = run / role
-    last, page = _last_step(folder / "diag_steps.jsonl"), _json(folder / "summary.json")
+    last, page = _last_step(folder / STEPS), _json(folder / "summary.json")
     if done(folder):
         state = "done"
     else:

@@ -75,12 +75,12 @@ class Mirror:
 
     # -- store -> folder
 
-    def pull_all(self) -> None:
-        """The local folder as the store has the run: every part that is there."""
+    def pull_all(self, parts: Collection[str] = ()) -> None:
+        """The local folder as the store has the run: every part that is there, or `parts` of them."""
         self.begin()
         self.objects.check_bucket()
-        parts = [name.partition("/")[0] for name in self.objects.names(deep=False)]
-        for part in sorted({p for p in parts if "." not in p and "@" not in p}):
+        there = [name.partition("/")[0] for name in self.objects.names(deep=False)]
+        for part in sorted({p for p in there if "." not in p and "@" not in p and (not parts or p in parts)}):
             self.pull(part)
         self.pull("")  # last: it says what the others are for
 
@@ -247,12 +247,15 @@ def url_of(run: Path) -> str | None:
     return str(read_json(place / ORIGIN)["url"])
 
 
-def resolve(run: str | os.PathLike[str], say: Say = lambda text: None) -> Path:
-    """The local folder of `run`: of a URL one that is in step with the store; any other path is itself."""
+def resolve(run: str | os.PathLike[str], say: Say = lambda text: None, parts: Collection[str] = ()) -> Path:
+    """The local folder of `run`: of a URL one that is in step with the store; any other path is itself.
+
+    With `parts`, those and the files of the run itself alone are brought here.
+    """
     if not is_url(run):
         return Path(run)
     mirror = Mirror(str(run), say=say)
-    mirror.pull_all()
+    mirror.pull_all(parts)
     return mirror.folder
 
 

@@ -31,8 +31,13 @@ def gradient_curvature(
     if not bool(torch.isfinite(size)) or not float(size):
         return float("nan")
     with torch.enable_grad(), twice_differentiable():
-        block = FisherBlock(model.logits(model.hidden(inputs_BT)), parameters)
-        w_NV = block.pushforward(g / size)
+        return curvature_along(g / size, model.logits(model.hidden(inputs_BT)), parameters)
+
+
+def curvature_along(unit: Tensor, logits: Tensor, parameters: Sequence[Tensor]) -> float:
+    """u^T F u of a direction u of length 1, F of `logits` (..., V), whose graph is alive."""
+    block = FisherBlock(logits, parameters)
+    w_NV = block.pushforward(unit)
     return float((w_NV * block.likelihood.metric(block.means, w_NV)).sum() * block.weight)
 
 

@@ -100,7 +100,7 @@ def read(model: Language, windows: Windows, chunk: int = 2048) -> Reading:
 
 
 def basin_distances(a_NV: Tensor, b_NV: Tensor) -> Tensor:
-    """d_FR at each place, (N,), radians in [0, pi], of the square roots of predictions."""
+    """d_FR, (N, V) -> (N,) and whatever broadcasts like that, radians in [0, pi], of square roots of predictions."""
     return 2 * sphere.angle(a_NV, b_NV)
 
 
@@ -194,7 +194,7 @@ class Telemetry:
         """The functions of emotion.py before they are z-scored; what is remembered of predictions becomes theirs."""
         few = torch.linspace(0, len(distances_N) - 1, min(GRAPH, len(distances_N))).long()
         points = seen.sqrt_p_NV[few]
-        curved_E = ollivier_ricci(2 * sphere.angle(points[:, None], points[None]))
+        curved_E = ollivier_ricci(basin_distances(points[:, None], points[None]))
         binned, before = _binned(points), self.before
         moved = torch.zeros(len(few)) if before is None else basin_distances(binned, before)
         self.before = binned

@@ -25,7 +25,7 @@ from dataclasses import dataclass
 import msgspec
 import numpy as np
 import torch
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import NDArray
 from torch import Tensor
 
 from constellation.errors import ArtifactError, ConfigError
@@ -117,13 +117,3 @@ def separation(a: Signature, b: Signature, halves: bool = False) -> float:
     far = 2 * sphere.angle(sphere.normalise(ma), sphere.normalise(mb))
     ba, bb = (s.directions.astype(np.float64).T @ s.directions.astype(np.float64) for s in (a, b))
     return math.sqrt(float(far.square().mean()) + float(np.square(ba - bb).sum()))
-
-
-def auroc(same: ArrayLike, other: ArrayLike) -> float:
-    """How often a distance of the same model is below one of others, equal ones count half: [0, 1], .5 for chance.
-
-    >>> auroc([1, 2], [3, 4]), auroc([1, 2], [1, 2])
-    (1.0, 0.5)
-    """
-    s, o = np.asarray(same)[:, None], np.asarray(other)[None]
-    return float((s < o).mean() + (s == o).mean() / 2)

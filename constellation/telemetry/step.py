@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
+STEPS, TELEMETRY = "diag_steps.jsonl", "training_telemetry.jsonl"  # logs of a run: all steps, those that measured
 NUMBERS = ("step", "loss_nats", "grad_norm", "lr")  # of every step, that a regime is told
 
 

@@ -103,8 +103,7 @@ class Adaptive:
 
     def state(self) -> dict[str, Any]:
         """What all of them remember, as JSON has it."""
-        parts = {"dual": self.dual, "balance": self.balance, "gradients": self.gradients, "governor": self.governor}
-        own = {name: part.state() for name, part in parts.items() if part is not None}
+        own = {name: part.state() for name, part in self._parts().items()}
         loops = {name: loop.state() for name, loop in self.loops.items()}
         return {**own, "loops": loops, "weights": self.weights, "commitment": self.commitment}
 
@@ -112,8 +111,10 @@ class Adaptive:
         self.weights, self.commitment = dict(state["weights"]), state["commitment"]
         for name, loop in self.loops.items():
             loop.load_state(state["loops"][name])
-        for name, part in (("dual", self.dual), ("balance", self.balance), ("gradients", self.gradients)):
-            if part is not None:
-                part.load_state(state[name])
-        if self.governor is not None:
-            self.governor.load_state(state["governor"])
+        for name, part in self._parts().items():
+            part.load_state(state[name])
+
+    def _parts(self) -> dict[str, Any]:
+        """The controllers that there are, but for the loops."""
+        parts = {"dual": self.dual, "balance": self.balance, "gradients": self.gradients, "governor": self.governor}
+        return {name: part for name, part in parts.items() if part is not None}

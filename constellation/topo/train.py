@@ -13,7 +13,7 @@ import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 import torch
@@ -57,7 +57,6 @@ class Epoch:
     held: dict[str, float] | None = None  # on held-out images (topo/evaluate.py)
     checkpoint: str | None = None
     sample: str | None = None
-    measured: ClassVar[dict[str, Any] | None] = None  # of a Step: telemetry is of kernels
 
     def numbers(self) -> dict[str, float]:
         """What trackers are told."""

@@ -14,7 +14,7 @@ from typing import Any
 
 from constellation.errors import ArtifactError
 from constellation.storage.atomic import read_object, write_json
-from constellation.trackers.tracker import Told, numbers
+from constellation.trackers.tracker import Told
 
 EXPERIMENT = "constellation"
 FLUSH_S, LARGEST = 2.0, 1000  # MLflow takes so many metrics at once
@@ -33,7 +33,7 @@ class MLflow:
         from mlflow.entities import Metric
 
         now = int(time.time() * 1000)
-        self._waiting += [Metric(f"{step.role}/{n}", float(v), now, step.step) for n, v in numbers(step).items()]
+        self._waiting += [Metric(f"{step.role}/{n}", float(v), now, step.step) for n, v in step.numbers().items()]
         if len(self._waiting) > LARGEST // 2 or time.monotonic() - self._flushed > FLUSH_S:
             self._flush()
 

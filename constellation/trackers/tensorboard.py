@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from constellation.trackers.tracker import Told, numbers
+from constellation.trackers.tracker import Told
 
 FLUSH_S = 2.0
 
@@ -30,7 +30,7 @@ class TensorBoard:
 
         if step.role not in self._writers:
             self._begin(step)
-        for name, value in numbers(step).items():
+        for name, value in step.numbers().items():
             self._write(step, summary.scalar(name, value))
         if step.sample:
             self._write(step, summary.text("sample", step.sample))

@@ -35,14 +35,16 @@ class Told(Protocol):
     @property
     def sample(self) -> str | None: ...
 
-    def numbers(self) -> dict[str, float]: ...
+    def numbers(self) -> dict[str, float]:
+        """By name; units are in the names."""
+        ...
 
 
 class Tracker(Protocol):
     """One tracker, open for one run."""
 
     def tell(self, step: Told) -> None:
-        """Write the step's `numbers` down, as role/name against its step."""
+        """Write the step's numbers down, as role/name against its step."""
         ...
 
     def close(self, status: str) -> None:
@@ -83,11 +85,6 @@ def named(words: str | None) -> tuple[str, ...]:
         if importlib.util.find_spec(TRACKERS[name].needs) is None:
             raise ConfigError(f"--log {name} needs {TRACKERS[name].needs}: pip install {TRACKERS[name].install}")
     return names
-
-
-def numbers(step: Told) -> dict[str, float]:
-    """What a tracker is told of a step, by name: units are in the names."""
-    return step.numbers()
 
 
 @contextmanager

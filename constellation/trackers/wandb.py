@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from constellation.trackers.tracker import Told, numbers
+from constellation.trackers.tracker import Told
 
 PROJECT = "constellation"  # unless WANDB_PROJECT names another
 
@@ -29,7 +29,7 @@ class WandB:
             self._roles.add(step.role)
             self._run.define_metric(f"{step.role}/step")
             self._run.define_metric(f"{step.role}/*", step_metric=f"{step.role}/step")
-        own = {f"{step.role}/{name}": value for name, value in numbers(step).items()}
+        own = {f"{step.role}/{name}": value for name, value in step.numbers().items()}
         self._run.log({f"{step.role}/step": step.step, **own})
 
     def close(self, status: str) -> None:

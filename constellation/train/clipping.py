@@ -22,7 +22,21 @@ ADAGC_LAMBDA, ADAGC_DECAY, ADAGC_WARMUP = 1.05, 0.98, 100
 ZCLIP_Z, ZCLIP_DECAY, ZCLIP_WARMUP = 2.5, 0.97, 25
 
 
-class AdaGC:
+class Clipping:
+    """Clips by what the norms of a run were before; all its fields are remembered, as JSON has them."""
+
+    def __call__(self, gradients: Sequence[Tensor], clip: float) -> None:
+        """Scale `gradients` in place."""
+        raise NotImplementedError
+
+    def state(self) -> dict[str, Any]:
+        return vars(self)
+
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        vars(self).update(state)
+
+
+class AdaGC(Clipping):
     """Remembers a norm for each tensor."""
 
     def __init__(self) -> None:
@@ -43,14 +57,8 @@ class AdaGC:
             ]
         self.steps += 1
 
-    def state(self) -> dict[str, Any]:
-        return vars(self)
 
-    def load_state(self, state: Mapping[str, Any]) -> None:
-        vars(self).update(state)
-
-
-class ZClip:
+class ZClip(Clipping):
     """Remembers mean and variance of the whole norm."""
 
     def __init__(self) -> None:
@@ -73,15 +81,8 @@ class ZClip:
         self.mean += gain * (kept - self.mean)
         self.steps += 1
 
-    def state(self) -> dict[str, Any]:
-        return vars(self)
 
-    def load_state(self, state: Mapping[str, Any]) -> None:
-        vars(self).update(state)
-
-
-Clipping = AdaGC | ZClip
-KINDS: dict[str, type[AdaGC] | type[ZClip]] = {"adagc": AdaGC, "zclip": ZClip}
+KINDS: dict[str, type[Clipping]] = {"adagc": AdaGC, "zclip": ZClip}
 
 
 def clipping_of(kind: str) -> Clipping | None:

@@ -97,13 +97,3 @@ def repetition(ids: Sequence[int], n: int = GRAM) -> float:
     (0.0, 0.875)
     """
     return 1 - distinct(ids, n)
-
-
-def auroc(positive: Sequence[float], negative: Sequence[float]) -> float:
-    """Probability that one of `positive` is larger than one of `negative`, ties count half.
-
-    >>> auroc([3, 2], [1, 0]), auroc([1], [1])
-    (1.0, 0.5)
-    """
-    a, b = np.asarray(positive)[:, None], np.asarray(negative)
-    return float(((a > b) + 0.5 * (a == b)).mean())

@@ -85,6 +85,11 @@ def _token_nats(model: KernelLM, hidden_ND: Tensor, targets_N: Tensor, chunk: in
     return torch.cat(parts)
 
 
+def document_bits(nats: Sequence[np.ndarray]) -> NDArray[np.float64]:
+    """Bits of each document, (D,), from the nats of its tokens."""
+    return np.array([float(n.sum(dtype=np.float64)) for n in nats]) / math.log(2)
+
+
 def bits_per_byte(nats: Sequence[np.ndarray], byte_length: np.ndarray) -> float:
     """Total bits over total bytes."""
     return float(sum(float(n.sum(dtype=np.float64)) for n in nats) / math.log(2) / float(np.sum(byte_length)))
